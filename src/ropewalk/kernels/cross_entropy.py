@@ -1,0 +1,137 @@
+"""Cross entropy straight from hidden states: the logits [N, V] never exist whole.
+
+Rows without a label cost nothing. While a chunk's logits are at hand, the forward pass also takes their gradient, so that
+backward only has to scale it. Legend: N rows, n rows with a label, c rows of one chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+
+# Most logits held at a time. A GPU needs some hundred rows per chunk to be bound by arithmetic; a CPU wants them in its cache.
+LOGITS_ON_GPU = 2**27
+LOGITS_ON_CPU = 2**22
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int = 2048,
+) -> Tensor:
+    """The sum of -log p(label) over hidden [N, H] with labels [N] that are not -100, in float32 (float64 for float64 input).
+
+    The logits are `cap(scale * (hidden @ weight.T + bias))`, weight [V, H], bias [V], `cap(z) = softcap * tanh(z / softcap)`.
+    """
+    most = LOGITS_ON_CPU if hidden.device.type == "cpu" else LOGITS_ON_GPU
+    rows = min(chunk, max(64, most // weight.shape[0]))
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, softcap, scale, rows, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The same value through whole logits and autograd: the twin that tests compare with."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(_accumulator(hidden)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _accumulator(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+        with_grad: bool,
+    ) -> Tensor:
+        wide = _accumulator(hidden)
+        need_x, need_w, need_b = (with_grad and need for need in ctx.needs_input_grad[:3])
+        rows = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
+        total = hidden.new_zeros((), dtype=wide)
+        grad_x = hidden.new_empty((len(rows), hidden.shape[1])) if need_x else None
+        grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
+        grad_b = torch.zeros_like(bias, dtype=wide) if need_b and bias is not None else None
+        for start in range(0, len(rows), chunk):
+            picked = rows[start : start + chunk]
+            x, targets = hidden[picked], labels[picked]
+            z = torch.nn.functional.linear(x, weight, bias).to(wide)  # [c, V]
+            loss, dz = _chunk(z, targets, softcap, scale, need_x or need_w or need_b)
+            total += loss
+            if dz is None:
+                continue
+            narrow = dz.to(hidden.dtype)
+            if grad_x is not None:
+                torch.mm(narrow, weight, out=grad_x[start : start + chunk])
+            if grad_w is not None:
+                grad_w += narrow.T @ x
+            if grad_b is not None:
+                grad_b += dz.sum(0)
+        ctx.save_for_backward(rows, grad_x, grad_w, grad_b)
+        ctx.hidden_shape, ctx.weight_dtype = hidden.shape, weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, grad_x, grad_w, grad_b = ctx.saved_tensors
+        d_hidden = d_weight = d_bias = None
+        if grad_x is not None:
+            d_hidden = grad_x.new_zeros(ctx.hidden_shape)
+            d_hidden[rows] = grad_x * upstream.to(grad_x.dtype)
+        if grad_w is not None:
+            d_weight = (grad_w * upstream).to(ctx.weight_dtype)
+        if grad_b is not None:
+            d_bias = (grad_b * upstream).to(ctx.weight_dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+def _chunk(z: Tensor, targets: Tensor, softcap: float | None, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of one chunk and its gradient to z [c, V] before scale and cap; z is overwritten."""
+    if scale != 1.0:
+        z *= scale
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z * z if with_grad else None
+        z *= softcap
+    log_p = torch.log_softmax(z, dim=-1)
+    at = targets.unsqueeze(1)
+    loss = -log_p.gather(1, at).sum()
+    if not with_grad:
+        return loss, None
+    dz = log_p.exp_()
+    dz.scatter_add_(1, at, dz.new_full((1, 1), -1.0).expand(at.shape))
+    if slope is not None:
+        dz *= slope
+    if scale != 1.0:
+        dz *= scale
+    return loss, dz
