@@ -1,0 +1,163 @@
+"""A run's folder: who may write it, what it holds, whether it goes on with an unfinished run. No torch.
+
+    output_dir/
+      run.json         resolved config, versions, threads, state (training, finished), result
+      events.jsonl     every step, evaluation and checkpoint
+      plots/           loss, throughput and learning rate as SVG
+      checkpoints/     what a killed run goes on from
+      adapter/         the result of a LoRA run, in PEFT's layout (model/ after full fine-tuning)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from ropewalk.errors import ConfigError, OutputError
+
+# Keys that may change between a kill and the next start: none of them changes a loss.
+NEUTRAL = frozenset(
+    "output_dir logging_steps save_steps saves_per_epoch save_strategy save_total_limit report_to use_tensorboard use_wandb "
+    "wandb_project wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri "
+    "mlflow_experiment_name mlflow_run_name hub_model_id hub_strategy resume_from_checkpoint auto_resume_from_checkpoints "
+    "dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers dataloader_prefetch_factor "
+    "dataloader_pin_memory".split()
+)
+NEEDED_BYTES = 64 << 20
+
+
+class RunFolder:
+    """One run's folder, locked while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events = path / "events.jsonl"
+        self.plots = path / "plots"
+        self.checkpoints = path / "checkpoints"
+        self.record: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
+
+    def write_record(self, **values: Any) -> None:
+        """Merges values into run.json, atomically."""
+        self.record |= values
+        fresh = self.path / "run.json.new"
+        try:
+            fresh.write_text(json.dumps(self.record, indent=1, default=str), encoding="utf-8")
+            fresh.replace(self.path / "run.json")
+        except OSError as error:
+            raise OutputError(f"could not write {self.path}/run.json: {error}; free disk space or set another `output_dir`") from error
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("state") == "finished"
+
+    def close(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+
+def open_folder(path: Path, config: Mapping[str, Any], *, restart: bool = False) -> RunFolder:
+    """Opens `output_dir` for this config: new, or with the run it holds, which goes on where it is unfinished.
+
+    Raises OutputError where it cannot be written or another process trains into it, ConfigError where it holds a run of another
+    configuration. With `restart` a run that is there is moved aside, never deleted.
+    """
+    folder = RunFolder(path)
+    _make_writable(path)
+    folder._lock = _lock(path)
+    if restart and (path / "run.json").exists():
+        _move_aside(path)
+    if (path / "run.json").exists():
+        folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        _same_config(path, folder.record["config"], config)
+    else:
+        folder.write_record(state="training", config=dict(config), versions=versions(), machine=machine())
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("ropewalk", "torch", "transformers", "tokenizers", "peft", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    return {"system": platform.platform(), "processor": _processor(), "cores": usable_cores()}
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, less where a container's quota says so."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _make_writable(path: Path) -> None:
+    advice = "set another `output_dir`, or make it writable"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise OutputError(f"output_dir {path} cannot be written: {error.strerror or error}; {advice}") from error
+    if free < NEEDED_BYTES:
+        raise OutputError(
+            f"output_dir {path}: the disk is full ({free / 1e6:.0f} MB free, at least {NEEDED_BYTES / 1e6:.0f} MB needed); "
+            "free disk space or set another `output_dir`"
+        )
+
+
+def _lock(path: Path) -> IO[str]:
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OutputError(f"output_dir {path}: another process is training into it; wait for it or set another `output_dir`") from error
+    return file
+
+
+def _move_aside(path: Path) -> None:
+    number = next(n for n in range(1, 10**6) if not (path / f"before-{n}").exists())
+    aside = path / f"before-{number}"
+    aside.mkdir()
+    for item in path.iterdir():
+        if not item.name.startswith((".lock", "before-")):
+            item.rename(aside / item.name)
+
+
+def _same_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    plain = json.loads(json.dumps(dict(new), default=str))
+    keys = sorted(k for k in {*old, *plain} - NEUTRAL if old.get(k) != plain.get(k))
+    if keys:
+        shown = ", ".join(f"{k} ({old.get(k)!r} there, {plain.get(k)!r} now)" for k in keys[:4]) + (", ..." if len(keys) > 4 else "")
+        raise ConfigError(
+            f"output_dir {path} holds a run of another configuration: {shown}. "
+            "Set another `output_dir`, or pass --restart to move that run aside"
+        )

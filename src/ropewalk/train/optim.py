@@ -1,0 +1,133 @@
+"""Optimizers and learning-rate schedules by name, as Axolotl's configs name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ropewalk.errors import ConfigError, MissingExtra
+
+Factory = Callable[..., torch.optim.Optimizer]
+
+
+def _torchao(name: str) -> Factory:
+    """An 8- or 4-bit optimizer of torchao, imported when it is asked for."""
+
+    def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        try:
+            from torchao import optim as low_bit
+        except ImportError:
+            raise MissingExtra("torchao", "gpu", f"the optimizer {name} (or set `optimizer: adamw_torch_fused`)") from None
+        optimizer: torch.optim.Optimizer = getattr(low_bit, name)(groups, **options)
+        return optimizer
+
+    return make
+
+
+def _without_betas(make: Factory, keep: Sequence[str] = ("lr", "weight_decay")) -> Factory:
+    return lambda groups, **options: make(groups, **{k: v for k, v in options.items() if k in keep})
+
+
+def _sgd(groups: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=options["lr"], weight_decay=options["weight_decay"], momentum=options["betas"][0])
+
+
+_adamw: Factory = partial(torch.optim.AdamW, fused=True)
+_adamw_8bit = _torchao("AdamW8bit")
+_adamw_4bit = _torchao("AdamW4bit")
+
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw_torch": _adamw,
+    "adamw_torch_fused": _adamw,
+    "adamw_hf": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adamw_bnb_8bit": _adamw_8bit,
+    "adamw_torch_8bit": _adamw_8bit,
+    "paged_adamw_8bit": _adamw_8bit,
+    "paged_adamw_32bit": _adamw,
+    "adamw_torch_4bit": _adamw_4bit,
+    "adafactor": _without_betas(torch.optim.Adafactor),
+    "sgd": _sgd,
+}
+
+
+def make_optimizer(
+    name: str,
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float | None = None,
+    embedding_lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """Groups the parameters (decay or not; LoRA B faster under LoRA+, arXiv 2402.12354) and gives the named optimizer over them."""
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optimizer: '{name}' is not known; one of {', '.join(sorted(OPTIMIZERS))}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for key, parameter in named:
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        if loraplus_ratio and "lora_embedding_B" in key:
+            rate = embedding_lr or lr
+        else:
+            rate = lr * loraplus_ratio if loraplus_ratio and "lora_B" in key else lr
+        groups.setdefault((rate, decay), []).append(parameter)
+    table = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+    optimizer = OPTIMIZERS[name](table, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        group["full_lr"] = float(group["lr"])
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group to its full rate times `factor`."""
+    for group in optimizer.param_groups:
+        rate = group["full_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+    """The 2-norm of all gradients together, which are scaled down to `limit` where they exceed it (no limit: only measured)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True) if gradients else torch.zeros(())
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return float(norm)
+
+
+def rate_factor(
+    kind: str, step: int, total: int, warmup: int, *, floor: float = 0.0, constant_share: float = 0.0, decay_share: float = 0.2
+) -> float:
+    """The share of the full rate at a step (0-based) of `total`; warm-up counts from 1/warmup, so that no step is spent at rate zero.
+
+    `floor` is the share that cosine and linear end at; `constant_share` holds cosine at full rate for that share of the steps
+    first; `decay_share` is the share of the steps in which wsd (warm-up, stable, decay) falls.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind in ("constant", "constant_with_warmup"):
+        return 1.0
+    start = warmup
+    if kind == "warmup_stable_decay":
+        start = max(warmup, total - math.ceil(total * decay_share))
+    elif constant_share:
+        start = max(warmup, int(total * constant_share))
+    if step < start:
+        return 1.0
+    done = (step - start) / max(1, total - start)
+    if kind == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if kind in ("linear", "warmup_stable_decay"):
+        return floor + (1 - floor) * (1 - done)
+    if kind == "rex":  # arXiv 2107.04197
+        return floor + (1 - floor) * (1 - done) / (1 - done / 2)
+    raise ConfigError(f"lr_scheduler: '{kind}' is not known")
