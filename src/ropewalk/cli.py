@@ -1,0 +1,275 @@
+"""The command line: one verb per command. Everything else is imported after parsing, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ropewalk.errors import RopewalkError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; a RopewalkError becomes one clear last line and its exit code."""
+    # Threads that wait must not spin: on a busy machine that makes two threads slower than one. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = parser().parse_args(argv)
+    try:
+        run: Verb = arguments.run
+        return run(arguments)
+    except RopewalkError as error:
+        print(f"ropewalk: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ropewalk: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments and an example."""
+    top = argparse.ArgumentParser(
+        prog="ropewalk",
+        description="From files to a shipped model: fine-tune mixture-of-experts models, compare, ship, ask.",
+        epilog="example: ropewalk quickstart        (the whole loop on a small model, on CPU, in minutes)",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    top.set_defaults(run=lambda arguments: _version(arguments, top))
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND")
+    _quickstart(verbs)
+    _training(verbs)
+    _models(verbs)
+    _files(verbs)
+    _config(verbs)
+    return top
+
+
+Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add(verbs: Verbs, name: str, summary: str, example: str, run: Verb | None) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+    verb.set_defaults(run=run or (lambda arguments: _needs_verb(verb)))
+    return verb
+
+
+def _needs_verb(verb: argparse.ArgumentParser) -> int:
+    verb.print_help(sys.stderr)
+    return 2
+
+
+def _version(arguments: argparse.Namespace, top: argparse.ArgumentParser) -> int:
+    if not arguments.version:
+        return _needs_verb(top)
+    from importlib.metadata import version
+
+    print(f"ropewalk {version('ropewalk')}")
+    return 0
+
+
+# -- quickstart ------------------------------------------------------------------------------------------------------------------
+
+
+def _quickstart(verbs: Verbs) -> None:
+    verb = _add(
+        verbs,
+        "quickstart",
+        "the whole loop on a small model, on CPU, in minutes",
+        "ropewalk quickstart --dir runs/quickstart",
+        _run_quickstart,
+    )
+    verb.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where everything goes (default: %(default)s)")
+    verb.add_argument("--fast", action="store_true", help="the short form: fewer steps, fewer controls")
+
+
+def _run_quickstart(arguments: argparse.Namespace) -> int:
+    from ropewalk.quickstart.run import quickstart
+
+    quickstart(fast=arguments.fast, folder=arguments.dir)
+    return 0
+
+
+# -- training --------------------------------------------------------------------------------------------------------------------
+
+
+def _config_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with Axolotl's keys")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the file's, such as learning_rate=1e-4")
+
+
+def _training(verbs: Verbs) -> None:
+    check = _add(
+        verbs,
+        "check",
+        "validate a configuration and show what will be trained, without loading weights",
+        "ropewalk check examples/sft-tiny.yml",
+        _run_check,
+    )
+    _config_argument(check)
+    check.add_argument("--offline", action="store_true", help="fetch nothing; what is not on disk is named as not checked")
+    check.add_argument("--json", action="store_true", help="print the plan as JSON")
+    train = _add(
+        verbs,
+        "train",
+        "train; goes on by itself with an unfinished run in the output folder",
+        "ropewalk train examples/sft-tiny.yml learning_rate=1e-4",
+        _run_train,
+    )
+    _config_argument(train)
+    train.add_argument("--restart", action="store_true", help="move a run that the output folder holds aside and begin anew")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes on this machine")
+    train.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base run")
+    merge = _add(
+        verbs,
+        "merge",
+        "write base and adapter as one plain checkpoint, shard by shard, and verify its logits",
+        "ropewalk merge base/ run/adapter merged/",
+        _run_merge,
+    )
+    merge.add_argument("base", type=str, help="folder or hub name of the base")
+    merge.add_argument("adapter", type=Path, help="folder of the adapter")
+    merge.add_argument("out", type=Path, help="folder to write; must not exist")
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.plan import check_command
+
+    return check_command(arguments.config, arguments.overrides, offline=arguments.offline, as_json=arguments.json)
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.config import load_run
+    from ropewalk.train.prepare import prepare
+
+    run = load_run(arguments.config, arguments.overrides)
+    trusted = arguments.trust_remote_code
+    prepared = prepare(run, restart=arguments.restart, trust_remote_code=trusted)
+    if arguments.processes > 1 and "WORLD_SIZE" not in os.environ:
+        prepared.folder.close()
+        from ropewalk.train.launch import launch
+
+        return launch(arguments.processes, [str(arguments.config), *arguments.overrides, *["--trust-remote-code"] * trusted])
+    from ropewalk.train.trainer import fit
+
+    fit(prepared)
+    return 0
+
+
+def _run_merge(arguments: argparse.Namespace) -> int:
+    from ropewalk.models.hub import resolve_base
+
+    base = resolve_base(arguments.base)
+    from ropewalk.models.merge import merge
+
+    merge(base, arguments.adapter, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+# -- models ----------------------------------------------------------------------------------------------------------------------
+
+
+def _models(verbs: Verbs) -> None:
+    base = _add(verbs, "base", "make small bases", "ropewalk base make tiny-moe --arch qwen3_moe", None)
+    make = _add(
+        base.add_subparsers(metavar="VERB"),
+        "make",
+        "make a tokenizer and a randomly initialised model of any architecture that transformers knows",
+        "ropewalk base make tiny-moe --arch qwen3_moe --size tiny",
+        _run_base_make,
+    )
+    make.add_argument("folder", type=Path, metavar="DIR")
+    make.add_argument("--arch", required=True, help="model type as in config.json, such as qwen3_moe, gemma4, mixtral, llama")
+    make.add_argument("--size", default="tiny", choices=["tiny", "small"], help="(default: %(default)s)")
+    make.add_argument("--text", type=Path, nargs="*", help="text files to train the tokenizer on (default: text at hand)")
+    make.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    models = _add(verbs, "models", "models of the hub and of this machine", "ropewalk models pull Qwen/Qwen3-30B-A3B", None)
+    pull = _add(
+        models.add_subparsers(metavar="VERB"),
+        "pull",
+        "fetch a model from the hub: resumed, checked for space, its licence shown",
+        "ropewalk models pull Qwen/Qwen3-30B-A3B",
+        _run_models_pull,
+    )
+    pull.add_argument("name", help="name on the hub, such as Qwen/Qwen3-30B-A3B")
+    pull.add_argument("--revision", help="commit, tag or branch (default: the newest, whose commit is printed)")
+
+
+def _run_base_make(arguments: argparse.Namespace) -> int:
+    from ropewalk.models.base import make_base
+
+    make_base(arguments.folder, arguments.arch, size=arguments.size, text_files=arguments.text, seed=arguments.seed)
+    print(arguments.folder)
+    return 0
+
+
+def _run_models_pull(arguments: argparse.Namespace) -> int:
+    from ropewalk.models.hub import pull
+
+    print(pull(arguments.name, revision=arguments.revision))
+    return 0
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------------
+
+
+def _files(verbs: Verbs) -> None:
+    files = _add(verbs, "files", "the file store", "ropewalk files put facts.jsonl", None)
+    inner = files.add_subparsers(metavar="VERB")
+    put = _add(inner, "put", "store a file and print its id", "ropewalk files put facts.jsonl", _run_files_put)
+    put.add_argument("path", type=Path)
+    _add(inner, "list", "list stored files", "ropewalk files list", _run_files_list)
+    delete = _add(inner, "delete", "delete a stored file", "ropewalk files delete file_abc", _run_files_delete)
+    delete.add_argument("id")
+
+
+def _run_files_put(arguments: argparse.Namespace) -> int:
+    from ropewalk.files.store import open_store
+
+    print(open_store().put(arguments.path).id)
+    return 0
+
+
+def _run_files_list(arguments: argparse.Namespace) -> int:
+    from ropewalk.files.store import open_store
+
+    for file in open_store().list():
+        print(f"{file.id}  {file.size:>12}  {file.filename}")
+    return 0
+
+
+def _run_files_delete(arguments: argparse.Namespace) -> int:
+    from ropewalk.files.store import open_store
+
+    open_store().delete(arguments.id)
+    return 0
+
+
+# -- config ----------------------------------------------------------------------------------------------------------------------
+
+
+def _config(verbs: Verbs) -> None:
+    config = _add(verbs, "config", "the reference of configuration keys", "ropewalk config docs", None)
+    inner = config.add_subparsers(metavar="VERB")
+    _add(inner, "schema", "print the JSON Schema of a configuration", "ropewalk config schema > schema.json", _run_config_schema)
+    _add(inner, "docs", "print the reference page of every key", "ropewalk config docs > docs/config.md", _run_config_docs)
+
+
+def _run_config_schema(arguments: argparse.Namespace) -> int:
+    import json
+
+    from ropewalk.train.reference import schema
+
+    print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _run_config_docs(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.reference import reference_page
+
+    print(reference_page(), end="")
+    return 0
