@@ -1,0 +1,45 @@
+# make run    the quickstart: the whole loop on a small model, on CPU, in minutes (FAST=1: the short form)
+# make test   checks and tests
+# make check  lint, format, types
+# make bench  ours beside its peers, which are installed into environments of their own
+# Each sets up what it needs in .venv and starts at once the second time.
+
+SHELL := bash
+.DELETE_ON_ERROR:
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+QUICK ?=
+
+run: .venv/run.stamp
+	.venv/bin/ropewalk quickstart --dir runs/quickstart $(if $(FAST),--fast)
+
+test: check
+	.venv/bin/python -m pytest
+
+check: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/dev.stamp
+	.venv/bin/python benchmarks/run_all.py $(if $(QUICK),--quick)
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Ropewalk needs Python 3.11 or newer, with venv (Debian: apt install python3-venv)"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# torch first and by itself: a pinned version is found where a build for this machine lies.
+.venv/run.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist
+
+.PHONY: run test check bench clean

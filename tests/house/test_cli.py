@@ -1,0 +1,62 @@
+"""The command line answers at once, and every verb has an example."""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import pytest
+from ropewalk.cli import main, parser
+from ropewalk.errors import BadInput, RopewalkError
+
+
+def every_parser(top):
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from every_parser(inner)
+
+
+def test_help_takes_less_than_half_a_second_of_processor_time():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "ropewalk", "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "quickstart" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_every_verb_shows_an_example():
+    assert [p.prog for p in every_parser(parser()) if not (p.epilog or "").startswith("example: ropewalk ")] == []
+
+
+def test_a_command_without_a_verb_prints_help_and_exits_2(capsys):
+    assert main(["models"]) == 2
+    assert "pull" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_the_last_line_and_has_its_exit_code(monkeypatch, capsys):
+    def fail(path, overrides):
+        raise BadInput("the value 7 is not a folder")
+
+    monkeypatch.setattr("ropewalk.train.config.load_run", fail)
+    assert main(["train", "x.yml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "ropewalk: the value 7 is not a folder"
+
+
+def every_error(cls):
+    yield cls
+    for inner in cls.__subclasses__():
+        yield from every_error(inner)
+
+
+@pytest.mark.parametrize("error", list(every_error(RopewalkError)))
+def test_the_tree_in_the_docstring_of_errors_tells_the_truth(error):
+    import ropewalk.errors as errors
+
+    line = next(line for line in errors.__doc__.splitlines() if f"{error.__name__} " in line + " ")
+    if "exit" in line:
+        assert f"exit {error.exit_code}" in line
+    if error.claude_type in line:
+        assert str(error.status) in line

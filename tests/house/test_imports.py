@@ -1,0 +1,77 @@
+"""The house: what may import what, and what must stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "ropewalk"
+FOLDERS = {
+    "server": {"compare", "jobs", "engine", "chat", "files", "registry", "database"},
+    "compare": {"jobs", "engine", "chat", "files", "registry", "checks", "database"},
+    "jobs": {"registry", "files", "database"},
+    "train": {"engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
+    "engine": {"models", "chat", "registry", "database"},
+    "models": {"kernels", "registry"},
+    "chat": {"files"},
+    "files": {"database", "sandbox"},
+    "checks": {"sandbox"},
+    "registry": {"database"},
+    "kernels": set(),
+    "errors": set(),
+    "database": set(),
+    "sandbox": set(),
+}
+TOP = {"cli", "quickstart", "__main__"}  # may import everything
+LIGHT = [
+    "ropewalk.cli",
+    "ropewalk.errors",
+    "ropewalk.registry",
+    "ropewalk.checks",
+    "ropewalk.files.store",
+    "ropewalk.chat.template",
+    "ropewalk.models.hub",
+    "ropewalk.train.config",
+    "ropewalk.train.axolotl",
+    "ropewalk.train.data",
+    "ropewalk.train.prepare",
+]
+
+
+def room(module: str) -> str:
+    """ropewalk.train.data -> train; ropewalk.errors -> errors."""
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module of ours that a file names in an import, at any depth of the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ropewalk"):
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "ropewalk" else [node.module]
+            found.update(names)
+        elif isinstance(node, ast.Import):
+            found.update(a.name for a in node.names if a.name.startswith("ropewalk."))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    here = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if here in TOP or here == "__init__":
+        return
+    allowed = FOLDERS[here] | {here} | (set() if here == "kernels" else {"errors"})
+    assert {room(m) for m in imports(path)} <= allowed
+
+
+def test_every_init_file_is_empty():
+    assert [p for p in SOURCE.rglob("__init__.py") if p.read_text().strip()] == []
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_must_answer_fast_imports_neither_torch_nor_transformers(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
