@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Document:
 
     def override(self, place: Sequence[str | int]) -> str | None:
         """The `key=value` of the command line that a key came from."""
-        return next((self.overrides[tuple(place[:n])] for n in range(len(place), 0, -1) if tuple(place[:n]) in self.overrides), None)
+        return next(
+            (self.overrides[tuple(place[:n])] for n in range(len(place), 0, -1) if tuple(place[:n]) in self.overrides), None
+        )
 
     def where(self, place: Sequence[str | int]) -> str:
         """`file.yml:12: `, to stand before a message."""
@@ -85,7 +88,9 @@ def parse_document(text: str, overrides: Sequence[str] = (), path: Path | None =
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", path=path) from None
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError("a configuration is a mapping of keys to values, for example `base_model: my/model`", path=path, line=1)
+        raise ConfigError(
+            "a configuration is a mapping of keys to values, for example `base_model: my/model`", path=path, line=1
+        )
     document = Document(path, {})
     document.values = _mapping(node, (), document)
     for override in overrides:
@@ -154,7 +159,9 @@ def _scalar(node: yaml.Node) -> Any:
 def _override(document: Document, text: str) -> None:
     name, equals, raw = text.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override '{text}': expected key=value, for example learning_rate=1e-4 or datasets.0.path=rows.jsonl")
+        raise ConfigError(
+            f"override '{text}': expected key=value, for example learning_rate=1e-4 or datasets.0.path=rows.jsonl"
+        )
     place: Place = tuple(int(part) if part.isdigit() else part for part in name.strip().removeprefix("--").split("."))
     try:
         node = yaml.compose(raw, Loader=_Loader)
@@ -170,7 +177,9 @@ def _override(document: Document, text: str) -> None:
 
 
 def _put(target: Any, place: Place, value: Any) -> None:
-    for part, following in zip(place, place[1:]):
+    part: Any
+    last: Any
+    for part, following in pairwise(place):
         if isinstance(target, list) or part in target:
             target = target[part]
         else:

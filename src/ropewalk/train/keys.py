@@ -1,4 +1,4 @@
-"""The keys of a run, group by group: type, default and one sentence each. Names and meaning are Axolotl's unless a sentence says own."""
+"""The keys of a run, group by group: type, default, sentence. Names and meaning are Axolotl's, but for those that say Own."""
 
 from __future__ import annotations
 
@@ -30,18 +30,36 @@ def _word(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_not_a_switch)]
 Count = Annotated[int, BeforeValidator(_not_a_switch), Field(ge=0)]
+Dropout = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, lt=1)]
+AboveZero = Annotated[float, BeforeValidator(_not_a_switch), Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[int, BeforeValidator(_not_a_switch), Field(gt=0)]
 Number = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, le=1)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Moment = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_word)]
+Optimizer = Literal[
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_hf",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "adamw_torch_8bit",
+    "paged_adamw_8bit",
+    "adamw_torch_4bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "sgd",
+]
+Trackers = Annotated[tuple[Literal["wandb", "tensorboard", "mlflow"], ...], BeforeValidator(_one_or_more)]
 Trained = Literal["all", "turn", "last", "none"]
 
 
 class Group(BaseModel):
     """Frozen keys, of which none may be unknown."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, protected_namespaces=()
+    )
 
 
 class PromptFormat(Group):
@@ -66,7 +84,9 @@ class DataSource(Group):
     revision: str | None = key("The commit, tag or branch of a hub data set.")
     data_files: Texts | None = key("The files to read within `path`.")
     ds_type: str | None = key("What kind of file it is (json, csv, parquet, arrow, text), when the ending does not say.")
-    type: str | PromptFormat | None = key("The format of a row: chat_template, alpaca, completion, input_output, ... or a mapping; none: pre-tokenised.")
+    type: str | PromptFormat | None = key(
+        "The format of a row: chat_template, alpaca, completion, input_output, ... or a mapping; none: pre-tokenised."
+    )
     shards: Positive | None = key("Cut the source into so many parts and use one.")
     shards_idx: Count | None = key("Which of the `shards` to use, from 0; default 0.")
     skip: Count | None = key("Leave out so many rows at the start.")
@@ -76,15 +96,23 @@ class DataSource(Group):
     field_tools: str | None = key("The column that holds the tools; default tools.")
     field_thinking: str | None = key("The property of a message that holds its reasoning; default reasoning_content.")
     template_thinking_key: str | None = key("The name under which the chat template expects the reasoning.")
-    split_thinking: bool | None = key("Take reasoning written inside <think> tags out of the content, for templates that expect it apart.")
-    message_field_role: str | None = key("The property of a message that holds its role; the older form of message_property_mappings.role.")
-    message_field_content: str | None = key("The property that holds the content; the older form of message_property_mappings.content.")
+    split_thinking: bool | None = key(
+        "Take reasoning written inside <think> tags out of the content, for templates that expect it apart."
+    )
+    message_field_role: str | None = key(
+        "The property of a message that holds its role; the older form of message_property_mappings.role."
+    )
+    message_field_content: str | None = key(
+        "The property that holds the content; the older form of message_property_mappings.content."
+    )
     message_property_mappings: dict[str, str] | None = key("The template's property name -> the name in the data.")
     message_field_training: str | None = key("The property of a message that says whether it is trained.")
     message_field_training_detail: str | None = key("The property of a message that lists which characters of it are trained.")
     roles: dict[str, Texts] | None = key("The template's role -> the names it has in the data.")
     roles_to_train: Texts | None = key("The roles whose messages are trained; default assistant (all when train_on_inputs).")
-    train_on_eos: Trained | None = key("Which end-of-sequence tokens are trained: all, those of trained turns (turn, the default), last, none.")
+    train_on_eos: Trained | None = key(
+        "Which end-of-sequence tokens are trained: all, those of trained turns (turn, the default), last, none."
+    )
     train_on_eot: Trained | None = key("Which end-of-turn tokens are trained; default as train_on_eos.")
     drop_system_message: bool | None = key("Leave out the system message of every conversation.")
     field: str | None = key("The column of the text of a completion source; default text.")
@@ -115,18 +143,22 @@ class ModelKeys(Group):
     overrides_of_model_config: dict[str, Any] | None = key("Values laid over the base's config.json.", alias="model_config")
     load_in_4bit: bool = key("Hold the frozen base as 4-bit NF4, experts included.", False)
     load_in_8bit: bool = key("Hold the frozen base as 8-bit integers, experts included.", False)
-    bf16: bool | Literal["auto"] | None = key("Compute in bfloat16; auto (the default): where the device does, else float32.", None)
+    bf16: bool | Literal["auto"] | None = key("Compute in bfloat16; auto, the default: where the device does, else float32.")
     bfloat16: bool | None = key("Another name for bf16.")
     fp16: bool | None = key("Half precision: only false is accepted; bf16 has its speed without its overflow.")
     float16: bool | None = key("As fp16.")
     float32: bool | None = key("Compute in float32, even where the device does bfloat16.")
     tf32: bool | Literal["auto"] | None = key("Let float32 products use TF32 on a GPU; default off.")
-    attn_implementation: str | None = key("sdpa, eager, flash_attention_2 or _3, flex_attention, or a hub kernel; default: the best that is there.")
+    attn_implementation: str | None = key(
+        "sdpa, eager, flash_attention_2 or _3, flex_attention, or a hub kernel; default: the best that is there."
+    )
     flash_attention: bool | None = key("The older form of attn_implementation: flash_attention_2.")
     sdp_attention: bool | None = key("The older form of attn_implementation: sdpa.")
     flex_attention: bool | None = key("The older form of attn_implementation: flex_attention.")
     eager_attention: bool | None = key("The older form of attn_implementation: eager.")
-    experts_implementation: str | None = key("ropewalk (the default; scattermoe and sonicmoe mean it too), or transformers' eager, grouped_mm, batched_mm.")
+    experts_implementation: str | None = key(
+        "ropewalk (the default; scattermoe and sonicmoe mean it too), or transformers' eager, grouped_mm, batched_mm."
+    )
     router_aux_loss_coef: Number | None = key("Own: weight of the load-balancing loss of the routers; default: none is added.")
     torch_compile: bool | Literal["auto"] | None = key("Compile the decoder layers; worth it on long runs on a GPU.")
 
@@ -138,21 +170,33 @@ class AdapterKeys(Group):
     lora_model_dir: str | None = key("An adapter to go on from.")
     lora_r: Positive | None = key("Rank of the adapter; default 16.")
     lora_alpha: Number | None = key("Scale of the adapter: its output is multiplied by alpha / r; default 2 r.")
-    lora_dropout: Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, lt=1)] = key("Dropout before the adapter of linear layers.", 0.0)
-    lora_target_modules: str | tuple[str, ...] | None = key("Names of linear layers, or one regular expression over full names; default all linear ones.")
+    lora_dropout: Dropout = key("Dropout before the adapter of linear layers.", 0.0)
+    lora_target_modules: str | tuple[str, ...] | None = key(
+        "Names of linear layers, or one regular expression over full names; default all linear ones."
+    )
     lora_target_linear: bool | None = key("All linear layers but the output head; the default when no other target is given.")
-    lora_target_parameters: Texts | None = key("Names of expert parameters, such as experts.gate_up_proj; default: all experts, see lora_experts.")
+    lora_target_parameters: Texts | None = key(
+        "Names of expert parameters, such as experts.gate_up_proj; default: all experts, see lora_experts."
+    )
     lora_experts: bool = key("Own: adapt the experts of a mixture too, unless lora_target_parameters names some itself.", True)
-    lora_modules_to_save: Texts | None = key("Modules trained whole and saved beside the adapter, such as embed_tokens and lm_head.")
-    lora_rank_pattern: dict[str, Positive] | None = key("Pattern over module names -> rank, such as {'experts': 4}; the rest has lora_r.")
+    lora_modules_to_save: Texts | None = key(
+        "Modules trained whole and saved beside the adapter, such as embed_tokens and lm_head."
+    )
+    lora_rank_pattern: dict[str, Positive] | None = key(
+        "Pattern over module names -> rank, such as {'experts': 4}; the rest has lora_r."
+    )
     lora_alpha_pattern: dict[str, Number] | None = key("Pattern over module names -> alpha; the rest has lora_alpha.")
     peft_use_dora: bool = key("DoRA: learn magnitudes apart from directions, on linear layers.", False)
     peft_use_rslora: bool = key("Rank-stabilised LoRA: scale by alpha / sqrt(r).", False)
     peft_layers_to_transform: tuple[Count, ...] | None = key("Numbers of the decoder layers to adapt; default all.")
     loraplus_lr_ratio: Number | None = key("LoRA+: the B factors learn so many times faster than the A factors; 16 is usual.")
     loraplus_lr_embedding: Number = key("LoRA+: learning rate of adapted embeddings.", 1e-6)
-    alora_invocation_tokens: tuple[Count, ...] | None = key("Own: activated LoRA; the adapter acts only from the last such run of token ids on.")
-    unfrozen_parameters: Texts | None = key("Without an adapter: train only parameters whose name matches one of these expressions.")
+    alora_invocation_tokens: tuple[Count, ...] | None = key(
+        "Own: activated LoRA; the adapter acts only from the last such run of token ids on."
+    )
+    unfrozen_parameters: Texts | None = key(
+        "Without an adapter: train only parameters whose name matches one of these expressions."
+    )
 
 
 class DataKeys(Group):
@@ -160,7 +204,9 @@ class DataKeys(Group):
 
     datasets: tuple[DataSource, ...] | None = key("What to train on.", min_length=1)
     test_datasets: tuple[DataSource, ...] | None = key("What to evaluate on; instead of val_set_size.", min_length=1)
-    pretraining_dataset: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] | None = key("Plain text to train on, streamed.")
+    pretraining_dataset: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] | None = key(
+        "Plain text to train on, streamed."
+    )
     val_set_size: Number = key("Set aside for evaluation: a share of the rows below 1, else a number of rows.", 0.0)
     dataset_prepared_path: str | None = key("Folder for tokenised data; default: in Ropewalk's own cache.")
     dataset_num_proc: Positive | None = key("Processes that tokenise; default one per core.", alias="dataset_processes")
@@ -169,8 +215,12 @@ class DataKeys(Group):
     shuffle_before_merging_datasets: bool = key("Shuffle each source before they are joined.", False)
     streaming: bool = key("Read rows while training instead of tokenising them all first; needs max_steps.", False)
     streaming_multipack_buffer_size: Positive = key("Rows held at once for packing when streaming.", 10_000)
-    on_bad_row: Literal["error", "skip"] = key("Own: a row that cannot be used stops the run, or is counted, listed and left out.", "error")
-    chat_template: str | None = key("tokenizer_default, jinja, or the name of a model family's template; default: the base's own.")
+    on_bad_row: Literal["error", "skip"] = key(
+        "Own: a row that cannot be used stops the run, or is counted, listed and left out.", "error"
+    )
+    chat_template: str | None = key(
+        "tokenizer_default, jinja, or the name of a model family's template; default: the base's own."
+    )
     chat_template_jinja: str | None = key("A Jinja chat template, or the path of one.")
     chat_template_kwargs: dict[str, Any] | None = key("Further variables for the chat template, such as enable_thinking.")
     default_system_message: str | None = key("The system message of conversations that have none.")
@@ -198,9 +248,9 @@ class TrainingKeys(Group):
     eval_batch_size: Positive | None = key("The same for evaluation; default micro_batch_size.")
     gradient_accumulation_steps: Positive | None = key("Forward passes per optimizer step; default 1.")
     batch_size: Positive | None = key("Instead of gradient_accumulation_steps: rows per process and optimizer step.")
-    num_epochs: Annotated[float, BeforeValidator(_not_a_switch), Field(gt=0)] = key("Passes over the data; may be a fraction.", 1.0)
+    num_epochs: AboveZero = key("Passes over the data; may be a fraction.", 1.0)
     max_steps: Positive | None = key("Stop after so many optimizer steps.")
-    learning_rate: Annotated[float, BeforeValidator(_not_a_switch), Field(gt=0, allow_inf_nan=False)] = key("The highest learning rate.", ...)
+    learning_rate: AboveZero = key("The highest learning rate.", ...)
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay", "wsd", "rex"] = key(
         "How the rate goes on after warm-up; wsd is warmup_stable_decay.", "cosine"
     )
@@ -208,17 +258,18 @@ class TrainingKeys(Group):
     warmup_ratio: Share | None = key("The same as a share of all steps; default 3 % and at most 100 steps.")
     cosine_min_lr_ratio: Share | None = key("The share of the highest rate that cosine and rex end at; default 0.")
     cosine_constant_lr_ratio: Share | None = key("Cosine reaches its lowest rate at this share of the steps and stays there.")
-    optimizer: Literal[
-        "adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "paged_adamw_8bit",
-        "adamw_torch_4bit", "ao_adamw_4bit", "paged_adamw_32bit", "adafactor", "sgd",
-    ] = key("The optimizer; 8- and 4-bit AdamW are torchao's, whatever the name.", "adamw_torch_fused")  # fmt: skip
+    optimizer: Optimizer = key("The optimizer; 8- and 4-bit AdamW are torchao's, whatever the name.", "adamw_torch_fused")
     weight_decay: Number = key("Decoupled weight decay.", 0.0)
     adam_beta1: Share = key("AdamW's first decay.", 0.9)
     adam_beta2: Share = key("AdamW's second decay.", 0.999)
     adam_epsilon: Number = key("AdamW's epsilon.", 1e-8)
     max_grad_norm: Number = key("Gradients are scaled down to this norm; 0: never.", 1.0)
-    gradient_checkpointing: bool | Literal["offload"] = key("Keep only the inputs of layers and compute the rest again; offload: keep them on the host.", False)
-    activation_offloading: bool | Literal["legacy", "hidden_states"] | None = key("The same as gradient_checkpointing: offload.")
+    gradient_checkpointing: bool | Literal["offload"] = key(
+        "Keep only the inputs of layers and compute the rest again; offload: keep them on the host.", False
+    )
+    activation_offloading: bool | Literal["legacy", "hidden_states"] | None = key(
+        "The same as gradient_checkpointing: offload."
+    )
     seed: Whole = key("Seed of everything random.", 42)
     num_threads: Positive | None = key("Own: threads of the CPU; default: a count that does not collapse on a busy machine.")
 
@@ -246,7 +297,7 @@ class OutputKeys(Group):
     resume: bool = key("Own: go on by itself when output_dir holds an unfinished run of the same configuration.", True)
     resume_from_checkpoint: str | None = key("Go on from this checkpoint.")
     auto_resume_from_checkpoints: bool | None = key("Axolotl's name for resume.")
-    report_to: Annotated[tuple[Literal["wandb", "tensorboard", "mlflow"], ...], BeforeValidator(_one_or_more)] | None = key("Also send events there.")
+    report_to: Trackers | None = key("Also send events there.")
     use_wandb: bool | None = key("Report to Weights & Biases; also on when wandb_project is set.")
     wandb_project: str | None = key("The project there.")
     wandb_entity: str | None = key("Its owner there.")

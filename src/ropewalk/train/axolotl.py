@@ -1,0 +1,366 @@
+"""Axolotl's other keys, each known by name: not needed here and why, or not offered and what to do instead. No torch.
+
+A key that has an effect is in keys.py. One of these that is switched off (false, null, empty, a size of one) asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# reason -> keys. The result of the run is the same without them.
+_IGNORED = {
+    "losses are computed in chunks in every run, so logits never exist whole": """
+        cut_cross_entropy chunked_cross_entropy chunked_cross_entropy_num_chunks flash_attn_cross_entropy
+        liger_cross_entropy liger_fused_linear_cross_entropy
+    """,
+    "a fused kernel with the same result; kernels are chosen by measurement here": """
+        liger_rope liger_rms_norm liger_rms_norm_gated liger_layer_norm liger_swiglu liger_glu_activation
+        flash_attn_fuse_mlp fused_attn_kernel lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel tiled_mlp
+        tiled_mlp_num_shards tiled_mlp_use_original_mlp use_kernels flash_optimum flash_attn_d512 large_head_attention
+        sdpa_varlen gemma4_hybrid_attn_impl flex_attn_compile_kwargs
+    """,
+    "experts and their adapter are computed by one implementation on every device": """
+        use_scattermoe use_sonicmoe expert_backend moe_grouped_backend moe_dequant_chunk_size moe_bnb_fast
+    """,
+    "experts are quantised together with the rest of the base": "quantize_moe_experts",
+    "the original checkpoint is read as it is": "llama4_linearized_experts",
+    "every process holds the whole model, and gradients are reduced; nothing is sharded, so see the memory estimate": """
+        fsdp fsdp_config fsdp_version fsdp_final_state_dict_type fp32_norms fp32_norm_classes deepspeed deepcompile
+        dp_shard_size dp_replicate_size qlora_sharded_model_loading
+    """,
+    "rows and layers are not split over devices; each process trains whole rows of its own": """
+        context_parallel_size sequence_parallel_degree tensor_parallel_size heads_k_stride ring_attn_func
+    """,
+    "every process holds all experts": """
+        expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
+        expert_parallel_token_capacity expert_parallel_fallback_on_unsupported
+    """,
+    "processes are started by torchrun and find each other": """
+        ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config local_rank
+        world_size use_ray ray_run_name ray_num_workers resources_per_worker
+    """,
+    "the model goes to the device of its process": "device device_map low_cpu_mem_usage experimental_skip_move_to_device",
+    "the class is found from the base's config.json": """
+        model_type tokenizer_type cls_model_config tokenizer_use_fast tokenizer_legacy is_falcon_derived_model
+        is_llama_derived_model is_mistral_derived_model is_qwen_derived_model type_of_model
+    """,
+    "the tokenizer.json of the base is used, which gives the same tokens": """
+        tokenizer_use_mistral_common tokenizer_save_jinja_files
+    """,
+    "NF4 here is always double-quantised and computes in the run's dtype": "bnb_config_kwargs",
+    "adapter factors are always kept in float32": "peft_autocast_adapter_dtype embeddings_skip_upcast",
+    "tied weights stay tied": "peft_ensure_weight_tying",
+    "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
+    "found from the layer": "lora_fan_in_fan_out",
+    "adapters are merged afterwards, by `ropewalk merge`": "merge_lora merge_method lora_on_cpu",
+    "recomputation keeps its routing and needs no reentrant form": """
+        gradient_checkpointing_kwargs selective_checkpointing layer_offloading
+    """,
+    "batches are read from a memory-mapped cache; there is no loader to tune": """
+        dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor remove_unused_columns dataset_keep_in_memory
+        num_dataset_shards_to_save skip_prepare_dataset sample_packing_mp_start_method preprocess_iterable
+    """,
+    "packing looks at all rows at once and needs no knob": """
+        sample_packing_group_size sample_packing_bin_size sample_packing_eff_est multipack_real_batches batch_flattening
+        pretrain_multipack_buffer_size pretraining_sample_concatenation
+    """,
+    "packed rows never attend across samples here": "pretrain_multipack_attn",
+    "counted from the data": "total_num_tokens total_supervised_tokens",
+    "the token of the hub's own login is used where there is one": "hf_use_auth_token",
+    "a run writes safetensors, and only those": "save_safetensors",
+    "the result is uploaded once, at the end": "hub_strategy",
+    "tokens per second and memory are in every event": """
+        include_tokens_per_second include_tkps profiler_steps profiler_steps_start gc_steps gc_collect_steps
+        torch_empty_cache_steps
+    """,
+    "events are written to events.jsonl; report_to sends them to wandb, tensorboard or mlflow": """
+        use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key comet_mode comet_online
+        comet_experiment_config use_trackio trackio_project_name trackio_run_name trackio_space_id use_otel_metrics
+        otel_metrics_host otel_metrics_port use_swanlab swanlab_project swanlab_experiment_name swanlab_description
+        swanlab_mode swanlab_workspace swanlab_api_key swanlab_log_model swanlab_web_host swanlab_api_host
+        swanlab_lark_webhook_url swanlab_lark_secret swanlab_log_completions swanlab_completion_log_interval
+        swanlab_completion_max_buffer wandb_watch wandb_log_model hf_mlflow_log_artifacts
+    """,
+    "an evaluation here is a loss; generated answers are compared by `ropewalk compare`": """
+        eval_table_size eval_max_new_tokens generate_samples num_generation_samples generation_max_new_tokens
+        generation_temperature generation_top_p generation_top_k generation_prompt_ratio generation_do_sample
+        do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split lm_eval_tasks lm_eval_batch_size
+        lm_eval_post_train lm_eval_model
+    """,
+    "checkpoints are written atomically, and a stopped run goes on by itself": "dynamic_checkpoint",
+    "unknown keys are always errors here": "strict",
+    "of Axolotl's own inner workings": """
+        is_preprocess axolotl_config_path torchdistx_path debug gradio_title gradio_share gradio_server_name
+        gradio_server_port gradio_max_new_tokens gradio_temperature
+    """,
+    "no method that reads it is switched on": """
+        trl vllm ebft center_rewards_coefficient dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs
+        dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights dpo_beta dpo_use_logits_to_keep
+        dpo_generate_during_eval dpo_norm_loss rpo_alpha orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight
+        kto_undesirable_weight rl_beta max_prompt_len eaft_alpha eaft_k jagged_restart_warmup_steps
+        jagged_restart_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload lisa_step_interval
+        lisa_layers_attribute adam_epsilon2 adam_beta3 dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of
+        qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits
+        qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size pose_split_on_token_ids
+        pose_max_context_len pose_num_chunks scaling_softmax_factor scaling_softmax_bias fp8_enable_fsdp_float8_all_gather
+        nvfp4_merge_aware_start_step image_size image_resize_algorithm role_boundaries processor_kwargs
+        liger_use_token_scaling model_quantization_config_kwargs grokfast_lamb spectrum_model_name lr_div_factor
+        optim_target_modules num_labels kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
+        kd_online_server kd_online_timeout kd_temperature_min
+    """,
+}
+
+# way out -> keys. The run would differ from what was asked for.
+_REFUSED = {
+    "preference and reinforcement training are not supported yet; train on the chosen answers as chat_template first": "rl",
+    "reward models are not supported yet; a check in a reward function needs none": "reward_model process_reward_model",
+    "training on images or audio is not supported yet; train the text part: remove it and name text datasets": """
+        processor_type freeze_mm_modules
+    """,
+    "quantisation-aware training is not supported yet; train with bf16, or an adapter over a 4-bit base (adapter: qlora)": """
+        qat use_onebitllms
+    """,
+    "sparse or compressed training is not supported yet; train plainly and compress the merged result with your tool": """
+        llmcompressor
+    """,
+    "quantising the result is not supported yet; merge first and quantise the merged checkpoint": "quantization",
+    "GPTQ bases are not supported; name the original checkpoint and write adapter: qlora": "gptq gptq_disable_exllama",
+    "FP8 compute is not supported yet; write bf16: true": "fp8",
+    "NVFP4 and FP8 bases are not supported yet; name the original checkpoint and write adapter: qlora": """
+        nvfp4_merge_aware use_dsv4_kernels use_glm_dsa_kernels dsv4_fp8_nonexpert_mode dsv4_fp8_lora_kernel dsv4_bf16_all
+        dsv4_shared_mlp_lora_kernel dsv4_fp4_grouped_mode gemma4_fp8_nonexpert gemma4_nf4_nonexpert nonexpert_quantization
+    """,
+    "ReLoRA is not supported; raise lora_r, or train every weight without an adapter": "relora jagged_restart_steps",
+    "LISA is not supported; use adapter: lora, or unfrozen_parameters to train some layers": "lisa_n_layers",
+    "MoRA is not supported; use adapter: lora, with peft_use_rslora for high ranks": "mora",
+    "this initialisation is not supported; leave it out, and the adapter starts as the untouched base": """
+        peft peft_init_lora_weights peft_layers_pattern peft_layer_replication peft_trainable_token_indices
+    """,
+    "Spectrum's choice of layers is not supported; list them in unfrozen_parameters": "spectrum_top_fraction",
+    "this loss is not supported; remove it for the usual cross entropy": "use_eaft neftune_noise_alpha noisy_embedding_alpha",
+    "diffusion language models are not supported": "diffusion",
+    "distillation is not supported yet; train on text that the teacher wrote": "kd_trainer kd_online_server_base_url",
+    "training through a remote service is not supported": "hatchery",
+    "NeMo Gym is not supported": """
+        nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout
+        nemo_gym_verify_timeout nemo_gym_run_timeout nemo_gym_datasets nemo_gym_auto_start nemo_gym_model_name
+        nemo_gym_multi_turn nemo_gym_max_turns
+    """,
+    "Grokfast is not supported; remove it": "grokfast_alpha",
+    (
+        "training every expert through a dense pass is not supported; experts get exact gradients for the tokens routed to them"
+    ): "dense_mixer",
+    "random weights are not trained from here; make a base with `ropewalk base make` and name it as base_model": """
+        reinit_weights
+    """,
+    "the configuration is read from base_model; lay values over it with overrides_of_model_config": """
+        base_model_config rope_scaling overrides_of_model_kwargs torch_dtype
+    """,
+    "this quantisation of the base is not supported; leave it out, or name a plain checkpoint": "model_quantization_config",
+    "attention of this kind is not supported; remove it, and sdpa or flash_attention_2 is used": """
+        xformers_attention sage_attention s2_attention scaling_softmax use_pose flash_attn_rms_norm
+    """,
+    "one learning rate for all parameters but LoRA+'s; use loraplus_lr_ratio, or remove it": """
+        lr_groups embedding_lr embedding_lr_scale
+    """,
+    "further arguments are not passed on; the optimizer's keys are adam_beta1, adam_beta2, adam_epsilon, weight_decay": """
+        optim_args
+    """,
+    (
+        "further arguments are not passed on; the schedule's keys are warmup_*, cosine_min_lr_ratio, cosine_constant_lr_ratio"
+    ): "lr_scheduler_kwargs lr_quadratic_warmup",
+    "the size of a batch is not searched for; `ropewalk check` estimates the memory": """
+        auto_find_batch_size max_memory gpu_memory_limit
+    """,
+    "the vocabulary can only grow; use tokens": "shrink_embeddings added_tokens_overrides fix_untrained_tokens",
+    "the trainer cannot be exchanged": "trainer_cls",
+    "compiler options are not passed on; torch_compile: true uses the defaults": """
+        torch_compile_backend torch_compile_mode torch_compile_options
+    """,
+    "a share of a source is taken with shards and shards_idx of its entry in datasets": "dataset_shard_num dataset_shard_idx",
+    "prepared data is not uploaded": "push_dataset_to_hub",
+    "write sequence_len and sample_packing": "max_packed_sequence_len",
+    "without an adapter every weight is trained: remove this key and leave adapter out": "full_finetune",
+    "a batch that is not full is trained as it is; remove it": "dataloader_drop_last",
+}
+
+# Entries of `plugins`, by the last part of their name.
+_PLUGINS = {
+    "CutCrossEntropyPlugin": "",
+    "LigerPlugin": "",
+    "KernelsPlugin": "",
+    "ExpertParallelPlugin": "",
+    "SwanLabPlugin": "",
+    "LMEvalPlugin": "",
+    "SpectrumPlugin": "",
+    "DiffusionPlugin": "diffusion language models are not supported",
+    "LLMCompressorPlugin": "sparse or compressed training is not supported yet",
+    "KDPlugin": "distillation is not supported yet",
+    "GrokfastPlugin": "Grokfast is not supported",
+    "DenseMixerPlugin": "the dense pass over experts is not supported",
+    "HatcheryPlugin": "training through a remote service is not supported",
+    "NemoGymPlugin": "NeMo Gym is not supported",
+    "MoraPlugin": "MoRA is not supported",
+}
+
+# The keys of nested blocks, so that a misspelt one is found there too. What a block does not list here takes any key.
+_BLOCKS = {
+    "fsdp_config": """
+        fsdp_version version activation_checkpointing offload_params sync_module_states cpu_ram_efficient_loading
+        cpu_offload_pin_memory use_orig_params state_dict_type final_state_dict_type auto_wrap_policy
+        transformer_layer_cls_to_wrap min_num_params reshard_after_forward mixed_precision_policy sharding_strategy
+        backward_prefetch forward_prefetch limit_all_gathers fsdp_version
+    """,
+    "gradient_checkpointing_kwargs": "use_reentrant preserve_rng_state",
+    "selective_checkpointing": "save save_sliding_window recompute_layer_types offload",
+    "bnb_config_kwargs": """
+        load_in_4bit load_in_8bit bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype
+        bnb_4bit_quant_storage llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload
+        llm_int8_has_fp16_weight
+    """,
+    "dynamic_checkpoint": "enabled check_interval trigger_file_path",
+    "qat": "activation_dtype weight_dtype quantize_embedding group_size fake_quant_after_n_steps",
+    "quantization": "weight_dtype activation_dtype quantize_embedding group_size",
+    "peft": "loftq_config",
+    "mora": "use_mora mora_type",
+    "vllm": """
+        device tensor_parallel_size data_parallel_size gpu_memory_utilization dtype max_model_len enable_prefix_caching host
+        port enable_reasoning reasoning_parser enforce_eager serve_module worker_extension_cls
+    """,
+    "trl": """
+        beta max_completion_length use_vllm vllm_mode vllm_server_host vllm_server_port vllm_server_timeout
+        vllm_guided_decoding_regex reward_funcs reward_weights generation_batch_size num_generations log_completions
+        num_completions_to_print importance_sampling_level sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+        scale_rewards temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs num_iterations
+        epsilon epsilon_high use_liger_loss loss_type mask_truncated_completions vllm_enable_sleep_mode rollout_func
+        multi_objective_aggregation use_data_producer async_prefetch prefetch_depth vllm_sync_interval
+        streaming_partial_batch streaming_min_groups vllm_importance_sampling_correction vllm_importance_sampling_mode
+        vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl reward_num_workers replay_buffer_size
+        replay_recompute_logps reroll_start_fraction reroll_max_groups skip_zero_advantage_batches vllm_lora_sync
+    """,
+    "ebft": """
+        feature_layers embed_method use_whitening alignment_coef diversity_coef ce_coef adaptive_max_tokens
+        gt_length_multiplier mode stride context_length generate_max_len n_samples_per_prompt temperature top_p rl_coef
+        advantage_estimator min_completion_prefix
+    """,
+    "diffusion": """
+        noise_schedule min_mask_ratio max_mask_ratio num_diffusion_steps eps importance_weighting mask_token_id
+        mask_token_str generate_samples generation_interval num_generation_samples generation_steps generation_temperature
+        generation_max_length
+    """,
+    "hatchery": """
+        backend base_url api_key project_id lora_rank train_attn train_mlp train_unembed loss_fn loss_fn_config pipeline
+        max_sample_tokens sample_temperature num_samples reward_funcs save_steps save_name_prefix future_timeout
+    """,
+    "llmcompressor": "recipe save_compressed",
+}
+
+# Keys of a data source that are Axolotl's and have no effect here that was asked for.
+_OF_SOURCES = {
+    "rejected answers belong to preference training, which is not supported yet": """
+        field_chosen field_rejected field_prompt field_completion field_label prompt_format chosen_format rejected_format
+        completion_format
+    """,
+    "step-wise rewards are not supported yet": "step_separator max_completion_length train_on_last_step_only",
+    "distillation is not supported yet": "logprobs_field temperature",
+    "synthetic rows are not made here; name real ones": "length sequence_length min_input_id max_input_id seed",
+    "this form is no longer used; write type: chat_template with field_messages and message_property_mappings": """
+        conversation field_human field_model
+    """,
+    "rows are not transformed by code; write them in one of the formats": "input_transform input_format",
+    "tokenising goes in pieces by itself; remove it": "preprocess_shards",
+    "code of data sets is never run; use one that is plain files": "trust_remote_code",
+}
+
+_SIZES = frozenset(
+    [
+        "context_parallel_size",
+        "sequence_parallel_degree",
+        "tensor_parallel_size",
+        "expert_parallel_size",
+        "dp_shard_size",
+        "dp_replicate_size",
+    ]
+)
+
+
+def _by_key(table: dict[str, str]) -> dict[str, str]:
+    return {key: reason for reason, keys in table.items() for key in keys.split()}
+
+
+IGNORED = _by_key(_IGNORED)
+REFUSED = _by_key(_REFUSED)
+SOURCE_KEYS = _by_key(_OF_SOURCES)
+KEYS = frozenset([*IGNORED, *REFUSED, "plugins"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What becomes of a key that has no effect here; an empty reason: it asked for nothing."""
+
+    reason: str
+    refused: bool = False
+
+
+def answer(name: str, value: Any) -> Answer | None:
+    """The answer to one of Axolotl's keys; None: it is not one."""
+    if name not in KEYS:
+        return None
+    if _is_off(name, value):
+        return Answer("")
+    if name == "plugins":
+        return _plugins(value)
+    special = _by_value(name, value)
+    if special is not None:
+        return special
+    return Answer(REFUSED[name], refused=True) if name in REFUSED else Answer(IGNORED[name])
+
+
+def strangers(name: str, value: Any) -> Iterator[tuple[tuple[str | int, ...], list[str]]]:
+    """Keys inside a block that nobody knows, each with those that are known."""
+    if name in _BLOCKS and isinstance(value, dict):
+        known = _BLOCKS[name].split()
+        if name == "fsdp_config":  # each may be written with the prefix too
+            known += [f"fsdp_{key}" for key in known]
+        yield from (((key,), known) for key in value if key not in known)
+
+
+def refused_inside(source: str, name: str, value: Any) -> str | None:
+    """Why a key of a data source cannot be used; None: nobody knows it."""
+    if source in ("datasets", "test_datasets", "pretraining_dataset"):
+        return SOURCE_KEYS.get(name)
+    return None
+
+
+def _is_off(name: str, value: Any) -> bool:
+    if value is None or value is False or value in ("", [], {}):
+        return True
+    return name in _SIZES and value in (0, 1)
+
+
+def _by_value(name: str, value: Any) -> Answer | None:
+    """Keys whose answer depends on what they say."""
+    match name, value:
+        case "bnb_config_kwargs", {"bnb_4bit_quant_type": kind} if kind != "nf4":
+            return Answer(f"4-bit bases are NF4 here, not {kind}; remove bnb_4bit_quant_type", refused=True)
+        case "model_quantization_config", "Mxfp4Config":
+            return Answer("MXFP4 experts are read as bfloat16; load_in_4bit holds them as NF4")
+        case "peft_init_lora_weights", True:
+            return Answer("the usual initialisation")
+        case "torch_dtype", "auto":
+            return Answer("the dtype is chosen by bf16")
+        case "save_safetensors", False:
+            return Answer(IGNORED[name])
+    return None
+
+
+def _plugins(value: Any) -> Answer:
+    names = [str(item).rsplit(".", 1)[-1] for item in (value if isinstance(value, list) else [value])]
+    for name in names:
+        if name not in _PLUGINS:
+            return Answer(f"the plugin '{name}' is not known; code of plugins is not run here", refused=True)
+        if _PLUGINS[name]:
+            return Answer(f"the plugin '{name}': {_PLUGINS[name]}", refused=True)
+    return Answer("what these plugins do is built in or listed here by its key")

@@ -1,0 +1,142 @@
+"""What cannot go together, each with its one way out. Whatever has one sensible meaning is taken to mean that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ropewalk.train.config import Run
+    from ropewalk.train.document import Place
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+EXPERTS = ("ropewalk", "scattermoe", "sonicmoe", "eager", "grouped_mm", "batched_mm")
+
+
+def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
+    """Every place where the configuration contradicts itself."""
+    yield from _base(run)
+    yield from _adapter(run)
+    yield from _data(run)
+    yield from _training(run)
+    yield from _output(run)
+
+
+def _base(run: Run) -> Iterator[tuple[Place, str]]:
+    for name in ("fp16", "float16"):
+        if getattr(run, name):
+            yield (name,), f"key '{name}': half precision overflows and is not offered; write bf16: auto"
+    if run.float32 and (run.bf16 is True or run.bfloat16):
+        yield ("float32",), "float32 and bf16 exclude each other; keep one"
+    name = run.attention or ""
+    if name and name not in ATTENTION and "/" not in name:
+        near = next((a for a in ATTENTION if name in a or a in name), None)
+        hint = f" (did you mean '{near}'?)" if near else ""
+        yield ("attn_implementation",), f"key 'attn_implementation': '{name}' is not one of {', '.join(ATTENTION)}{hint}"
+    if run.experts_implementation and run.experts_implementation not in EXPERTS:
+        yield (
+            ("experts_implementation",),
+            f"key 'experts_implementation': '{run.experts_implementation}' is not one of {', '.join(EXPERTS)}; leave it out",
+        )
+
+
+def _adapter(run: Run) -> Iterator[tuple[Place, str]]:
+    if run.load_in_4bit and run.load_in_8bit:
+        yield ("load_in_8bit",), "load_in_4bit and load_in_8bit exclude each other; keep one"
+    if run.adapter == "qlora" and run.load_in_8bit:
+        yield ("load_in_8bit",), "adapter: qlora means a 4-bit base; for an 8-bit one write adapter: lora"
+    if run.adapter == "qlora" and not run.load_in_4bit and "load_in_4bit" in run.model_fields_set:
+        yield ("load_in_4bit",), "adapter: qlora means a 4-bit base; leave load_in_4bit out, or write adapter: lora"
+    if run.adapter is None:
+        yield from _without_adapter(run)
+    elif run.unfrozen_parameters:
+        yield (
+            ("unfrozen_parameters",),
+            "unfrozen_parameters chooses weights of the base, which an adapter leaves frozen; remove it and say with "
+            "lora_target_modules what to adapt",
+        )
+    if (
+        run.adapter
+        and run.lora_target_linear is False
+        and not (run.lora_target_modules or run.lora_target_parameters or run.lora_experts)
+    ):
+        yield ("lora_target_linear",), "nothing is left to adapt; name lora_target_modules or lora_target_parameters"
+
+
+def _without_adapter(run: Run) -> Iterator[tuple[Place, str]]:
+    if run.quantization:
+        yield (
+            (f"load_in_{'8' if run.load_in_8bit else '4'}bit",),
+            "a quantised base cannot be trained whole; add adapter: qlora, or load it plain",
+        )
+    for name in sorted(run.model_fields_set):
+        if (
+            name.startswith(("lora_", "peft_", "lora+", "loraplus_", "alora_"))
+            and name != "lora_dropout"
+            and getattr(run, name)
+        ):
+            yield (name,), f"key '{name}' is given without an adapter; add adapter: lora, or remove it to train every weight"
+
+
+def _data(run: Run) -> Iterator[tuple[Place, str]]:
+    if not run.sources:
+        yield (), "there is nothing to train on; add datasets, a list of entries with path and type"
+    if run.datasets and run.pretraining_dataset:
+        yield ("pretraining_dataset",), "datasets and pretraining_dataset exclude each other; keep one"
+    if run.test_datasets and run.val_set_size:
+        yield ("val_set_size",), "test_datasets and val_set_size exclude each other; keep one"
+    if run.val_set_size > 1 and run.val_set_size % 1:
+        yield ("val_set_size",), f"key 'val_set_size': {run.val_set_size} is neither a share below 1 nor a whole number of rows"
+    if run.streams and run.max_steps is None:
+        yield (
+            ("streaming" if run.streaming else "pretraining_dataset",),
+            "streamed data has no end that is known; add max_steps",
+        )
+    if run.streams and run.val_set_size:
+        yield ("val_set_size",), "rows cannot be set aside from streamed data; name test_datasets instead"
+    for name in ("datasets", "test_datasets", "pretraining_dataset"):
+        for index, source in enumerate(getattr(run, name) or ()):
+            if source.shards_idx is not None and source.shards_idx >= (source.shards or 1):
+                yield (name, index, "shards_idx"), f"shards_idx {source.shards_idx} is not below shards {source.shards or 1}"
+            if source.chat_template == "jinja" and not source.chat_template_jinja:
+                yield (name, index, "chat_template"), "chat_template: jinja needs chat_template_jinja, the template or its path"
+    if run.chat_template == "jinja" and not run.chat_template_jinja:
+        yield ("chat_template",), "chat_template: jinja needs chat_template_jinja, the template or its path"
+
+
+def _training(run: Run) -> Iterator[tuple[Place, str]]:
+    if run.batch_size and run.gradient_accumulation_steps:
+        if run.batch_size != run.micro_batch_size * run.gradient_accumulation_steps:
+            yield (
+                ("batch_size",),
+                "batch_size and gradient_accumulation_steps contradict each other; keep gradient_accumulation_steps",
+            )
+    elif run.batch_size and run.batch_size % run.micro_batch_size:
+        yield ("batch_size",), f"batch_size {run.batch_size} is not a multiple of micro_batch_size {run.micro_batch_size}"
+    if run.warmup_steps is not None and run.warmup_ratio is not None:
+        yield ("warmup_ratio",), "warmup_steps and warmup_ratio exclude each other; keep one"
+    if run.warmup_steps and run.warmup_steps > 1 and run.warmup_steps % 1:
+        yield (
+            ("warmup_steps",),
+            f"key 'warmup_steps': {run.warmup_steps} is neither a whole number of steps nor a share below 1",
+        )
+
+
+def _output(run: Run) -> Iterator[tuple[Place, str]]:
+    for steps, times in (("eval_steps", "evals_per_epoch"), ("save_steps", "saves_per_epoch")):
+        if getattr(run, steps) and getattr(run, times):
+            yield (times,), f"{steps} and {times} exclude each other; keep one"
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(run, name) and not run.evaluates:
+            yield (name,), f"key '{name}' needs an evaluation; add val_set_size: 0.05 or test_datasets"
+    if run.save_strategy == "best" and not run.evaluates:
+        yield ("save_strategy",), "save_strategy: best needs an evaluation; add val_set_size: 0.05 or test_datasets"
+    if run.metric_for_best_model not in (None, "eval_loss", "loss"):
+        yield (
+            ("metric_for_best_model",),
+            f"key 'metric_for_best_model': '{run.metric_for_best_model}' is not measured while training; only eval_loss is",
+        )
+    if run.greater_is_better:
+        yield ("greater_is_better",), "key 'greater_is_better': a loss is better when it is smaller; remove it"
+    if run.loss_watchdog_patience and run.loss_watchdog_threshold is None:
+        yield ("loss_watchdog_patience",), "loss_watchdog_patience needs loss_watchdog_threshold"
