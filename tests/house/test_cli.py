@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ropewalk.cli import main, parser
 from ropewalk.errors import BadInput, RopewalkError
 

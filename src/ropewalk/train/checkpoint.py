@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ropewalk.errors import OutputError
+from ropewalk.errors import ModelError, OutputError
 
 MANIFEST = "manifest.json"
 STATE = "optimizer.pt"
@@ -47,10 +47,10 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files are all as they were written."""
-        return next((p for p in reversed(self.list()) if is_whole(p)), None)
+        """The newest checkpoint that can be gone on from: its files are all as they were written, the optimizer among them."""
+        return next((p for p in reversed(self.list()) if (p / STATE).exists() and is_whole(p)), None)
 
-    def save(self, position: Position, optimizer: torch.optim.Optimizer, save_weights: Callable[[Path], None]) -> Path:
+    def save(self, position: Position, optimizer: torch.optim.Optimizer | None, save_weights: Callable[[Path], None]) -> Path:
         """Writes weights, optimizer and position; OutputError where the disk will not have it, with the last good one named."""
         final = self.folder / f"step-{position.step:08d}"
         if final.exists() and is_whole(final):
@@ -61,7 +61,8 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.mkdir(parents=True)
             save_weights(temporary)
-            torch.save(optimizer.state_dict(), temporary / STATE)
+            if optimizer is not None:
+                torch.save(optimizer.state_dict(), temporary / STATE)
             _seal(temporary, position)
             temporary.rename(final)
             _sync(self.folder)
@@ -85,6 +86,11 @@ class Checkpoints:
 
 
 def read_position(checkpoint: Path) -> Position:
+    """How far the run had come; ModelError where the folder is no whole checkpoint."""
+    if not (checkpoint / STATE).exists() or not is_whole(checkpoint):
+        raise ModelError(
+            f"resume_from_checkpoint: {checkpoint} is not a whole checkpoint with an optimizer state; name another, or none"
+        )
     return Position(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["position"])
 
 

@@ -1,11 +1,11 @@
 """A run's folder: who may write it, what it holds, whether it goes on with an unfinished run. No torch.
 
-    output_dir/
-      run.json         resolved config, versions, threads, state (training, finished), result
-      events.jsonl     every step, evaluation and checkpoint
-      plots/           loss, throughput and learning rate as SVG
-      checkpoints/     what a killed run goes on from
-      adapter/         the result of a LoRA run, in PEFT's layout (model/ after full fine-tuning)
+output_dir/
+  run.json         resolved config, versions, threads, state (training, finished), result
+  events.jsonl     every step, evaluation and checkpoint
+  plots/           loss, throughput and learning rate as SVG
+  checkpoints/     what a killed run goes on from
+  adapter/         the result of a LoRA run, in PEFT's layout (model/ after full fine-tuning)
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from ropewalk.errors import ConfigError, OutputError
 
 # Keys that may change between a kill and the next start: none of them changes a loss.
 NEUTRAL = frozenset(
-    "output_dir logging_steps save_steps saves_per_epoch save_strategy save_total_limit report_to use_tensorboard use_wandb "
-    "wandb_project wandb_entity wandb_name wandb_run_id wandb_mode wandb_watch wandb_log_model use_mlflow mlflow_tracking_uri "
-    "mlflow_experiment_name mlflow_run_name hub_model_id hub_strategy resume_from_checkpoint auto_resume_from_checkpoints "
-    "dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers dataloader_prefetch_factor "
-    "dataloader_pin_memory".split()
+    "output_dir logging_steps save_steps saves_per_epoch save_strategy save_total_limit save_first_step save_only_model report_to "
+    "use_tensorboard use_wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_mode use_mlflow mlflow_tracking_uri "
+    "mlflow_experiment_name mlflow_run_name hub_model_id hub_revision resume resume_from_checkpoint auto_resume_from_checkpoints "
+    "dataset_prepared_path dataset_num_proc loss_watchdog_threshold loss_watchdog_patience".split()
 )
 NEEDED_BYTES = 64 << 20
 
@@ -52,7 +51,9 @@ class RunFolder:
             fresh.write_text(json.dumps(self.record, indent=1, default=str), encoding="utf-8")
             fresh.replace(self.path / "run.json")
         except OSError as error:
-            raise OutputError(f"could not write {self.path}/run.json: {error}; free disk space or set another `output_dir`") from error
+            raise OutputError(
+                f"could not write {self.path}/run.json: {error}; free disk space or set another `output_dir`"
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -139,7 +140,9 @@ def _lock(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise OutputError(f"output_dir {path}: another process is training into it; wait for it or set another `output_dir`") from error
+        raise OutputError(
+            f"output_dir {path}: another process is training into it; wait for it or set another `output_dir`"
+        ) from error
     return file
 
 
@@ -156,7 +159,9 @@ def _same_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
     plain = json.loads(json.dumps(dict(new), default=str))
     keys = sorted(k for k in {*old, *plain} - NEUTRAL if old.get(k) != plain.get(k))
     if keys:
-        shown = ", ".join(f"{k} ({old.get(k)!r} there, {plain.get(k)!r} now)" for k in keys[:4]) + (", ..." if len(keys) > 4 else "")
+        shown = ", ".join(f"{k} ({old.get(k)!r} there, {plain.get(k)!r} now)" for k in keys[:4]) + (
+            ", ..." if len(keys) > 4 else ""
+        )
         raise ConfigError(
             f"output_dir {path} holds a run of another configuration: {shown}. "
             "Set another `output_dir`, or pass --restart to move that run aside"

@@ -48,9 +48,11 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamw_8bit": _adamw_8bit,
     "adamw_bnb_8bit": _adamw_8bit,
     "adamw_torch_8bit": _adamw_8bit,
+    "ao_adamw_8bit": _adamw_8bit,
     "paged_adamw_8bit": _adamw_8bit,
     "paged_adamw_32bit": _adamw,
     "adamw_torch_4bit": _adamw_4bit,
+    "ao_adamw_4bit": _adamw_4bit,
     "adafactor": _without_betas(torch.optim.Adafactor),
     "sgd": _sgd,
 }
@@ -107,27 +109,22 @@ def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
 def rate_factor(
     kind: str, step: int, total: int, warmup: int, *, floor: float = 0.0, constant_share: float = 0.0, decay_share: float = 0.2
 ) -> float:
-    """The share of the full rate at a step (0-based) of `total`; warm-up counts from 1/warmup, so that no step is spent at rate zero.
+    """The share of the full rate at a step (0-based) of `total`; warm-up counts from 1/warmup: no step is spent at rate zero.
 
-    `floor` is the share that cosine and linear end at; `constant_share` holds cosine at full rate for that share of the steps
-    first; `decay_share` is the share of the steps in which wsd (warm-up, stable, decay) falls.
+    `floor` is the share that cosine and rex end at; `constant_share`: cosine has reached its floor at that share of the steps
+    and stays there; `decay_share` is the share of the steps in which warmup_stable_decay falls.
     """
     if step < warmup:
         return (step + 1) / warmup
     if kind in ("constant", "constant_with_warmup"):
         return 1.0
-    start = warmup
-    if kind == "warmup_stable_decay":
-        start = max(warmup, total - math.ceil(total * decay_share))
-    elif constant_share:
-        start = max(warmup, int(total * constant_share))
-    if step < start:
-        return 1.0
-    done = (step - start) / max(1, total - start)
+    end = max(warmup + 1, int(total * constant_share)) if constant_share and kind == "cosine" else total
+    start = max(warmup, total - math.ceil(total * decay_share)) if kind == "warmup_stable_decay" else warmup
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     if kind == "cosine":
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
     if kind in ("linear", "warmup_stable_decay"):
-        return floor + (1 - floor) * (1 - done)
+        return 1 - done
     if kind == "rex":  # arXiv 2107.04197
         return floor + (1 - floor) * (1 - done) / (1 - done / 2)
     raise ConfigError(f"lr_scheduler: '{kind}' is not known")

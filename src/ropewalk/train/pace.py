@@ -1,14 +1,13 @@
-"""How many steps a run has, which batches each step takes, and after which steps it evaluates and saves. No torch."""
+"""How many steps a run has, and which batches each of them takes. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from ropewalk.train.data import Batch
-
-Epochs = Callable[[int], Sequence[Batch]]  # epoch -> its batches, in order
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,12 @@ class Step:
     last: int  # one past
 
 
-class Pace:
+class Pace(Generic[Batch]):
     """The run's steps, recomputable from any of them on: `group` micro-batches (accumulation times processes) make a step."""
 
-    def __init__(self, epochs: Epochs, *, group: int, num_epochs: float, max_steps: int | None) -> None:
+    def __init__(
+        self, epochs: Callable[[int], Sequence[Batch]], *, group: int, num_epochs: float, max_steps: int | None
+    ) -> None:
         self._epochs, self._group = epochs, group
         self._held: tuple[int, Sequence[Batch]] | None = None
         self.starts: list[int] = [0]  # the step each epoch starts at
@@ -51,8 +52,11 @@ class Pace:
         done = self.at(steps - 1)
         return done.epoch + (steps - self.starts[done.epoch]) / (self.starts[done.epoch + 1] - self.starts[done.epoch])
 
-    def ends_epoch(self, steps: int) -> bool:
-        return steps in self.starts[1:]
+    @property
+    def per_epoch(self) -> int:
+        """Steps of the first epoch."""
+        self.at(0)
+        return self.starts[1]
 
     def _length(self, epoch: int) -> int:
         return math.ceil(len(self.batches(epoch)) / self._group)
@@ -64,33 +68,3 @@ class Pace:
         if whole == num_epochs:
             return self.starts[-1]
         return self.starts[whole] + math.ceil((num_epochs - whole) * (self.starts[whole + 1] - self.starts[whole]))
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """After which steps something is due: every so many, so often an epoch, at epochs' ends, or never but at the end."""
-
-    every: float | None = None  # steps, or a share of all steps where below 1
-    per_epoch: float | None = None
-    at_epoch_end: bool = False
-
-    def due(self, steps: int, pace: Pace) -> bool:
-        if steps == pace.total:
-            return True
-        if self.every:
-            return steps % (max(1, round(self.every)) if self.every >= 1 else math.ceil(self.every * pace.total)) == 0
-        if self.per_epoch:
-            epoch = pace.at(steps - 1).epoch
-            length = pace.starts[epoch + 1] - pace.starts[epoch]
-            inside = steps - pace.starts[epoch]
-            return int(inside * self.per_epoch / length) > int((inside - 1) * self.per_epoch / length)
-        return self.at_epoch_end and pace.ends_epoch(steps)
-
-
-def rhythm(strategy: str | None, every: float | None, per_epoch: float | None) -> Rhythm:
-    """What a config says of evaluating or saving: `*_strategy`, `*_steps`, `*_per_epoch`; each epoch's end where it says nothing."""
-    if strategy == "no":
-        return Rhythm()
-    if strategy == "epoch" or not (every or per_epoch):
-        return Rhythm(at_epoch_end=True)
-    return Rhythm(every=every, per_epoch=None if every else per_epoch)

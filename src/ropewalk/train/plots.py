@@ -25,9 +25,8 @@ def line_plot(title: str, x_name: str, y_name: str, series: Sequence[Series]) ->
         path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in curve)
         body.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
         if len(curves) > 1:
-            body.append(
-                f'<text x="{WIDTH - RIGHT}" y="{TOP + 16 * number}" text-anchor="end" style="fill:{colour}">{escape(name)}</text>'
-            )
+            place_at = f'x="{WIDTH - RIGHT}" y="{TOP + 16 * number}" text-anchor="end"'
+            body.append(f'<text {place_at} style="fill:{colour}">{escape(name)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         "<style>text{font:12px system-ui,sans-serif;fill:#495057}.g{stroke:#adb5bd;stroke-opacity:.45}"

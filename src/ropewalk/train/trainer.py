@@ -6,33 +6,353 @@ is random inside a step is drawn from (seed, step, rank), and weights and optimi
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ropewalk.errors import TrainingStopped
-from ropewalk.models.head import Head, output_head
-from ropewalk.models.load import keep_routing, load_base
-from ropewalk.models.lora import Adapter, attach, verify_saved
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.config import Run
 from ropewalk.train.data import Batch
 from ropewalk.train.distributed import World, join_world
 from ropewalk.train.folder import usable_cores
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
-from ropewalk.train.pace import Pace, rhythm
+from ropewalk.train.pace import Pace, Step
 from ropewalk.train.packing import batches
 from ropewalk.train.prepare import Prepared, prepare
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
+from ropewalk.train.pupil import Pupil
 from ropewalk.train.trackers import Tracker, start_trackers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    adapter: Path  # the result: adapter/, or model/ after full fine-tuning
+    steps: int
+    first_loss: float
+    last_loss: float
+    evaluation_loss: float | None
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    peak_memory: int  # bytes: of the device's allocator, or resident on CPU
+
+
+def train(run: Run, *, restart: bool = False, quiet: bool = False) -> Result:
+    """Runs (or goes on with) a training and gives its result; `restart` moves an earlier run in the folder aside."""
+    return fit(prepare(run, restart=restart, quiet=quiet), quiet=quiet)
+
+
+def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
+    """Trains what `prepare` made ready."""
+    if prepared.folder.finished:
+        return Result(**prepared.folder.record["result"] | _paths(prepared))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with join_world(device) as world:
+        _set_threads(prepared, world)
+        try:
+            return Fit(prepared, device, world, quiet=quiet or not world.leads).run()
+        finally:
+            prepared.folder.close()
+
+
+class Fit:
+    """One run under way: the pupil, its optimizer, its position, and where all of it is told."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, world: World, *, quiet: bool) -> None:
+        self.config, self.folder, self.device, self.world = prepared.run, prepared.folder, device, world
+        self.prepared = prepared
+        config = self.config
+        self.pace = Pace(
+            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch),
+            group=config.accumulation * world.size,
+            num_epochs=config.num_epochs,
+            max_steps=config.max_steps,
+        )
+        self.checkpoints = Checkpoints(self.folder.checkpoints)
+        newest = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else self.checkpoints.newest()
+        self.position = read_position(newest) if newest else Position()
+        self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
+        self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
+        self.pupil = Pupil.load(prepared.base, config, device, resume=newest)
+        for notice in self.pupil.notices:
+            self.screen.say(notice)
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.pupil.trainable(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            loraplus_ratio=config.loraplus_lr_ratio,
+            embedding_lr=config.loraplus_lr_embedding,
+        )
+        self.parameters = [p for _, p in self.pupil.trainable()]
+        if newest:
+            restore_optimizer(newest, self.optimizer)
+            self.screen.say(f"going on from step {self.position.step} ({newest})")
+        self.saves_every = config.save_every(self.pace.per_epoch, self.pace.total)
+        self.evaluates_every = config.eval_every(self.pace.per_epoch, self.pace.total)
+        self.high_losses = 0  # in a row, above loss_watchdog_threshold
+        self.log: EventLog | None = None
+        self.trackers: list[Tracker] = []
+
+    def run(self) -> Result:
+        started = time.monotonic()
+        tokens_before = self.position.tokens
+        self._open_logs()
+        with self.screen, _asked_to_stop() as asked:
+            self.screen.begin(self.position.step)
+            for number in range(self.position.step, self.pace.total):
+                self._step(self.pace.at(number))
+                enough = self._after_step()
+                if enough:
+                    break
+                if self.world.sum([len(asked)])[0]:
+                    self._save()
+                    total = self.pace.total
+                    raise TrainingStopped(f"stopped at step {number + 1} of {total}; the same command goes on from there")
+        return self._finish(time.monotonic() - started, self.position.tokens - tokens_before)
+
+    def _step(self, step: Step) -> None:
+        """One optimizer step over this process's share of the step's micro-batches."""
+        begun = time.perf_counter()
+        torch.manual_seed((self.config.seed << 40) + (step.number << 10) + self.world.rank)
+        epoch = self.pace.batches(step.epoch)
+        mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
+        trained, tokens = self.world.sum([sum(b.trained for b in mine), sum(b.tokens for b in mine)])
+        loss = 0.0
+        for number, batch in enumerate(mine):
+            part = self.pupil.loss(*self._tensors(batch)) / max(1.0, trained)
+            if not math.isfinite(value := float(part.detach())):
+                raise TrainingStopped(self._not_finite(step, number, value))
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += value
+        self.world.add_gradients(self.parameters)
+        (loss,) = self.world.sum([loss])
+        factor = self._rate_factor(step.number)
+        set_rate(self.optimizer, factor)
+        norm = clip(self.parameters, self.config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingStopped(self._not_finite(step, None, norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        first = self.position.first_loss if self.position.step else loss
+        self.position = replace(
+            self.position, step=step.number + 1, tokens=self.position.tokens + int(tokens), first_loss=first
+        )
+        if step.number == 0:
+            self._judge_first_loss(loss)
+        self._watch(loss)
+        self._tell_step(loss, norm, factor, int(tokens), time.perf_counter() - begun)
+
+    def _after_step(self) -> bool:
+        """Evaluates and saves where due; whether early stopping says that it is enough."""
+        step, config = self.position.step, self.config
+        last = step == self.pace.total
+        enough = False
+        if self.prepared.data.evaluation is not None and (last or _due(step, self.evaluates_every)):
+            enough = self._evaluate()
+        best = self.position.best_step == step
+        wanted = best if config.save_strategy == "best" else _due(step, self.saves_every)
+        if last or enough or wanted or (step == 1 and config.save_first_step) or (best and self._takes_best()):
+            self._save()
+        return enough
+
+    def _takes_best(self) -> bool:
+        return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
+
+    def _evaluate(self) -> bool:
+        rows = self.prepared.data.evaluation
+        assert rows is not None
+        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
+        total = trained = 0.0
+        with self.pupil.evaluating():
+            for i in range(self.world.rank, len(found), self.world.size):
+                total += float(self.pupil.loss(*self._tensors(found[i])))
+                trained += found[i].trained
+        total, trained = self.world.sum([total, trained])
+        loss = total / max(1.0, trained)
+        best = self.position.best_loss is None or loss < self.position.best_loss
+        self.position = (
+            replace(self.position, best_loss=loss, best_step=self.position.step, bad_evaluations=0)
+            if best
+            else replace(self.position, bad_evaluations=self.position.bad_evaluations + 1)
+        )
+        values = {"step": self.position.step, "loss": loss, "trained": int(trained), "best": best}
+        self._tell("eval", values, {"eval/loss": loss})
+        self.screen.evaluated(values)
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.position.bad_evaluations >= int(patience or 0)
+
+    def _save(self) -> None:
+        if self.world.leads:
+            optimizer = None if self.config.save_only_model else self.optimizer
+            path = self.checkpoints.save(self.position, optimizer, self.pupil.save_weights)
+            self.checkpoints.prune(self.config.save_total_limit, but=self.position.best_step)
+            self._tell("checkpoint", {"step": self.position.step, "path": str(path.relative_to(self.folder.path))}, {})
+        self.world.wait()
+
+    def _finish(self, seconds: float, tokens: int) -> Result:
+        best = self.position.best_step
+        if self._takes_best() and best is not None and best != self.position.step:
+            self.pupil.load_weights(self.checkpoints.folder / f"step-{best:08d}")
+            self.screen.say(f"taking the best checkpoint, of step {best}")
+        self.optimizer.state.clear()
+        steps = [e for e in read_events(self.folder.events) if e["event"] == "step"] if self.world.leads else []
+        result = Result(
+            steps=self.position.step,
+            first_loss=float(self.position.first_loss or 0.0),
+            last_loss=steps[-1]["loss"] if steps else math.nan,
+            evaluation_loss=self.position.best_loss,
+            tokens=self.position.tokens,
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            seconds=seconds,
+            peak_memory=_peak_memory(self.device),
+            **_paths(self.prepared),
+        )
+        if self.world.leads:
+            self.pupil.save_result(result.adapter, self.prepared.base)
+            write_plots(self.folder.events, self.folder.plots)
+            self._tell("end", {"step": self.position.step, "seconds": seconds}, {})
+            self.folder.write_record(state="finished", result=asdict(result))
+            self._close_logs()
+        self.screen.say(
+            f"done: loss {result.first_loss:.4f} -> {result.last_loss:.4f} in {result.steps} steps, {seconds:.0f} s; "
+            f"the result is in {result.adapter}, its plots in {self.folder.plots}"
+        )
+        self.world.wait()
+        return result
+
+    def _rate_factor(self, number: int) -> float:
+        config, total = self.config, self.pace.total
+        floor, constant = config.cosine_min_lr_ratio or 0.0, config.cosine_constant_lr_ratio or 0.0
+        return rate_factor(config.schedule, number, total, config.warmup(total), floor=floor, constant_share=constant)
+
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(torch.from_numpy(a).to(self.device) for a in (batch.ids, batch.labels, batch.position_ids))  # type: ignore[return-value]
+
+    def _judge_first_loss(self, loss: float) -> None:
+        """The untouched base's loss beside that of guessing, ln V: far above it, template or tokenizer do not fit the base."""
+        guess = math.log(self.pupil.vocabulary)
+        far = loss > guess + 1.0
+        advice = "  This is worse than guessing: check chat_template and tokenizer." if far else ""
+        self.screen.say(f"loss of the untouched base {loss:.4f}; guessing would give ln V = {guess:.4f}.{advice}")
+
+    def _watch(self, loss: float) -> None:
+        """Stops a run whose loss stays above `loss_watchdog_threshold`."""
+        limit, patience = self.config.loss_watchdog_threshold, self.config.loss_watchdog_patience or 3
+        self.high_losses = self.high_losses + 1 if limit is not None and loss > limit else 0
+        if limit is not None and self.high_losses >= patience:
+            raise TrainingStopped(
+                f"step {self.position.step}: the loss {loss:.4f} is above loss_watchdog_threshold {limit:g} for the "
+                f"{patience}th time in a row; lower learning_rate, or raise the threshold"
+            )
+
+    def _not_finite(self, step: Step, number: int | None, value: float) -> str:
+        if number is None:
+            where = "its gradients are not finite"
+        else:
+            index = step.first + self.world.rank + number * self.world.size
+            where = f"the loss of batch {index} of epoch {step.epoch} is {value}"
+        newest = self.checkpoints.newest()
+        return (
+            f"step {step.number + 1}: {where}. Lower learning_rate or max_grad_norm, or look at the batch with "
+            f"`ropewalk check`; last good checkpoint: {newest.name if newest else 'none'}"
+        )
+
+    def _tell_step(self, loss: float, norm: float, factor: float, tokens: int, seconds: float) -> None:
+        values = {
+            "step": self.position.step,
+            "epoch": self.pace.epoch_after(self.position.step),
+            "loss": loss,
+            "learning_rate": self.config.learning_rate * factor,
+            "gradient_norm": norm,
+            "tokens": self.position.tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "memory": _peak_memory(self.device),
+        }
+        numbers = {f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second")}
+        self._tell("step", values, numbers)
+        self.screen.step(values)
+
+    def _tell(self, event: str, values: dict[str, Any], numbers: dict[str, float]) -> None:
+        if self.log:
+            self.log.write(event, **values)
+        for tracker in self.trackers:
+            if numbers:
+                tracker.log(self.position.step, numbers)
+
+    def _open_logs(self) -> None:
+        if self.world.leads:
+            self.checkpoints.clear_unfinished()
+            self.log = EventLog(self.folder.events, keep_to_step=self.position.step)
+            config = self.config.model_dump(mode="json")
+            self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.tracker_settings, config)
+            if self.position.step == 0:
+                self.log.write("start", step=0, steps=self.pace.total, rows=len(self.prepared.data.train))
+
+    def _close_logs(self) -> None:
+        if self.log:
+            self.log.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _set_threads(prepared: Prepared, world: World) -> None:
+    """The same count on every start of a run: sums over threads are not associative, and a resumed run must give the same bits."""
+    recorded = prepared.folder.record.get("threads")
+    threads = prepared.run.num_threads or recorded or max(1, usable_cores() // world.size)
+    torch.set_num_threads(threads)
+    if world.leads and not recorded:
+        prepared.folder.write_record(threads=threads)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _paths(prepared: Prepared) -> dict[str, Path]:
+    folder = prepared.folder.path
+    return {"folder": folder, "adapter": folder / ("adapter" if prepared.run.adapter else "model")}
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrives; the step under way is finished first. A second Ctrl-C ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
