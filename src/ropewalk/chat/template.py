@@ -1,0 +1,309 @@
+"""The only owner of the chat template: messages in, token ids and the mask of what is trained out.
+
+Reads a model folder without transformers: tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from ropewalk.chat.families import SOURCES
+from ropewalk.chat.masking import Habits, Rules, Span, everywhere, learn, trained_spans
+from ropewalk.chat.rendering import Message, Program
+from ropewalk.errors import ConfigError, ModelError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model sees it, and which of its tokens are trained."""
+
+    text: str
+    ids: list[int]
+    train_mask: list[bool]
+
+
+class Template:
+    """A tokenizer and its chat template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str | None,
+        special: Mapping[str, str],
+        *,
+        stops: Sequence[str] = (),
+        eot_tokens: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
+        origin: str = "",
+    ) -> None:
+        self.tokenizer, self.special, self.origin = tokenizer, dict(special), origin
+        self._source, self._stops = source, tuple(stops)
+        self.eot_tokens = tuple(eot_tokens)
+        for token in self.eot_tokens:
+            if tokenizer.token_to_id(token) is None:
+                raise ConfigError(
+                    f"eot_tokens: '{token}' is not a single token of this tokenizer; "
+                    "name one that the chat template ends turns with, or add it under 'tokens'"
+                )
+        self.program = Program(source, {**self.special, **(variables or {})}) if source is not None else None
+        self.variables = dict(variables or {})
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        chat_template: str | None = None,
+        *,
+        chat_template_jinja: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        tokens: Sequence[str] = (),
+        eot_tokens: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> Template:
+        """Read a model folder; `chat_template` is one of Axolotl's names, `jinja`, or nothing for the model's own."""
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        tokenizer = _read_tokenizer(folder)
+        special = {**_special_tokens(folder, config), **{k: v for k, v in (special_tokens or {}).items() if v}}
+        _add_missing(tokenizer, config, special, tokens)
+        source = choose_source(chat_template, chat_template_jinja, own_source(folder, config), folder)
+        stops = _read_json(folder / "generation_config.json").get("eos_token_id") or ()
+        named = [tokenizer.id_to_token(i) for i in ([stops] if isinstance(stops, int) else stops)]
+        return cls(
+            tokenizer,
+            source,
+            special,
+            stops=[token for token in named if token],
+            eot_tokens=eot_tokens,
+            variables=variables,
+            origin=str(folder),
+        )
+
+    def with_source(self, source: str, eot_tokens: Sequence[str] | None = None) -> Template:
+        """The same tokenizer with another chat template (a data set may name its own)."""
+        eots = self.eot_tokens if eot_tokens is None else eot_tokens
+        return Template(
+            self.tokenizer,
+            source,
+            self.special,
+            stops=self._stops,
+            eot_tokens=eots,
+            variables=self.variables,
+            origin=self.origin,
+        )
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token, or end-of-sequence where a tokenizer has none: padding is never trained nor attended to."""
+        pad = self._id("pad_token")
+        return self.eos_id if pad is None else pad
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a reply ends."""
+        names = [self.special.get("eos_token"), *self._stops, *(self.habits.ends if self.program else ())]
+        ids = (self.tokenizer.token_to_id(name) for name in names if name)
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The number of ids, added tokens included."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def habits(self) -> Habits:
+        """What the template writes around an assistant's turn."""
+        specials = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        specials += [token for token in (*self.special.values(), *self.eot_tokens) if token not in specials]
+        return learn(self.needed, specials, self.special.get("eos_token"), [*self.eot_tokens, *self._stops])
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that decides how text becomes ids: the key of tokenised caches."""
+        parts = [self.tokenizer.to_str(), self._source or "", sorted(self.special.items()), self.eot_tokens, self._stops]
+        parts += [sorted(self.variables.items()), str(date.today()) if self.program and self.program.dated else ""]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def needed(self) -> Program:
+        if self.program is None:
+            raise ModelError(
+                f"{self.origin or 'this model'} has no chat template: name one with 'chat_template' "
+                "(chatml, llama3, gemma, ...) or write one in 'chat_template_jinja'"
+            )
+        return self.program
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text with what the tokenizer itself puts around a document (a beginning token, for most)."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int] | Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        text: str = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        rules: Rules | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """A conversation's ids; with `rules`, the mask of what is trained (else nothing is: a prompt)."""
+        program = self.needed
+        text = program.run(messages, tools, add_generation_prompt=add_generation_prompt, variables=variables)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        mask = [False] * len(encoding.ids)
+        if rules is not None:
+            again = lambda part, **options: program.run(part, tools, variables=variables, **options)
+            for begin, end in self._spans(messages, text, rules, again):
+                first, last = _tokens_of(encoding, text, begin, end)
+                mask[first:last] = [True] * (last - first)
+        return Rendered(text, encoding.ids, mask)
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads, so that an adapter carries its tokenizer and chat template."""
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {**self.special, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if self._source is not None:
+            (folder / "chat_template.jinja").write_text(self._source, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def _spans(self, messages: Sequence[Message], text: str, rules: Rules, again: Any) -> list[Span]:
+        habits = self.habits
+        eot = [token for token in habits.ends if token != habits.eos]
+        return [
+            *trained_spans(habits, messages, text, rules, again),
+            *everywhere(text, [habits.eos] if habits.eos else [], rules.train_on_eos),
+            *everywhere(text, eot, rules.train_on_eot or rules.train_on_eos),
+        ]
+
+    def _id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+
+def _tokens_of(encoding: Encoding, text: str, begin: int, end: int) -> tuple[int, int]:
+    """The tokens within a span of the text; one that reaches outside is left out, unless it takes nothing but blanks there."""
+    offsets = encoding.offsets
+    first = bisect_left(offsets, begin, key=lambda span: span[0])
+    last = bisect_right(offsets, end, key=lambda span: span[1])
+    if last < len(offsets) and offsets[last][0] < end and text[end : offsets[last][1]].isspace():
+        last += 1
+    if first > 0 and offsets[first - 1][1] > begin:
+        # A prompt that ends in a blank makes one token with the first word, which must not be lost.
+        start, stop = offsets[first - 1]
+        first -= text[start:begin].isspace() and not text[begin:stop].isspace() and stop <= end
+    return first, max(first, last)
+
+
+def own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template in a model folder: its own file, or a key of tokenizer_config.json (one text, or a list with names)."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    own = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(own, list):
+        named = {entry["name"]: entry["template"] for entry in own}
+        return str(named.get("default") or next(iter(named.values()), "")) or None
+    return own
+
+
+def choose_source(name: str | None, jinja: str | None, own: str | None, folder: Path | str) -> str | None:
+    """The template text that a configuration asks for."""
+    if name in (None, "jinja") and jinja:
+        # Axolotl takes the text itself or the path of a file.
+        return Path(jinja).read_text(encoding="utf-8") if "{" not in jinja and Path(jinja).is_file() else jinja
+    if name == "jinja":
+        raise ConfigError("chat_template: jinja needs the template itself in 'chat_template_jinja'")
+    if name is None:
+        return own
+    if name == "tokenizer_default":
+        if own is None:
+            raise ConfigError(f"chat_template: tokenizer_default, but {folder} has no chat template; name one, such as chatml")
+        return own
+    fallback = name.removeprefix("tokenizer_default_fallback_")
+    if fallback != name and own is not None:
+        return own
+    if fallback not in SOURCES:
+        near = difflib.get_close_matches(fallback, SOURCES, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are tokenizer_default, jinja, {', '.join(sorted(SOURCES))}"
+        raise ConfigError(f"chat_template: there is no template named '{fallback}'; {hint}")
+    return SOURCES[fallback]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    return content
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no tokenizer.json; it is needed to turn text into tokens")
+    # Untrimmed offsets say which blanks belong to a token, and so on which side of a boundary it lies.
+    raw = re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", path.read_text(encoding="utf-8"))
+    try:
+        tokenizer = Tokenizer.from_str(raw)
+    except Exception as error:  # the Rust library raises a bare Exception
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in (_read_json(folder / "special_tokens_map.json"), config):
+        for name, value in source.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                found[name] = content
+    extra = config.get("extra_special_tokens")
+    return {**found, **extra} if isinstance(extra, dict) else found
+
+
+def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str]) -> None:
+    """Tokens that only tokenizer_config.json or the configuration knows."""
+    for entry in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        token = entry[1]
+        if tokenizer.token_to_id(token["content"]) is None:
+            kept = {k: v for k, v in token.items() if k in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+            tokenizer.add_tokens([AddedToken(token["content"], **kept)])
+    known = [token for name, token in special.items() if name in SPECIAL_NAMES]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
