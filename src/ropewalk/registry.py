@@ -1,0 +1,140 @@
+"""Bases, adapters and the aliases that point at them: publish, find, list, ship, roll back.
+
+One JSON file, registry.json, replaced whole under a lock, so that readers never see half of it and two writers never lose each
+other's work. An alias keeps the names it pointed at before; that history is what rollback walks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ropewalk.errors import BadInput, NotFound, OutputError
+
+# Lineage says where weights came from: data files, run folder, whatever explains them. Strings only, so that it stays readable.
+Lineage = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A base, or an adapter over a base, that can be served."""
+
+    name: str
+    kind: Literal["base", "adapter"]
+    path: str
+    base: str | None
+    lineage: dict[str, str]
+    created: str
+
+
+class Registry:
+    """A folder with registry.json."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.file = self.folder / "registry.json"
+
+    def publish_base(self, name: str, path: Path | str, lineage: Lineage | None = None) -> Entry:
+        """Make a base known by name; publishing it again replaces what is known of it."""
+        return self._publish(Entry(name, "base", str(Path(path).resolve()), None, dict(lineage or {}), _now()))
+
+    def publish_adapter(self, name: str, path: Path | str, base: str, lineage: Lineage | None = None) -> Entry:
+        """Make an adapter over a published base known by name."""
+        return self._publish(Entry(name, "adapter", str(Path(path).resolve()), base, dict(lineage or {}), _now()))
+
+    def entries(self) -> list[Entry]:
+        """Everything published, by name."""
+        return [_entry(self._read(), name) for name in sorted(self._read()["entries"])]
+
+    def aliases(self) -> dict[str, str]:
+        """Each alias and the name it points at now."""
+        return {alias: history[-1] for alias, history in sorted(self._read()["aliases"].items())}
+
+    def history(self, alias: str) -> list[str]:
+        """The names an alias has pointed at and can be rolled back to, oldest first, the present one last."""
+        return list(_history(self._read(), alias))
+
+    def resolve(self, name: str) -> Entry:
+        """The entry of that name, or the one that the alias of that name points at."""
+        state = self._read()
+        return _entry(state, state["aliases"][name][-1] if name in state["aliases"] else name)
+
+    def ship(self, alias: str, name: str) -> Entry:
+        """Point the alias at a published entry."""
+        with self._change() as state:
+            entry = _entry(state, name)
+            if alias in state["entries"]:
+                raise BadInput(f"'{alias}' is the name of a published {state['entries'][alias]['kind']}; choose another alias")
+            history = state["aliases"].setdefault(alias, [])
+            if not history or history[-1] != name:
+                history.append(name)
+        return entry
+
+    def rollback(self, alias: str) -> Entry:
+        """Point the alias at what it pointed at before."""
+        with self._change() as state:
+            history = _history(state, alias)
+            if len(history) < 2:
+                raise BadInput(f"alias '{alias}' has pointed at nothing but '{history[-1]}'; ship another name instead")
+            history.pop()
+            return _entry(state, history[-1])
+
+    def _publish(self, entry: Entry) -> Entry:
+        if not Path(entry.path).is_dir():
+            raise NotFound(f"no folder '{entry.path}' to publish as '{entry.name}'")
+        with self._change() as state:
+            if entry.base is not None and _entry(state, entry.base).kind != "base":
+                raise BadInput(f"'{entry.base}' is an adapter; an adapter goes over a base, publish that first")
+            if entry.name in state["aliases"]:
+                raise BadInput(f"'{entry.name}' is an alias; choose another name")
+            state["entries"][entry.name] = asdict(entry)
+        return entry
+
+    def _read(self) -> dict[str, Any]:
+        if not self.file.exists():
+            return {"entries": {}, "aliases": {}}
+        state: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        return state
+
+    @contextmanager
+    def _change(self) -> Iterator[dict[str, Any]]:
+        """The state, under the lock; written back whole when the block ends without an error."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "registry.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                state = self._read()
+                yield state
+                temporary = self.file.with_suffix(".new")
+                with temporary.open("w", encoding="utf-8") as out:
+                    json.dump(state, out, indent=2, ensure_ascii=False)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(temporary, self.file)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.file}: {error.strerror or error}") from error
+
+
+def _entry(state: dict[str, Any], name: str) -> Entry:
+    if name not in state["entries"]:
+        known = ", ".join(sorted([*state["entries"], *state["aliases"]])) or "nothing yet"
+        raise NotFound(f"nothing is published as '{name}'; known: {known}")
+    return Entry(**state["entries"][name])
+
+
+def _history(state: dict[str, Any], alias: str) -> list[str]:
+    if alias not in state["aliases"]:
+        raise NotFound(f"no alias '{alias}'; known: {', '.join(sorted(state['aliases'])) or 'none yet'}")
+    history: list[str] = state["aliases"][alias]
+    return history
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
