@@ -53,6 +53,7 @@ _IGNORED = {
     "adapter factors are always kept in float32": "peft_autocast_adapter_dtype embeddings_skip_upcast",
     "tied weights stay tied": "peft_ensure_weight_tying",
     "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
+    "torch.compile's own defaults are used": "torch_compile_backend torch_compile_mode torch_compile_options",
     "found from the layer": "lora_fan_in_fan_out",
     "adapters are merged afterwards, by `ropewalk merge`": "merge_lora merge_method lora_on_cpu",
     "recomputation keeps its routing and needs no reentrant form": """
@@ -156,7 +157,7 @@ _REFUSED = {
         reinit_weights
     """,
     "the configuration is read from base_model; lay values over it with overrides_of_model_config": """
-        base_model_config rope_scaling overrides_of_model_kwargs torch_dtype
+        base_model_config rope_scaling overrides_of_model_kwargs
     """,
     "this quantisation of the base is not supported; leave it out, or name a plain checkpoint": "model_quantization_config",
     "attention of this kind is not supported; remove it, and sdpa or flash_attention_2 is used": """
@@ -176,9 +177,7 @@ _REFUSED = {
     """,
     "the vocabulary can only grow; use tokens": "shrink_embeddings added_tokens_overrides fix_untrained_tokens",
     "the trainer cannot be exchanged": "trainer_cls",
-    "compiler options are not passed on; torch_compile: true uses the defaults": """
-        torch_compile_backend torch_compile_mode torch_compile_options
-    """,
+    "write bf16: true, bf16: auto or float32: true": "torch_dtype",
     "a share of a source is taken with shards and shards_idx of its entry in datasets": "dataset_shard_num dataset_shard_idx",
     "prepared data is not uploaded": "push_dataset_to_hub",
     "write sequence_len and sample_packing": "max_packed_sequence_len",
@@ -293,6 +292,8 @@ def _by_key(table: dict[str, str]) -> dict[str, str]:
 IGNORED = _by_key(_IGNORED)
 REFUSED = _by_key(_REFUSED)
 SOURCE_KEYS = _by_key(_OF_SOURCES)
+# Misspelt or of another tool, seen in real configurations, and too far from the right name to be found by likeness.
+MEANT = {"eta_min": "cosine_min_lr_ratio", "min_lr": "cosine_min_lr_ratio", "lora_target_linear_modules": "lora_target_modules"}
 KEYS = frozenset([*IGNORED, *REFUSED, "plugins"])
 
 
@@ -325,13 +326,6 @@ def strangers(name: str, value: Any) -> Iterator[tuple[tuple[str | int, ...], li
         if name == "fsdp_config":  # each may be written with the prefix too
             known += [f"fsdp_{key}" for key in known]
         yield from (((key,), known) for key in value if key not in known)
-
-
-def refused_inside(source: str, name: str, value: Any) -> str | None:
-    """Why a key of a data source cannot be used; None: nobody knows it."""
-    if source in ("datasets", "test_datasets", "pretraining_dataset"):
-        return SOURCE_KEYS.get(name)
-    return None
 
 
 def _is_off(name: str, value: Any) -> bool:

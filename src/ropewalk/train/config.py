@@ -208,7 +208,9 @@ def make_run(document: Document) -> Run:
     try:
         run = Run.model_validate(values)
     except ValidationError as error:
-        problems += wrong_values(error, document)
+        # A mapping with an unknown key fits no type either; it has been told already.
+        told_of = [place for place, _ in problems]
+        problems += (p for p in wrong_values(error, document) if not any(place[: len(p[0])] == p[0] for place in told_of))
     if run is not None and not problems:
         problems = list(conflicts(run))
     if problems or run is None:
@@ -219,8 +221,15 @@ def make_run(document: Document) -> Run:
 
 
 def ignored_keys(run: Run) -> dict[str, str]:
-    """Axolotl's keys that were given and are not needed: key -> reason."""
-    return dict(run._ignored)
+    """Keys that were given and are not needed: key -> reason."""
+    ignored = dict(run._ignored)
+    if run.adapter and run.unfrozen_parameters:
+        ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
+    if run.optimizer.startswith("paged_"):
+        ignored["optimizer"] = "its state is not paged to the host; see the memory estimate"
+    if run.experts_implementation not in (None, run.experts):
+        ignored["experts_implementation"] = "adapted and quantised experts are computed by one implementation on every device"
+    return ignored
 
 
 def as_yaml(run: Run) -> str:

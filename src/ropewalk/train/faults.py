@@ -14,38 +14,52 @@ from pydantic import BaseModel, ValidationError
 from ropewalk.errors import ConfigError
 from ropewalk.train import axolotl
 from ropewalk.train.document import Document, Place, dotted
-from ropewalk.train.keys import Group
+from ropewalk.train.keys import DataSource, Group
 
 Problem = tuple[Place, str]
 
 
 def sort_keys(document: Document, model: type[BaseModel]) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-    """The values of our own keys, the keys of Axolotl's that are not needed, and the refused and unknown ones."""
+    """The values of our own keys, the keys of Axolotl's that are not needed, and what cannot be used."""
     own: dict[str, Any] = {}
     ignored: dict[str, str] = {}
-    problems: list[Problem] = []
+    unknown: list[Problem] = []
+    refused: dict[str, list[str]] = {}
+    inside: list[Problem] = []
     for name in dict.fromkeys([*document.values, *(str(place[0]) for place in document.blank)]):
         value = document.values.get(name)
-        place: Place = (name,)
-        if name in _names(model):
-            problems.extend(_unknown_inside(value, model, place))
+        if name in names_of(model):
+            unknown += _unknown_inside(value, model, (name,))
+            inside += _refused_inside(name, value)
             if value is not None:
                 own[name] = value
             continue
         answer = axolotl.answer(name, value)
         if answer is None:
-            problems.append((place, _unknown(name, [*_names(model), *axolotl.KEYS])))
+            unknown.append(((name,), _unknown(name, [*names_of(model), *axolotl.KEYS])))
             continue
-        problems.extend(((name, *inner), _unknown(str(inner[-1]), known)) for inner, known in axolotl.strangers(name, value))
+        unknown += (((name, *inner), _unknown(str(inner[-1]), known)) for inner, known in axolotl.strangers(name, value))
         if answer.refused:
-            problems.append((place, f"key '{name}': {answer.reason}"))
+            refused.setdefault(answer.reason, []).append(name)
         elif answer.reason:
             ignored[name] = answer.reason
-    return own, ignored, problems
+    if "base_model" not in own and len(unknown) > len(own):
+        return (
+            own,
+            ignored,
+            [((), "this is no configuration of a training: it names no base_model, and most of its keys are unknown")],
+        )
+    # A method that is refused as a whole explains the keys of its data sets too.
+    said = [((names[0],), f"{_keys(names)}: {reason}") for reason, names in refused.items()] or inside
+    return own, ignored, unknown + said
+
+
+def _keys(names: Sequence[str]) -> str:
+    return f"key{'s' if len(names) > 1 else ''} " + ", ".join(f"'{name}'" for name in names)
 
 
 @functools.cache
-def _names(model: type[BaseModel]) -> dict[str, str]:
+def names_of(model: type[BaseModel]) -> dict[str, str]:
     """Every name that a key of a group may have -> its field."""
     names: dict[str, str] = {}
     for field, info in model.model_fields.items():
@@ -65,22 +79,30 @@ def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _unknown_inside(value: Any, model: type[BaseModel], place: Place) -> Iterator[Problem]:
     """Unknown keys of the mappings inside a value of ours."""
-    names = _names(model)
-    inner = list(_groups(model.model_fields[names[str(place[-1])]].annotation))
+    inner = next(_groups(model.model_fields[names_of(model)[str(place[-1])]].annotation), None)
     entries = [((*place, i), entry) for i, entry in enumerate(value)] if isinstance(value, list) else [(place, value)]
     for where, entry in entries:
-        if not inner or not isinstance(entry, dict):
+        if inner is None or not isinstance(entry, dict):
             continue
         for name, deeper in entry.items():
-            if name in _names(inner[0]):
-                yield from _unknown_inside(deeper, inner[0], (*where, name))
-            elif reason := axolotl.refused_inside(str(place[0]), name, deeper):
-                yield (*where, name), f"key '{dotted((*where, name))}': {reason}"
-            else:
-                yield (*where, name), _unknown(name, list(_names(inner[0])))
+            if name in names_of(inner):
+                yield from _unknown_inside(deeper, inner, (*where, name))
+            elif inner is not DataSource or name not in axolotl.SOURCE_KEYS:
+                yield (*where, name), _unknown(name, list(names_of(inner)))
+
+
+def _refused_inside(name: str, value: Any) -> Iterator[Problem]:
+    """Keys of data sources that are Axolotl's and cannot be used."""
+    for index, entry in enumerate(value if isinstance(value, list) else [value]):
+        for key in entry if isinstance(entry, dict) and name in ("datasets", "test_datasets", "pretraining_dataset") else ():
+            if key in axolotl.SOURCE_KEYS and key not in DataSource.model_fields and entry[key] not in (None, False):
+                place: Place = (name, index, key) if isinstance(value, list) else (name, key)
+                yield place, f"key '{dotted(place)}': {axolotl.SOURCE_KEYS[key]}"
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
+    if name in axolotl.MEANT:
+        return f"unknown key '{name}'; did you mean '{axolotl.MEANT[name]}'?"
     if lower := [k for k in known if k.lower() == name.lower()]:
         return f"unknown key '{name}'; did you mean '{lower[0]}'?"
     near = get_close_matches(name, known, n=1, cutoff=0.7)

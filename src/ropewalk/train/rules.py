@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
+
+from ropewalk.chat.families import SOURCES
 
 if TYPE_CHECKING:
     from ropewalk.train.config import Run
@@ -49,12 +52,6 @@ def _adapter(run: Run) -> Iterator[tuple[Place, str]]:
         yield ("load_in_4bit",), "adapter: qlora means a 4-bit base; leave load_in_4bit out, or write adapter: lora"
     if run.adapter is None:
         yield from _without_adapter(run)
-    elif run.unfrozen_parameters:
-        yield (
-            ("unfrozen_parameters",),
-            "unfrozen_parameters chooses weights of the base, which an adapter leaves frozen; remove it and say with "
-            "lora_target_modules what to adapt",
-        )
     if (
         run.adapter
         and run.lora_target_linear is False
@@ -98,10 +95,18 @@ def _data(run: Run) -> Iterator[tuple[Place, str]]:
         for index, source in enumerate(getattr(run, name) or ()):
             if source.shards_idx is not None and source.shards_idx >= (source.shards or 1):
                 yield (name, index, "shards_idx"), f"shards_idx {source.shards_idx} is not below shards {source.shards or 1}"
-            if source.chat_template == "jinja" and not source.chat_template_jinja:
-                yield (name, index, "chat_template"), "chat_template: jinja needs chat_template_jinja, the template or its path"
-    if run.chat_template == "jinja" and not run.chat_template_jinja:
-        yield ("chat_template",), "chat_template: jinja needs chat_template_jinja, the template or its path"
+            yield from _template((name, index), source.chat_template, source.chat_template_jinja)
+    yield from _template((), run.chat_template, run.chat_template_jinja)
+
+
+def _template(place: Place, name: str | None, jinja: str | None) -> Iterator[tuple[Place, str]]:
+    if name == "jinja" and not jinja:
+        yield (*place, "chat_template"), "chat_template: jinja needs chat_template_jinja, the template or its path"
+    known = ["tokenizer_default", "jinja", *SOURCES]
+    if name and name.removeprefix("tokenizer_default_fallback_") not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(sorted(known))}; or give chat_template_jinja"
+        yield (*place, "chat_template"), f"key 'chat_template': '{name}' is not the name of a template; {hint}"
 
 
 def _training(run: Run) -> Iterator[tuple[Place, str]]:
