@@ -30,9 +30,14 @@ def home() -> Path:
     return Path(os.environ.get("ROPEWALK_HOME") or Path.home() / ".ropewalk").expanduser()
 
 
+def open_store() -> Store:
+    """This machine's store."""
+    return Store(home() / "files")
+
+
 def resolve(path_or_id: Path | str) -> Path:
     """The path itself, or the content of the file whose id it is."""
-    return Store(home() / "files").get(str(path_or_id)) if is_id(str(path_or_id)) else Path(path_or_id)
+    return open_store().get(str(path_or_id)) if is_id(str(path_or_id)) else Path(path_or_id)
 
 
 def is_id(text: str) -> bool:
