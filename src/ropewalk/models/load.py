@@ -1,0 +1,218 @@
+"""Any causal language model of transformers, from a folder to its place in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
+
+from ropewalk.errors import ConfigError, MissingExtra, ModelError
+from ropewalk.models.folder import check_folder, read_config, tensor_names
+from ropewalk.models.hub import resolve_base
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OTHER_SENSES = re.compile(r"vision|visual|audio|image|talker|speech")
+FLASH_MAX_HEAD = 256  # the widest head that flash attention 2 computes
+
+
+def load_base(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    attn_implementation: str = "auto",
+    experts_implementation: str | None = "ropewalk",
+    quantize: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trainable: bool = False,
+) -> PreTrainedModel:
+    """The model in eval mode, its parameters frozen unless trainable (full fine-tuning); of a multimodal one, its text part."""
+    folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    place = pick_device(device)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": _dtype(dtype, folder),
+        "device_map": {"": place},
+        "attn_implementation": pick_attention(config, attn_implementation, place, folder),
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    renamed = text_prefixes(folder, config)
+    if renamed:
+        options["key_mapping"] = {f"^{re.escape(there)}": here for there, here in renamed.items()}
+    if experts_implementation is not None and has_experts(config):
+        options["experts_implementation"] = _registered(experts_implementation)
+    if quantize is not None:
+        from ropewalk.models.quantized import quantization
+
+        if trainable:
+            raise ConfigError(
+                f"a base quantised to {quantize} cannot be trained whole: set an adapter, or drop the quantisation"
+            )
+        options["quantization_config"] = quantization(quantize)
+    with _quiet():
+        model, found = _from_pretrained(folder, options)
+    _check_complete(folder, found)
+    model.requires_grad_(trainable)
+    return model.eval()
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model to load: for a multimodal checkpoint, that of its text part where there is one."""
+    if not trust_remote_code and _needs_code(read_config(folder)):
+        raise ModelError(
+            f"{folder}: its model type '{read_config(folder).get('model_type')}' is not part of the installed transformers and "
+            "comes with code of its own; if you trust that code, say so with --trust-remote-code"
+        )
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folder}: {_first_line(error)}") from error
+    text = config.get_text_config()
+    if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if text.tie_word_embeddings != config.tie_word_embeddings:
+            text.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides in a multimodal checkpoint
+        if text.dtype is None:
+            text.dtype = config.dtype
+        return text
+    return config
+
+
+def text_prefixes(folder: Path, config: PretrainedConfig) -> dict[str, str]:
+    """How a multimodal checkpoint names what its text part calls 'model.' and 'lm_head.'; nothing for a plain checkpoint."""
+    if read_config(folder).get("model_type") == config.model_type:
+        return {}
+    prefixes = {}
+    for name in tensor_names(folder):
+        for ending, here in (("embed_tokens.weight", "model."), ("lm_head.weight", "lm_head.")):
+            there = name.removesuffix(ending if here == "model." else "weight")
+            if name.endswith("." + ending) and there != here and not _OTHER_SENSES.search(name):
+                prefixes[there] = here
+    return prefixes
+
+
+def pick_device(device: torch.device | str) -> torch.device:
+    """The device meant by 'auto': a GPU if there is one."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_attention(config: PretrainedConfig, wanted: str, device: torch.device, folder: Path) -> str:
+    """The attention meant by 'auto': flash where it is installed and fits, sdpa else, eager for models that have nothing else."""
+    model_class = _model_class(config)
+    flash = bool(getattr(model_class, "_supports_flash_attn", False))
+    if wanted == "auto":
+        installed = importlib.util.find_spec("flash_attn") is not None
+        if device.type == "cuda" and flash and installed and _widest_head(config) <= FLASH_MAX_HEAD:
+            return "flash_attention_2"
+        return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+    if wanted.startswith("flash_attention"):
+        if device.type != "cuda":
+            raise ConfigError(f"attn_implementation '{wanted}' needs a CUDA GPU; leave it out, or set sdpa")
+        if _widest_head(config) > FLASH_MAX_HEAD and wanted == "flash_attention_2":
+            raise ConfigError(
+                f"flash_attention_2 computes heads of at most {FLASH_MAX_HEAD}, and {folder.name} has one of "
+                f"{_widest_head(config)}; leave attn_implementation out, or set sdpa"
+            )
+        if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise MissingExtra("flash-attn", "gpu", "attn_implementation flash_attention_2")
+    return wanted
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of a mixture of experts."""
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+    return any(getattr(text, name, None) for name in names)
+
+
+def _widest_head(config: PretrainedConfig) -> int:
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", 0) // max(1, getattr(text, "num_attention_heads", 1) or 1)
+    return max(getattr(text, name, None) or 0 for name in ("head_dim", "global_head_dim", "v_head_dim")) or width
+
+
+def _registered(experts_implementation: str) -> str:
+    if experts_implementation == "ropewalk":
+        from ropewalk.models import experts  # noqa: F401  (registers itself in transformers)
+    return experts_implementation
+
+
+def _model_class(config: PretrainedConfig) -> type | None:
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    chosen: type | None = found[0] if isinstance(found, tuple) else found
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | str, folder: Path) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        config = read_config(folder)
+        stored = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+        return DTYPES.get(str(stored), "auto")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is unknown; one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _needs_code(config: dict[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except ImportError as error:
+        raise ModelError(f"{folder} needs a package that is not installed: {_first_line(error)}") from error
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(
+                f"{folder} does not fit on {options['device_map']['']}: load it in 4 bit (adapter: qlora), or on a larger device"
+            ) from error
+        check_folder(folder)  # a file that was cut while we read it is named before anything else
+        raise ModelError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    return model, found
+
+
+def _check_complete(folder: Path, found: dict[str, Any]) -> None:
+    missing = sorted(found.get("missing_keys") or [])
+    wrong = sorted(str(key) for key in found.get("mismatched_keys") or [])
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} of the model's tensors, first '{missing[0]}'; fetch or save it again")
+    if wrong:
+        raise ModelError(f"{folder}: {len(wrong)} tensors have another shape than config.json says, first {wrong[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: what matters in them is raised as an error."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
