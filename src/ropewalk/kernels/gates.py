@@ -107,18 +107,16 @@ class ClampedGlu:
     def forward(self, gate_up: Tensor) -> Tensor:
         return self.again(gate_up)[0]
 
-    def again(self, gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def again(self, gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         gate, up = halves(gate_up, self.interleaved)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit).add_(self.shift)
         sigmoid = torch.mul(gate, self.alpha).sigmoid_()
         activated = gate * sigmoid
-        return activated * up, (gate, up, sigmoid, activated)
+        return activated * up, (up, sigmoid, activated)
 
-    def backward(
-        self, gate_up: Tensor, dh: Tensor, kept: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def backward(self, gate_up: Tensor, dh: Tensor, kept: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         raw_gate, raw_up = halves(gate_up, self.interleaved)
-        gate, up, sigmoid, activated = kept
+        up, sigmoid, activated = kept
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = halves(d_gate_up, self.interleaved)
         torch.mul(dh, activated, out=d_up)
@@ -146,7 +144,9 @@ class AnyGate:
 
     def forward(self, gate_up: Tensor) -> Tensor:
         h = self.function(gate_up)
-        return h.clone() if h.data_ptr() == gate_up.data_ptr() else h  # an identity must not let us scale the kept rows in place
+        return (
+            h.clone() if h.data_ptr() == gate_up.data_ptr() else h
+        )  # an identity must not let us scale the kept rows in place
 
     def again(self, gate_up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         with torch.enable_grad():
