@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 QUICK ?=
+# Threads that wait must not spin: on a busy machine that costs a hundredfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 run: .venv/run.stamp
 	.venv/bin/ropewalk quickstart --dir runs/quickstart $(if $(FAST),--fast)

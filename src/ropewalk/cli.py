@@ -98,7 +98,9 @@ def _run_quickstart(arguments: argparse.Namespace) -> int:
 
 def _config_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with Axolotl's keys")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the file's, such as learning_rate=1e-4")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values laid over the file's, such as learning_rate=1e-4"
+    )
 
 
 def _training(verbs: Verbs) -> None:
@@ -255,7 +257,9 @@ def _run_files_delete(arguments: argparse.Namespace) -> int:
 def _config(verbs: Verbs) -> None:
     config = _add(verbs, "config", "the reference of configuration keys", "ropewalk config docs", None)
     inner = config.add_subparsers(metavar="VERB")
-    _add(inner, "schema", "print the JSON Schema of a configuration", "ropewalk config schema > schema.json", _run_config_schema)
+    _add(
+        inner, "schema", "print the JSON Schema of a configuration", "ropewalk config schema > schema.json", _run_config_schema
+    )
     _add(inner, "docs", "print the reference page of every key", "ropewalk config docs > docs/config.md", _run_config_docs)
 
 

@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ropewalk.errors import ConfigError, MissingExtra, ModelError
+from ropewalk.models.experts import register_experts
+from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.folder import check_folder, read_config, tensor_names
 from ropewalk.models.hub import resolve_base
 
@@ -51,8 +53,9 @@ def load_base(
     renamed = text_prefixes(folder, config)
     if renamed:
         options["key_mapping"] = {f"^{re.escape(there)}": here for there, here in renamed.items()}
+    ours = experts_implementation == NAME  # which from_pretrained would not accept: it knows transformers' own only
     if experts_implementation is not None and has_experts(config):
-        options["experts_implementation"] = _registered(experts_implementation)
+        options["experts_implementation"] = "eager" if ours else experts_implementation
     if quantize is not None:
         from ropewalk.models.quantized import quantization
 
@@ -64,6 +67,9 @@ def load_base(
     with _quiet():
         model, found = _from_pretrained(folder, options)
     _check_complete(folder, found)
+    if ours and has_experts(config):
+        register_experts()
+        model.set_experts_implementation(NAME)
     model.requires_grad_(trainable)
     return model.eval()
 
@@ -143,12 +149,6 @@ def _widest_head(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     width = getattr(text, "hidden_size", 0) // max(1, getattr(text, "num_attention_heads", 1) or 1)
     return max(getattr(text, name, None) or 0 for name in ("head_dim", "global_head_dim", "v_head_dim")) or width
-
-
-def _registered(experts_implementation: str) -> str:
-    if experts_implementation == "ropewalk":
-        from ropewalk.models import experts  # noqa: F401  (registers itself in transformers)
-    return experts_implementation
 
 
 def _model_class(config: PretrainedConfig) -> type | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.chat.template import Template
-from ropewalk.models.hub import resolve_base
+from ropewalk.models.hub import ensure_tokenizer, resolve_base
 from ropewalk.train.config import Run
 from ropewalk.train.data import Data, open_data
 from ropewalk.train.folder import RunFolder, open_folder
@@ -24,15 +25,35 @@ class Prepared:
     folder: RunFolder
 
 
-def prepare(run: Run, *, restart: bool = False, quiet: bool = False) -> Prepared:
+def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
-    base = resolve_base(run.base_model, revision=run.revision_of_model)
     path = Path(run.output_dir)
     folder = open_folder(path, run.model_dump(mode="json"), restart=restart) if leads() else RunFolder(path)
-    template = Template.load(base, run.chat_template)
-    return Prepared(run, base, template, open_data(run, template, quiet=quiet), folder)
+    base = resolve_base(
+        run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=None if quiet else tell
+    )
+    template = load_template(run, base)
+    return Prepared(run, base, template, open_data(run, template), folder)
+
+
+def load_template(run: Run, base: Path) -> Template:
+    """The tokenizer and chat template of a run."""
+    source = resolve_base(run.tokenizer_config) if run.tokenizer_config else base
+    return Template.load(
+        ensure_tokenizer(source),
+        run.chat_template,
+        chat_template_jinja=run.chat_template_jinja,
+        special_tokens=run.special_tokens.model_dump(exclude_none=True) if run.special_tokens else None,
+        tokens=run.tokens or (),
+        eot_tokens=run.eot_tokens or (),
+        variables=run.chat_template_kwargs,
+    )
 
 
 def leads() -> bool:
     """Whether this is the one process (of those torchrun started) that writes files."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -21,9 +21,17 @@ class Tracker(Protocol):
 class WandbTracker:
     """Weights & Biases."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         wandb = _load("wandb", "wandb")
-        self._run = wandb.init(dir=str(folder), config=dict(config), **settings)
+        names = {
+            "project": "wandb_project",
+            "entity": "wandb_entity",
+            "name": "wandb_name",
+            "id": "wandb_run_id",
+            "mode": "wandb_mode",
+        }
+        settings = {name: config[key] for name, key in names.items() if config.get(key)}
+        self._run = wandb.init(dir=str(folder), config=dict(config), resume="allow" if "id" in settings else None, **settings)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -35,7 +43,7 @@ class WandbTracker:
 class TensorboardTracker:
     """TensorBoard event files below the run's folder."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         _load("tensorboard", "tensorboard")
         self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
@@ -50,13 +58,13 @@ class TensorboardTracker:
 class MlflowTracker:
     """An MLflow tracking server or folder."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._mlflow = _load("mlflow", "mlflow")
-        if settings.get("tracking_uri"):
-            self._mlflow.set_tracking_uri(settings["tracking_uri"])
-        if settings.get("experiment"):
-            self._mlflow.set_experiment(settings["experiment"])
-        self._mlflow.start_run(run_name=settings.get("name"))
+        if config.get("mlflow_tracking_uri"):
+            self._mlflow.set_tracking_uri(config["mlflow_tracking_uri"])
+        if config.get("mlflow_experiment_name"):
+            self._mlflow.set_experiment(config["mlflow_experiment_name"])
+        self._mlflow.start_run(run_name=config.get("mlflow_run_name"))
         self._mlflow.log_params({key: str(value)[:250] for key, value in config.items()})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -73,11 +81,9 @@ TRACKERS: dict[str, type[WandbTracker] | type[TensorboardTracker] | type[MlflowT
 }
 
 
-def start_trackers(
-    names: Sequence[str], folder: Path, settings: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> list[Tracker]:
+def start_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """One tracker per name of `report_to`; a missing package is an error that says what to install."""
-    return [TRACKERS[name](folder, settings.get(name, {}), config) for name in names]
+    return [TRACKERS[name](folder, config) for name in names]
 
 
 def _load(package: str, extra: str) -> Any:

@@ -86,7 +86,7 @@ class Fit:
         self.position = read_position(newest) if newest else Position()
         self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
         self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
-        self.pupil = Pupil.load(prepared.base, config, device, resume=newest)
+        self.pupil = Pupil.load(prepared.base, prepared.template, config, device, resume=newest)
         for notice in self.pupil.notices:
             self.screen.say(notice)
         self.optimizer = make_optimizer(
@@ -224,7 +224,8 @@ class Fit:
             **_paths(self.prepared),
         )
         if self.world.leads:
-            self.pupil.save_result(result.adapter, self.prepared.base)
+            probe = torch.from_numpy(self.pace.batches(0)[0].ids[:1, :64]).to(self.device)
+            self.pupil.save_result(result.adapter, self.prepared.template, probe)
             write_plots(self.folder.events, self.folder.plots)
             self._tell("end", {"step": self.position.step, "seconds": seconds}, {})
             self.folder.write_record(state="finished", result=asdict(result))
@@ -300,8 +301,7 @@ class Fit:
         if self.world.leads:
             self.checkpoints.clear_unfinished()
             self.log = EventLog(self.folder.events, keep_to_step=self.position.step)
-            config = self.config.model_dump(mode="json")
-            self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.tracker_settings, config)
+            self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.model_dump(mode="json"))
             if self.position.step == 0:
                 self.log.write("start", step=0, steps=self.pace.total, rows=len(self.prepared.data.train))
 

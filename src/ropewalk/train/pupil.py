@@ -1,0 +1,180 @@
+"""What is being trained: a base with its adapter (or all of it), its loss, its weights in and out of a folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from ropewalk.chat.template import Template
+from ropewalk.errors import ConfigError, ModelError, OutputError
+from ropewalk.models.head import Head, output_head
+from ropewalk.models.load import load_base
+from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
+from ropewalk.train.config import Run
+
+# What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.
+ROUTING = frozenset({torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable})
+
+
+class Pupil:
+    """A model under training."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, head: Head, config: Run) -> None:
+        self.model, self.adapter, self.head, self.config = model, adapter, head, config
+        self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    @classmethod
+    def load(cls, base: Path, template: Template, config: Run, device: torch.device, resume: Path | None = None) -> Pupil:
+        """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
+        full = config.adapter is None
+        model = load_base(
+            resume if full and resume else base,
+            dtype=_dtype(config, device),
+            device=device,
+            attn_implementation=config.attention or "auto",
+            experts_implementation=config.experts,
+            quantize=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+            trainable=full,
+        )
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
+        _fit_vocabulary(model, template.vocabulary, config)
+        if full and config.unfrozen_parameters:
+            _unfreeze(model, config.unfrozen_parameters)
+        head = output_head(model)
+        adapter = None if full else attach(model, lora_spec(config), seed=config.seed)
+        if adapter is not None and (start := resume or config.lora_model_dir):
+            adapter.load(Path(start))
+        if config.recompute:
+            _recompute(model)
+        model.train()
+        return cls(model, adapter, head, config)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter that learns, by name, in a fixed order."""
+        if self.adapter is not None:
+            return list(self.adapter.named_parameters().items())
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
+        with self._where_activations_wait():
+            loss, _ = self.head.loss(self.model, ids, labels, position_ids)
+        return loss
+
+    def _where_activations_wait(self) -> AbstractContextManager[Any]:
+        if self.config.recompute == "offload" and torch.is_grad_enabled():
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.model.device.type == "cuda")
+        return nullcontext()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def save_weights(self, folder: Path) -> None:
+        """The trained weights into a checkpoint's folder."""
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        else:
+            self.model.save_pretrained(folder, safe_serialization=True)
+
+    def load_weights(self, folder: Path) -> None:
+        """The trained weights of a checkpoint laid over the present ones."""
+        if self.adapter is not None:
+            self.adapter.load(folder)
+            return
+        saved = load_base(
+            folder, dtype=self.model.dtype, device="cpu", attn_implementation="eager", experts_implementation=None
+        )
+        self.model.load_state_dict(saved.state_dict())
+
+    def save_result(self, folder: Path, template: Template, probe: Tensor) -> None:
+        """The result, whole or not at all, with its tokenizer; an adapter is read back through PEFT and must give the same logits."""
+        temporary = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            self.save_weights(temporary)
+            template.save(temporary)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OutputError(f"could not write {folder}: {error}; free disk space, then run the same command again") from error
+        if self.adapter is not None:
+            self.model.eval()
+            verify_saved(self.adapter, temporary, probe)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def lora_spec(config: Run) -> LoraSpec:
+    """What the adapter covers and how, from the run's keys."""
+    modules = config.lora_target_modules
+    return LoraSpec(
+        r=config.rank,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        target_modules=modules if isinstance(modules, str) else tuple(modules or ()),
+        target_parameters=tuple(config.lora_target_parameters or ()),
+        target_linear=config.targets_linear,
+        experts=config.adapts_experts,
+        rank_pattern=dict(config.lora_rank_pattern or {}),
+        alpha_pattern=dict(config.lora_alpha_pattern or {}),
+        rslora=config.peft_use_rslora,
+        dora=config.peft_use_dora,
+        layers_to_transform=config.peft_layers_to_transform,
+        modules_to_save=tuple(config.lora_modules_to_save or ()),
+        alora_invocation_tokens=config.alora_invocation_tokens,
+    )
+
+
+def _dtype(config: Run, device: torch.device) -> str:
+    """bfloat16 where asked for, or where nothing is said and the device computes it fast; float32 otherwise."""
+    if config.dtype_name != "auto":
+        return config.dtype_name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokens: int, config: Run) -> None:
+    """Adds rows for tokens that the config added; they must be trained, so an adapter has to hold the embeddings whole."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if tokens <= rows:
+        return
+    if config.adapter and not config.lora_modules_to_save:
+        raise ConfigError(
+            f"the tokenizer has {tokens} tokens and the base {rows} rows: new tokens can only be learnt if "
+            "`lora_modules_to_save: [embed_tokens, lm_head]` trains the embeddings whole"
+        )
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def _unfreeze(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    wanted = {name for name in names if any(re.match(pattern, name) for pattern in patterns)}
+    if not wanted:
+        raise ModelError(f"unfrozen_parameters {list(patterns)} match none of {len(names)} parameters, such as {names[0]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+
+
+def _recompute(model: PreTrainedModel) -> None:
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = lambda: create_selective_checkpoint_contexts(policy)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
