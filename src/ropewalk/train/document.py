@@ -180,10 +180,12 @@ def _put(target: Any, place: Place, value: Any) -> None:
     part: Any
     last: Any
     for part, following in pairwise(place):
-        if isinstance(target, list) or part in target:
-            target = target[part]
-        else:
-            target[part] = target = [] if isinstance(following, int) else {}
+        fresh: Any = [] if isinstance(following, int) else {}
+        if isinstance(target, list) and part == len(target):
+            target.append(fresh)
+        elif isinstance(target, dict) and part not in target:
+            target[part] = fresh
+        target = target[part]
     last = place[-1]
     if isinstance(target, list) and last == len(target):
         target.append(value)
