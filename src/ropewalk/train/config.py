@@ -34,7 +34,7 @@ class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
     """One training, as asked for: the keys of the five groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
-    _path: Path | None = PrivateAttr(default=None)
+    _document: Document | None = PrivateAttr(default=None)
 
     @property
     def dtype_name(self) -> Literal["auto", "bfloat16", "float32"]:
@@ -162,6 +162,10 @@ class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
         asked = {"wandb": wandb, "tensorboard": self.use_tensorboard, "mlflow": mlflow}
         return tuple(name for name, on in asked.items() if on or name in (self.report_to or ()))
 
+    def where(self, *place: str | int) -> str:
+        """`file.yml:12: ` for a key, to stand before a message about its value."""
+        return self._document.where(place) if self._document else ""
+
     def warmup(self, total: int) -> int:
         """Steps of warm-up in a run of `total` steps."""
         if self.warmup_steps is not None:
@@ -216,7 +220,7 @@ def make_run(document: Document) -> Run:
     if problems or run is None:
         raise told(problems, document)
     run._ignored = ignored
-    run._path = document.path
+    run._document = document
     return run
 
 
