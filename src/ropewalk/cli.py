@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from ropewalk.errors import RopewalkError
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add(verbs: Verbs, name: str, summary: str, example: str, run: Verb | None) -> argparse.ArgumentParser:
@@ -212,7 +213,7 @@ def _run_base_make(arguments: argparse.Namespace) -> int:
 def _run_models_pull(arguments: argparse.Namespace) -> int:
     from ropewalk.models.hub import pull
 
-    print(pull(arguments.name, revision=arguments.revision))
+    print(pull(arguments.name, arguments.revision, tell=lambda line: print(line, file=sys.stderr)).folder)
     return 0
 
 

@@ -1,0 +1,240 @@
+"""A run from its configuration to a verified adapter."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from ropewalk.errors import ConfigError, ModelError, TrainingStopped
+from ropewalk.train.config import load_run
+from ropewalk.train.progress import read_events
+from ropewalk.train.trainer import train
+
+
+def losses(folder):
+    return [e["loss"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"]
+
+
+def run(path, **options):
+    return train(load_run(path), quiet=True, **options)
+
+
+def fresh(config, tmp_path, name, **keys):
+    """Trains into a folder of its own and gives the losses."""
+    run(config(output_dir=str(tmp_path / name), **keys))
+    return losses(tmp_path / name)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(config, tmp_path):
+    result = run(config(max_steps=20, val_set_size=4))
+    assert result.last_loss < result.first_loss - 0.5
+    assert result.steps == 20
+    assert result.evaluation_loss < result.first_loss
+    folder = tmp_path / "run"
+    assert {p.name for p in (folder / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert {p.name for p in (folder / "plots").iterdir()} == {"loss.svg", "throughput.svg", "rate.svg"}
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["config"]["lora_r"] == 4
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_adapter_gives_the_same_answers_through_peft(config, base, tmp_path):
+    from peft import PeftModel
+    from ropewalk.models.load import load_base
+
+    result = run(config(max_steps=10))
+    model = load_base(base, dtype="float32", device="cpu", experts_implementation=None)
+    ids = torch.arange(5, 25)[None]
+    before = model(input_ids=ids).logits
+    after = PeftModel.from_pretrained(model, str(result.adapter))(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.1
+
+
+def test_the_first_loss_is_that_of_the_untouched_base(config, base):
+    from ropewalk.chat.template import Template
+    from ropewalk.models.head import output_head
+    from ropewalk.models.load import load_base
+    from ropewalk.train.data import open_data
+    from ropewalk.train.packing import batches
+
+    path = config(max_steps=1)
+    given = load_run(path)
+    first = batches(open_data(given, Template.load(base)).train, given, seed=given.seed, epoch=0)[0]
+    model = load_base(base, dtype="float32", device="cpu", experts_implementation="eager")
+    tensors = [torch.from_numpy(a) for a in (first.ids, first.labels, first.position_ids)]
+    total, count = output_head(model).loss(model, *tensors)
+    assert run(path).first_loss == pytest.approx(float(total) / count, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(config, tmp_path):
+    one, two, other = (fresh(config, tmp_path, n, seed=s, lora_dropout=0.1) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert one == two
+    assert one != other
+
+
+@pytest.mark.parametrize("keys", [{"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}], ids=["layers", "offload"])
+def test_recomputing_changes_memory_and_nothing_else(config, tmp_path, keys):
+    assert fresh(config, tmp_path, "with", **keys) == pytest.approx(fresh(config, tmp_path, "without"), rel=1e-6)
+
+
+def test_full_fine_tuning_learns_and_writes_a_plain_checkpoint(config, base):
+    from transformers import AutoModelForCausalLM
+
+    result = run(config(adapter=None, lora_r=None, max_steps=15, learning_rate=3e-3))
+    assert result.last_loss < result.first_loss - 0.5
+    assert result.adapter.name == "model"
+    again = AutoModelForCausalLM.from_pretrained(result.adapter)
+    before = AutoModelForCausalLM.from_pretrained(base)
+    name, weight = next(iter(again.named_parameters()))
+    assert not torch.equal(weight, before.get_parameter(name))
+
+
+def test_only_unfrozen_parameters_move(config, base):
+    from transformers import AutoModelForCausalLM
+
+    result = run(config(adapter=None, lora_r=None, unfrozen_parameters=["model.layers.1.*"]))
+    before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(result.adapter).named_parameters())
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved
+    assert all(n.startswith("model.layers.1.") for n in moved)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"peft_use_dora": True}, {"peft_use_rslora": True}, {"loraplus_lr_ratio": 8}, {"lora_rank_pattern": {"experts.*": 2}}],
+    ids=["dora", "rslora", "lora+", "rank_pattern"],
+)
+def test_every_variant_of_lora_has_an_effect_and_is_verified(config, tmp_path, keys):
+    plain = fresh(config, tmp_path, "plain")
+    varied = fresh(config, tmp_path, "varied", **keys)
+    assert varied[0] == pytest.approx(plain[0], rel=1e-5)  # the base is untouched at first
+    assert varied[2:] != plain[2:]
+
+
+def test_activated_lora_trains_only_from_its_invocation_on(config, tmp_path):
+    # "assistant\n" as bytes of the tokenizer: the adapter acts on the answers alone
+    from ropewalk.chat.template import Template
+
+    base = load_run(config()).base_model
+    invocation = Template.load(base).encode("assistant\n")
+    result = run(config(alora_invocation_tokens=invocation, max_steps=8))
+    saved = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert saved["alora_invocation_tokens"] == invocation
+    assert result.last_loss < result.first_loss
+
+
+def test_early_stopping_ends_the_run_and_takes_the_best_weights(config):
+    # at this rate the evaluation loss only rises
+    result = run(config(max_steps=40, learning_rate=3.0, val_set_size=4, eval_steps=2, early_stopping_patience=2, max_grad_norm=0))
+    events = read_events(result.folder / "events.jsonl")
+    evaluations = [e["loss"] for e in events if e["event"] == "eval"]
+    assert result.steps < 40
+    assert result.evaluation_loss == min(evaluations)
+
+
+def test_a_loss_that_stays_above_the_threshold_stops_the_run(config):
+    with pytest.raises(TrainingStopped, match="above loss_watchdog_threshold 0.5 for the 2th time"):
+        run(config(loss_watchdog_threshold=0.5, loss_watchdog_patience=2))
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_batch(config, monkeypatch):
+    from ropewalk.train.pupil import Pupil
+
+    whole = Pupil.loss
+    seen = []
+
+    def broken(self, *tensors):
+        seen.append(1)
+        return whole(self, *tensors) * (float("nan") if len(seen) == 3 else 1.0)
+
+    monkeypatch.setattr(Pupil, "loss", broken)
+    with pytest.raises(TrainingStopped, match=r"step 3: the loss of batch \d+ of epoch \d is nan"):
+        run(config())
+
+
+def test_a_finished_run_is_not_trained_again(config, tmp_path):
+    path = config()
+    first = run(path)
+    again = run(path)
+    assert again == first
+
+
+def test_another_configuration_in_the_same_folder_is_refused_and_restart_moves_the_old_run_aside(config, tmp_path):
+    run(config())
+    before = losses(tmp_path / "run")
+    path = config(learning_rate=1e-3)
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.01 there, 0.001 now\)"):
+        run(path)
+    run(path, restart=True)
+    assert losses(tmp_path / "run" / "before-1") == before
+    assert losses(tmp_path / "run") != before
+
+
+def test_a_lora_target_that_matches_nothing_is_an_error(config):
+    with pytest.raises(ModelError, match="q_prj"):
+        run(config(lora_target_modules=["q_prj"]))
+
+
+def _train(path, home):
+    os.environ["ROPEWALK_HOME"] = home
+    train(load_run(path), quiet=True)
+
+
+def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_numbers(config, tmp_path):
+    keys = {"max_steps": 24, "save_steps": 2, "lora_dropout": 0.1, "val_set_size": 4, "eval_steps": 6, "save_total_limit": 2}
+    whole = fresh(config, tmp_path, "whole", **keys)
+    path = config(output_dir=str(tmp_path / "killed"), **keys)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ropewalk.train.trainer"])
+    chance, kills, pause = random.Random(0), 0, 1.0
+    while kills < 20:
+        worker = context.Process(target=_train, args=(path, str(tmp_path / "home")))
+        worker.start()
+        worker.join(timeout=chance.uniform(0.05, pause))
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+            kills += 1
+        elif worker.exitcode == 0:  # it came to its end: begin again, killing sooner
+            (tmp_path / "killed").rename(tmp_path / f"ended-{kills}")
+            pause *= 0.8
+        else:
+            pytest.fail(f"a resumed run failed with exit code {worker.exitcode}")
+    run(path)
+    assert losses(tmp_path / "killed") == whole
+    weights = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_asked_to_stop_a_run_saves_and_goes_on_later(config, tmp_path):
+    keys = {"max_steps": 300, "save_strategy": "no"}
+    path = config(**keys)
+    command = [sys.executable, "-m", "ropewalk", "train", str(path)]
+    worker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "events.jsonl").exists() or len(losses(tmp_path / "run")) < 3:
+        time.sleep(0.02)
+    worker.send_signal(signal.SIGINT)
+    _, said = worker.communicate()
+    assert worker.returncode == 1
+    assert "the same command goes on from there" in said.splitlines()[-1]
+    done = len(losses(tmp_path / "run"))
+    assert 3 <= done < 300
+    assert f"stopped at step {done}" in said
+
+
+def test_two_processes_give_the_loss_curve_of_one_with_the_same_global_batch(config, tmp_path):
+    keys = {"max_steps": 6, "sample_packing": False, "val_set_size": 4, "eval_steps": 3}
+    one = fresh(config, tmp_path, "one", gradient_accumulation_steps=2, **keys)
+    path = config(output_dir=str(tmp_path / "two"), **keys)
+    subprocess.run([sys.executable, "-m", "ropewalk", "train", str(path), "--processes", "2"], check=True, capture_output=True)
+    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
+    evaluations = [[e["loss"] for e in read_events(tmp_path / n / "events.jsonl") if e["event"] == "eval"] for n in ("one", "two")]
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
