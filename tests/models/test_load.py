@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ropewalk.errors import ConfigError, ModelError
+from ropewalk.kernels.quant import Quantised
 from ropewalk.models.load import load_base
 
 TEXT = {
@@ -143,3 +145,64 @@ def test_a_missing_folder_is_told_before_torch_is_imported(tmp_path):
     assert "qwen3-tyni' not found; did you mean" in out[0]
     assert out[0].endswith("qwen3-tiny'?")
     assert out[1] == "[]"
+
+
+def dequantised_twin(model, quantised):
+    """The plain model with every weight replaced by what its quantised form stands for."""
+    for name, module in quantised.named_modules():
+        if isinstance(module, Quantised):
+            model.get_parameter(name).data = module.dequantize(torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_base_quantised_while_loading_computes_with_the_dequantised_weights(qwen, quantize):
+    folder, model = qwen
+    base = load_base(folder, quantize=quantize)
+    twin = dequantised_twin(copy.deepcopy(model), base)
+    torch.testing.assert_close(base(input_ids=IDS).logits, twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_linears_and_experts_are_quantised_and_nothing_else(qwen):
+    base = load_base(qwen[0], quantize="nf4")
+    kept = {name for name, module in base.named_modules() if isinstance(module, Quantised)}
+    assert kept == {
+        f"model.layers.{layer}.{name}"
+        for layer in (0, 1)
+        for name in (
+            *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+        )
+    }
+    assert {name.rpartition(".")[2] for name, _ in base.named_parameters()} == {"weight"}
+    assert base.lm_head.weight.dtype == torch.float32
+
+
+def test_biases_of_quantised_layers_are_loaded(tmp_path):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["qwen2"](**TEXT)  # q, k and v have biases
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    base = load_base(tmp_path, quantize="int8")
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.bias, model.model.layers[0].self_attn.q_proj.bias)
+    twin = dequantised_twin(model, base)
+    torch.testing.assert_close(base(input_ids=IDS).logits, twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantised_base_passes_gradients_to_its_input(qwen):
+    base = load_base(qwen[0], quantize="nf4")
+    inputs = base.get_input_embeddings()(IDS).detach().requires_grad_()
+    base(inputs_embeds=inputs).logits.sum().backward()
+    assert inputs.grad.abs().sum() > 0
+
+
+def test_a_quantised_base_is_not_for_full_fine_tuning(qwen):
+    with pytest.raises(ConfigError, match="cannot be trained whole"):
+        load_base(qwen[0], quantize="nf4", trainable=True)
+    with pytest.raises(ConfigError, match="quantize 'nf5' is unknown"):
+        load_base(qwen[0], quantize="nf5")

@@ -15,10 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ropewalk.errors import ConfigError, MissingExtra, ModelError
-from ropewalk.models.experts import register_experts
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.folder import check_folder, read_config, tensor_names
 from ropewalk.models.hub import resolve_base
+from ropewalk.models.quantized import quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_SENSES = re.compile(r"vision|visual|audio|image|talker|speech")
@@ -31,7 +31,7 @@ def load_base(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
     attn_implementation: str = "auto",
-    experts_implementation: str | None = "ropewalk",
+    experts_implementation: str | None = NAME,
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -53,23 +53,20 @@ def load_base(
     renamed = text_prefixes(folder, config)
     if renamed:
         options["key_mapping"] = {f"^{re.escape(there)}": here for there, here in renamed.items()}
-    ours = experts_implementation == NAME  # which from_pretrained would not accept: it knows transformers' own only
     if experts_implementation is not None and has_experts(config):
-        options["experts_implementation"] = "eager" if ours else experts_implementation
+        register_experts()
+        options["experts_implementation"] = experts_implementation
     if quantize is not None:
-        from ropewalk.models.quantized import quantization
-
         if trainable:
             raise ConfigError(
                 f"a base quantised to {quantize} cannot be trained whole: set an adapter, or drop the quantisation"
             )
+        if options.get("experts_implementation", NAME) != NAME:
+            raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
         options["quantization_config"] = quantization(quantize)
     with _quiet():
         model, found = _from_pretrained(folder, options)
     _check_complete(folder, found)
-    if ours and has_experts(config):
-        register_experts()
-        model.set_experts_implementation(NAME)
     model.requires_grad_(trainable)
     return model.eval()
 

@@ -1,0 +1,231 @@
+"""Frozen weights in 4 bits (NF4) or 8 (int8 per row), in plain torch, and the linear layer that computes with them.
+
+NF4 is QLoRA's data type: each block of 64 values shares one absolute maximum and every value is one of 16 levels, the quantiles
+of a normal distribution. With `double` the maxima are kept in 8 bits themselves: 4.13 bits per weight instead of 4.5.
+Backward dequantises again, so that no full copy of a weight lives between forward and backward.
+Legend: E experts (1 for a linear layer), n values of one expert or matrix, b blocks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Format = Literal["nf4", "int8"]
+
+BLOCK = 64
+MAXIMA = 256  # block maxima that share one scale in double quantisation
+AT_ONCE = 2**24  # values in float32 at a time while quantising and dequantising
+
+# QLoRA, Dettmers et al. 2023, appendix E.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+class Quantised(nn.Module):
+    """A frozen weight of any shape kept in fewer bits; a stack of experts [E, ., .] is quantised expert by expert."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """The quantised weight, on the weight's own device."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the compute sees it, made a few experts at a time."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        flat = out.view(_experts_of(self.shape), -1)
+        step = max(1, AT_ONCE // max(1, flat.shape[1]))
+        for start in range(0, flat.shape[0], step):
+            flat[start : start + step] = self._values(slice(start, start + step))
+        return out
+
+    def _values(self, experts: slice) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for this weight."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def numel(self) -> int:
+        """How many weights it stands for."""
+        return self.shape.numel()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but keep scales in float32 when the model is cast: `.to(bfloat16)` means the computation."""
+        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype = probe.dtype
+        for name, dtype in kept.items():
+            buffer = self._buffers[name]
+            assert buffer is not None
+            self._buffers[name] = buffer.to(device=probe.device, dtype=dtype)
+        return self
+
+
+class Nf4(Quantised):
+    """Two weights in a byte, and a float32 maximum for each block of 64 (8 bits for it with `double`)."""
+
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, double: bool = True) -> Self:
+        made = cls(weight.shape, weight.dtype)
+        flat = weight.reshape(_experts_of(weight.shape), -1)
+        count = -(-flat.shape[1] // BLOCK)
+        codes = torch.empty((len(flat), count * BLOCK // 2), dtype=torch.uint8, device=weight.device)
+        maxima = torch.empty((len(flat), count), dtype=torch.float32, device=weight.device)
+        edges = torch.tensor([(low + high) / 2 for low, high in pairwise(LEVELS)], device=weight.device)
+        step = max(1, AT_ONCE // max(1, flat.shape[1]))
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
+            blocks = _padded(flat[part].float(), count * BLOCK).view(-1, count, BLOCK)
+            maxima[part] = blocks.abs().amax(dim=-1)
+            level = torch.bucketize(blocks / maxima[part].clamp_min(1e-30).unsqueeze(-1), edges, out_int32=True).to(torch.uint8)
+            level = level.view(-1, count * BLOCK // 2, 2)
+            codes[part] = level[..., 0] << 4 | level[..., 1]
+        made.register_buffer("codes", codes)
+        made._keep(maxima, double)
+        return made
+
+    def _keep(self, maxima: Tensor, double: bool) -> None:
+        """Keep the maxima [E, b]: as they are, or in 8 bits between the smallest and the largest of 256."""
+        if not double:
+            self.register_buffer("scales", maxima)
+            return
+        grouped = _padded(maxima, -(-maxima.shape[1] // MAXIMA) * MAXIMA, repeat=True).view(len(maxima), -1, MAXIMA)
+        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
+        span = (high - low).clamp_min(1e-30).unsqueeze(-1)
+        self.register_buffer("scales", torch.round((grouped - low.unsqueeze(-1)) / span * 255).to(torch.uint8).flatten(1))
+        self.register_buffer("offsets", torch.stack([low, high], dim=-1))
+
+    def _maxima(self, experts: slice) -> Tensor:
+        if self.scales.dtype == torch.float32:
+            return self.scales[experts]
+        low, high = self.offsets[experts].unbind(-1)
+        share = self.scales[experts].view(*low.shape, MAXIMA) / 255
+        maxima = low.unsqueeze(-1) + share * (high - low).unsqueeze(-1)
+        return maxima.flatten(1)[:, : self.codes.shape[1] * 2 // BLOCK]
+
+    def _values(self, experts: slice) -> Tensor:
+        codes = self.codes[experts]
+        pairs = torch.nn.functional.embedding(codes.int(), _pairs(self.device))  # [E, n / 2, 2]
+        blocks = pairs.view(len(codes), -1, BLOCK)
+        blocks *= self._maxima(experts).unsqueeze(-1)
+        return blocks.flatten(1)[:, : self.shape.numel() // _experts_of(self.shape)]
+
+
+class Int8(Quantised):
+    """One byte a weight, and a float32 scale for each row (the last dimension)."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        made = cls(weight.shape, weight.dtype)
+        rows = weight.reshape(_experts_of(weight.shape), -1, weight.shape[-1])
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(rows.shape[:2], dtype=torch.float32, device=weight.device)
+        step = max(1, AT_ONCE // max(1, rows[0].numel()))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            wide = rows[part].float()
+            scales[part] = wide.abs().amax(dim=-1) / 127
+            codes[part] = torch.round(wide / scales[part].clamp_min(1e-30).unsqueeze(-1)).to(torch.int8)
+        made.register_buffer("codes", codes)
+        made.register_buffer("scales", scales)
+        return made
+
+    def _values(self, experts: slice) -> Tensor:
+        return (self.codes[experts] * self.scales[experts].unsqueeze(-1)).flatten(1)
+
+
+FORMATS: dict[str, type[Quantised]] = {"nf4": Nf4, "int8": Int8}
+
+
+class QuantLinear(nn.Linear):
+    """A frozen linear layer whose weight is kept in fewer bits; its bias stays as it is."""
+
+    def __init__(self, weight: Quantised, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight: Any = weight  # behaves like the weight where shapes, dtypes and devices are asked for
+        self.bias: Any = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _MatmulQuantised.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _MatmulQuantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Quantised, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream @ ctx.weight.dequantize(upstream.dtype), None, None
+
+
+def _experts_of(shape: torch.Size) -> int:
+    return shape[0] if len(shape) == 3 else 1
+
+
+def _padded(rows: Tensor, width: int, repeat: bool = False) -> Tensor:
+    """rows [E, n] -> [E, width], with zeros or with each row's last value."""
+    more = width - rows.shape[1]
+    if more == 0:
+        return rows
+    filler = rows[:, -1:].expand(-1, more) if repeat else rows.new_zeros(len(rows), more)
+    return torch.cat([rows, filler], dim=1)
+
+
+_tables: dict[torch.device, Tensor] = {}
+
+
+def _pairs(device: torch.device) -> Tensor:
+    """The two values that each of the 256 bytes stands for: [256, 2]."""
+    if device not in _tables:
+        levels = torch.tensor(LEVELS)
+        _tables[device] = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(device)
+    return _tables[device]
