@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+pytest_plugins = ["report"]
+
 SPECIALS = [
     *(
         "<s>",
