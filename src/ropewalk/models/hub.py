@@ -22,7 +22,6 @@ UNWANTED = ("*/*", "consolidated*", "adapter_*", "optimizer*", "training_args*")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PART = ".part"
-READ = 1 << 20
 
 Tell = Callable[[str], None]
 
@@ -213,8 +212,11 @@ def _fetch(name: str, commit: str, revision: str | None, file: Any, blobs: Path)
     import huggingface_hub
 
     digest = _digest(file)
-    if digest is not None and not (blobs / digest).is_file():
-        _fetch_blob(huggingface_hub.hf_hub_url(name, file.rfilename, revision=commit), file, digest, blobs)
+    if digest is not None:
+        # One process of a run fetches, the others wait for it.
+        with huggingface_hub.utils.WeakFileLock(blobs / f"{digest}{PART}.lock"):
+            if not (blobs / digest).is_file():
+                _fetch_blob(huggingface_hub.hf_hub_url(name, file.rfilename, revision=commit), file, digest, blobs)
     # Fetches what is small, links what is there, and writes down which commit the branch stands for.
     at = (revision or "main") if file.rfilename == "config.json" else commit
     huggingface_hub.hf_hub_download(name, file.rfilename, revision=at)
@@ -230,7 +232,7 @@ def _fetch_blob(url: str, file: Any, digest: str, blobs: Path) -> None:
         have = part.stat().st_size if part.is_file() else 0
         if have >= file.size:
             break
-        headers = dict(huggingface_hub.utils.build_hf_headers())
+        headers = {**huggingface_hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         try:
@@ -238,7 +240,7 @@ def _fetch_blob(url: str, file: Any, digest: str, blobs: Path) -> None:
                 if answer.status_code not in (200, 206):
                     raise ModelError(f"the hub answers {answer.status_code} for {url}")
                 with part.open("ab" if answer.status_code == 206 else "wb") as out:
-                    for chunk in answer.iter_bytes(READ):
+                    for chunk in answer.iter_bytes():
                         out.write(chunk)
         except OSError as error:
             raise OutputError(f"{part} cannot be written: {error.strerror or error}") from error
