@@ -27,7 +27,9 @@ def test_every_answer_is_one_line() -> None:
 
 
 def test_keys_that_are_not_needed_are_listed_with_the_reason() -> None:
-    run = parse_run(BASE + "adapter: lora\nliger_rope: true\nddp_find_unused_parameters: true\nfsdp_config: {fsdp_version: 2}\n")
+    run = parse_run(
+        BASE + "adapter: lora\nliger_rope: true\nddp_find_unused_parameters: true\nfsdp_config: {fsdp_version: 2}\n"
+    )
     assert set(ignored_keys(run)) == {"liger_rope", "ddp_find_unused_parameters", "fsdp_config"}
     assert "nothing is sharded" in ignored_keys(run)["fsdp_config"]
 
@@ -35,6 +37,11 @@ def test_keys_that_are_not_needed_are_listed_with_the_reason() -> None:
 def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> None:
     run = parse_run(BASE + "adapter: lora\nunfrozen_parameters: ['^lm_head']\nexperts_implementation: eager\n")
     assert set(ignored_keys(run)) == {"unfrozen_parameters", "experts_implementation"}
+    balanced = "model_config: {output_router_logits: true}\n"
+    assert "routers are frozen" in ignored_keys(parse_run(BASE + "adapter: lora\n" + balanced))["overrides_of_model_config"]
+    with pytest.raises(ConfigError, match="load-balancing loss is not added to full fine-tuning") as caught:
+        parse_run(BASE + balanced)
+    assert caught.value.line == 6
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_a_method_that_is_refused_explains_the_keys_of_its_data() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_run(BASE + "rl: dpo\n", ["datasets.0.field_chosen=chosen"])
     assert "field_chosen" not in str(caught.value)
-    with pytest.raises(ConfigError, match="key 'datasets.0.field_chosen': rejected answers belong to preference training"):
+    with pytest.raises(ConfigError, match=r"key 'datasets\.0\.field_chosen': rejected answers belong to preference training"):
         parse_run(BASE, ["datasets.0.field_chosen=chosen"])
 
 

@@ -137,15 +137,17 @@ def test_overrides_reach_any_depth_and_are_named_in_errors() -> None:
 
 
 def test_anchors_and_merges_of_yaml_work() -> None:
-    run = parse_run("base_model: b\nlearning_rate: 1\ndatasets:\n  - &a\n    path: x\n    type: alpaca\n  - <<: *a\n    path: y\n")
+    run = parse_run(
+        "base_model: b\nlearning_rate: 1\ndatasets:\n  - &a\n    path: x\n    type: alpaca\n  - <<: *a\n    path: y\n"
+    )
     assert [(s.path, s.type) for s in run.sources] == [("x", "alpaca"), ("y", "alpaca")]
 
 
 def test_a_run_is_frozen_and_its_yaml_gives_the_same_run() -> None:
-    run = run_of("adapter: qlora\neval_strategy: no\nval_set_size: 0.1\nroles_of: x\n".replace("roles_of: x\n", ""))
+    run = run_of("adapter: qlora\neval_strategy: no\nval_set_size: 0.1\n")
     with pytest.raises(pydantic.ValidationError):
         run.lora_r = 3  # type: ignore[misc]
-    assert parse_run(as_yaml(run)) == run
+    assert parse_run(as_yaml(run)).model_dump() == run.model_dump()
 
 
 def test_axolotls_names_and_defaults_hold() -> None:
@@ -154,7 +156,7 @@ def test_axolotls_names_and_defaults_hold() -> None:
     assert (run.optimizer, run.schedule, run.weight_decay, run.max_grad_norm) == ("adamw_torch_fused", "cosine", 0.0, 1.0)
     assert (run.adam_beta1, run.adam_beta2, run.adam_epsilon, run.seed) == (0.9, 0.999, 1e-8, 42)
     assert (run.adapter, run.packing, run.shuffle_merged_datasets, run.train_on_inputs) == (None, False, True, False)
-    assert run_of("model_config: {output_router_logits: true}\n").overrides_of_model_config == {"output_router_logits": True}
+    assert run_of("model_config: {rope_theta: 1e6}\n").overrides_of_model_config == {"rope_theta": 1e6}
     assert run_of("eval_steps: 5\nevaluation_strategy: steps\n").eval_strategy == "steps"
 
 
@@ -229,7 +231,7 @@ def test_what_is_required_is_named() -> None:
         parse_run("learning_rate: 1\ndatasets: [{path: x}]\n")
     with pytest.raises(ConfigError, match="there is nothing to train on; add datasets"):
         parse_run("learning_rate: 1\nbase_model: b\n")
-    with pytest.raises(ConfigError, match="key 'path' is missing in datasets.0"):
+    with pytest.raises(ConfigError, match=r"key 'path' is missing in datasets\.0"):
         parse_run("learning_rate: 1\nbase_model: b\ndatasets: [{type: alpaca}]\n")
 
 

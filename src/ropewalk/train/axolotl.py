@@ -53,7 +53,9 @@ _IGNORED = {
     "adapter factors are always kept in float32": "peft_autocast_adapter_dtype embeddings_skip_upcast",
     "tied weights stay tied": "peft_ensure_weight_tying",
     "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
-    "torch.compile's own defaults are used": "torch_compile_backend torch_compile_mode torch_compile_options",
+    "the model runs uncompiled, with the same result": """
+        torch_compile torch_compile_backend torch_compile_mode torch_compile_options
+    """,
     "found from the layer": "lora_fan_in_fan_out",
     "adapters are merged afterwards, by `ropewalk merge`": "merge_lora merge_method lora_on_cpu",
     "recomputation keeps its routing and needs no reentrant form": """

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import PrivateAttr, ValidationError
 
 from ropewalk.train.document import Document, dump, parse_document, read_document
-from ropewalk.train.faults import sort_keys, told, wrong_values
+from ropewalk.train.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.train.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
 from ropewalk.train.rules import conflicts
 
@@ -145,6 +145,11 @@ class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
         return "layers" if self.gradient_checkpointing else None
 
     @property
+    def balances_routers(self) -> bool:
+        """Whether the config asks for a load-balancing loss of the routers."""
+        return bool((self.overrides_of_model_config or {}).get("output_router_logits"))
+
+    @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on and a moment to do it."""
         return (bool(self.val_set_size) or self.test_datasets is not None) and self.eval_strategy != "no"
@@ -216,7 +221,10 @@ def make_run(document: Document) -> Run:
         told_of = [place for place, _ in problems]
         problems += (p for p in wrong_values(error, document) if not any(place[: len(p[0])] == p[0] for place in told_of))
     if run is not None and not problems:
-        problems = list(conflicts(run))
+        written = {field: name for name, field in names_of(Run).items() if name in document.values}
+        problems = [
+            ((written.get(str(place[0]), place[0]), *place[1:]) if place else (), text) for place, text in conflicts(run)
+        ]
     if problems or run is None:
         raise told(problems, document)
     run._ignored = ignored
@@ -229,6 +237,8 @@ def ignored_keys(run: Run) -> dict[str, str]:
     ignored = dict(run._ignored)
     if run.adapter and run.unfrozen_parameters:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
+    if run.adapter and run.balances_routers:
+        ignored["overrides_of_model_config"] = "routers are frozen under an adapter, so no load-balancing loss is added"
     if run.optimizer.startswith("paged_"):
         ignored["optimizer"] = "its state is not paged to the host; see the memory estimate"
     if run.experts_implementation not in (None, run.experts):

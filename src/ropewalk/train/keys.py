@@ -159,8 +159,6 @@ class ModelKeys(Group):
     experts_implementation: str | None = key(
         "ropewalk (the default; scattermoe and sonicmoe mean it too), or transformers' eager, grouped_mm, batched_mm."
     )
-    router_aux_loss_coef: Number | None = key("Own: weight of the load-balancing loss of the routers; default: none is added.")
-    torch_compile: bool | Literal["auto"] | None = key("Compile the decoder layers; worth it on long runs on a GPU.")
 
 
 class AdapterKeys(Group):
