@@ -5,6 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ropewalk.models.head import output_head, unpack
+from ropewalk.models.lora import LoraSpec, attach
 
 SMALL = {
     "vocab_size": 97,
@@ -146,6 +147,16 @@ def test_a_head_that_cannot_be_proven_keeps_whole_logits_and_says_so():
     assert head.after is None
     assert "Odd" in head.notices[0]
     torch.testing.assert_close(head.loss(model, *packed())[0], sum_of_rows_alone(model), rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_put_on_the_head_later_is_neither_missed_nor_removed():
+    model = build("llama")
+    head = output_head(model)
+    adapter = attach(model, LoraSpec(r=4, target_modules=("lm_head", "q_proj"), target_linear=False), seed=0)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    for _ in range(2):
+        torch.testing.assert_close(head.loss(model, *packed())[0], sum_of_rows_alone(model), rtol=1e-5, atol=1e-4)
 
 
 def test_logits_changed_across_the_vocabulary_are_noticed():

@@ -54,7 +54,7 @@ class Head:
         ids, labels, position_ids = self._apart(ids, labels, position_ids)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         count = int((targets != IGNORED).sum())
-        if self.after is None:
+        if self.after is None or not _only_multiplies(output_module(model)):  # an adapter may have wrapped it since
             logits = run(model, ids, position_ids, **extra).logits
             flat = logits.flatten(0, 1).float()
             return torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum"), count
@@ -176,7 +176,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 def _prove(model: nn.Module) -> AfterHead:
     head = output_module(model)
-    if type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
+    if not _only_multiplies(head):
         raise _NotProven(f"its output head is a {type(head).__name__} that does more than multiply")
     ids = _probe_ids(model)
     after = _measure(model, head, ids)
@@ -193,6 +193,10 @@ def _prove(model: nn.Module) -> AfterHead:
     if not difference <= tolerance * float(own.abs().max()):
         raise _NotProven(f"its own logits differ from its head's by {difference:.2g}")
     return after
+
+
+def _only_multiplies(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and not ("forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks)
 
 
 def _measure(model: nn.Module, head: nn.Module, ids: Tensor) -> AfterHead:
