@@ -141,7 +141,7 @@ def test_blanks_and_tags_around_the_words_do_not_move_the_mask(family: str, cont
 
 
 def test_own_template_is_read_from_file_key_or_list(tokenizer_folder: Path, tmp_path: Path) -> None:
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    source = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}"
     for kind in ("file", "key", "list"):
         folder = tmp_path / kind
         shutil.copytree(tokenizer_folder, folder)

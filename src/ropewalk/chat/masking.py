@@ -101,7 +101,7 @@ def learn(program: Program, specials: Sequence[str], eos: str | None, given: Seq
     after = inside[inside.rfind(answer["content"]) + len(answer["content"]) :].removesuffix(prompt)
     ends = _endings(final[start + len(answer["content"]) :], specials), _endings(after, specials)
     if not prompt:
-        # Without a generation prompt the model would have to write the header itself; as it is the template's, it is not trained.
+        # Without a generation prompt nobody but the template would write this header, so it is not for the model to learn.
         prompt = lead.rstrip(" ")
     return Habits(prompt, lead if lead.startswith(prompt) else prompt, _distinct([*given, *ends, eos]), bool(ends[1]), eos)
 

@@ -69,7 +69,7 @@ class Template:
         chat_template: str | None = None,
         *,
         chat_template_jinja: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, Any] | None = None,
         tokens: Sequence[str] = (),
         eot_tokens: Sequence[str] = (),
         variables: Mapping[str, Any] | None = None,
@@ -78,8 +78,10 @@ class Template:
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         tokenizer = _read_tokenizer(folder)
-        special = {**_special_tokens(folder, config), **{k: v for k, v in (special_tokens or {}).items() if v}}
-        _add_missing(tokenizer, config, special, tokens)
+        given = dict(special_tokens or {})
+        further = given.pop("additional_special_tokens", None) or ()
+        special = {**_special_tokens(folder, config), **{k: v for k, v in given.items() if v}}
+        _add_missing(tokenizer, config, [*(special[k] for k in SPECIAL_NAMES if k in special), *further], tokens)
         source = choose_source(chat_template, chat_template_jinja, own_source(folder, config), folder)
         stops = _read_json(folder / "generation_config.json").get("eos_token_id") or ()
         named = [tokenizer.id_to_token(i) for i in ([stops] if isinstance(stops, int) else stops)]
@@ -93,18 +95,16 @@ class Template:
             origin=str(folder),
         )
 
-    def with_source(self, source: str, eot_tokens: Sequence[str] | None = None) -> Template:
-        """The same tokenizer with another chat template (a data set may name its own)."""
-        eots = self.eot_tokens if eot_tokens is None else eot_tokens
-        return Template(
-            self.tokenizer,
-            source,
-            self.special,
-            stops=self._stops,
-            eot_tokens=eots,
-            variables=self.variables,
-            origin=self.origin,
-        )
+    def named(self, chat_template: str | None, chat_template_jinja: str | None) -> Template:
+        """The same tokenizer with another chat template: a data set may name its own."""
+        folder = Path(self.origin)
+        own = own_source(folder, _read_json(folder / "tokenizer_config.json"))
+        source = choose_source(chat_template, chat_template_jinja, own, folder)
+        return _rebuild(self.tokenizer, source, self.special, self._stops, self.eot_tokens, self.variables, self.origin)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes get a template as what it was made of; compiled Jinja cannot be sent.
+        return _rebuild, (self.tokenizer, self._source, self.special, self._stops, self.eot_tokens, self.variables, self.origin)
 
     @property
     def bos_id(self) -> int | None:
@@ -213,6 +213,18 @@ class Template:
         return None if token is None else self.tokenizer.token_to_id(token)
 
 
+def _rebuild(
+    tokenizer: Tokenizer,
+    source: str | None,
+    special: Mapping[str, str],
+    stops: Sequence[str],
+    eot_tokens: Sequence[str],
+    variables: Mapping[str, Any],
+    origin: str,
+) -> Template:
+    return Template(tokenizer, source, special, stops=stops, eot_tokens=eot_tokens, variables=variables, origin=origin)
+
+
 def _tokens_of(encoding: Encoding, text: str, begin: int, end: int) -> tuple[int, int]:
     """The tokens within a span of the text; one that reaches outside is left out, unless it takes nothing but blanks there."""
     offsets = encoding.offsets
@@ -297,13 +309,12 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {**found, **extra} if isinstance(extra, dict) else found
 
 
-def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str]) -> None:
+def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], special: Sequence[str], tokens: Sequence[str]) -> None:
     """Tokens that only tokenizer_config.json or the configuration knows."""
-    for entry in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        token = entry[1]
+    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
         if tokenizer.token_to_id(token["content"]) is None:
             kept = {k: v for k, v in token.items() if k in ("lstrip", "rstrip", "normalized", "single_word", "special")}
             tokenizer.add_tokens([AddedToken(token["content"], **kept)])
-    known = [token for name, token in special.items() if name in SPECIAL_NAMES]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special if t not in known])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])

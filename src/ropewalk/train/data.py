@@ -1,0 +1,220 @@
+"""The rows of a run: found, tokenised once, cached by content, set aside for evaluation. No torch.
+
+sources.py files   rows.py rows with their places   formats.py + conversations.py what a row means   tokenise.py ids and mask
+cache.py the memory-mapped store   workers.py the same over processes   packing.py batches   stream.py more than fits anywhere
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.chat.template import Template
+from ropewalk.errors import ConfigError, DataError
+from ropewalk.files.store import home
+from ropewalk.train.cache import Tokens, open_tokens
+from ropewalk.train.config import DataSource, Run
+from ropewalk.train.rows import chunks, streamed_chunks
+from ropewalk.train.sources import content_digest, locate, size
+from ropewalk.train.stream import Stream
+from ropewalk.train.tokenise import BadRow, Block, Tokeniser
+from ropewalk.train.workers import Progress, shown, tokenise
+
+VERSION = 1  # of what is cached; a change of meaning here or in formats makes a new one
+
+
+class Rows:
+    """Some rows of the tokenised sources, in an order; lengths are known without reading."""
+
+    def __init__(self, parts: Sequence[Tokens], index: NDArray[np.int64]) -> None:
+        self._parts, self.index = list(parts), index
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.lengths: NDArray[np.int32] = _joined([part.lengths for part in parts], np.int32)[index]
+        self.trained: NDArray[np.int32] = _joined([part.trained for part in parts], np.int32)[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Ids and labels of a row; labels are -100 where nothing is trained, and are not shifted."""
+        at = int(self.index[number])
+        part = int(np.searchsorted(self._starts, at, "right")) - 1
+        ids, mask = self._parts[part].row(at - int(self._starts[part]))
+        return ids, np.where(mask, ids, np.int32(-100))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, [B, T]; a sample's positions start at 0, which keeps the samples of a row apart."""
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]  # -100 where nothing is trained; labels[t] is the token at t
+    position_ids: NDArray[np.int64]
+    tokens: int  # without padding
+    trained: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and evaluates on; a streamed source gives its rows as they come."""
+
+    train: Rows | Stream
+    evaluation: Rows | None
+    notices: tuple[str, ...] = ()
+    bad: tuple[BadRow, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over the training rows; 0 where that is not known."""
+        return 0 if isinstance(self.train, Stream) else int(self.train.lengths.sum())
+
+
+def open_data(run: Run, template: Template, *, quiet: bool = False, progress: Progress | None = None) -> Data:
+    """The run's rows, tokenised and cached where they are not yet; a row that cannot be used is told before torch is imported."""
+    with nullcontext(progress) if progress or quiet else shown() as told:
+        tested = [_open(run, source, template, told, True) for source in run.test_datasets or ()]
+        evaluation = Rows(tested, _order(tested, run, run.test_datasets or ())) if tested else None
+        if run.streams:
+            return Data(Stream(run, template), evaluation)
+        parts = [_open(run, source, template, told, False) for source in run.sources]
+    index = _order(parts, run, run.sources)
+    if not tested:
+        index, held = _set_aside(parts, index, run)
+        evaluation = Rows(parts, held) if len(held) else None
+    train = Rows(parts, index)
+    if not len(train):
+        raise DataError(f"no row is left to train on: {_told(_counts(parts)) or 'the data is empty'}")
+    bad = tuple(row for part in parts for row in part.bad)
+    return Data(train, evaluation, tuple(_notices(parts, train)), bad)
+
+
+def _open(run: Run, source: DataSource, template: Template, progress: Progress | None, evaluation: bool) -> Tokens:
+    tokeniser = Tokeniser(run, source, template, evaluation=evaluation)
+    found = locate(source)
+    total = size(found)
+    folder = Path(run.dataset_prepared_path).expanduser() if run.dataset_prepared_path else home() / "cache" / "data"
+
+    def blocks(done: int) -> Iterator[Block]:
+        return tokenise(tokeniser, chunks(found), total, run.dataset_num_proc, skip=done, progress=progress)
+
+    return open_tokens(folder, _key(run, source, tokeniser, content_digest(found)), blocks)
+
+
+def _key(run: Run, source: DataSource, tokeniser: Tokeniser, content: str) -> str:
+    """A name for what the rows of a source become: its content, the template, and the keys that change the outcome."""
+    meaning = source.model_dump(
+        mode="json", exclude={"path", "data_files", "shards", "shards_idx", "skip", "split", "revision", "name"}
+    )
+    keys = (
+        tokeniser.longest,
+        tokeniser.shortest,
+        tokeniser.excess,
+        tokeniser.skips,
+        run.train_on_inputs,
+        run.default_system_message,
+    )
+    parts = [VERSION, content, tokeniser.template.digest, json.dumps(meaning, sort_keys=True), keys]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _order(parts: Sequence[Tokens], run: Run, sources: Sequence[DataSource]) -> NDArray[np.int64]:
+    """Which rows of all parts are used: each source's slice, equal rows once if asked, in the order of the data."""
+    chosen, start = [], 0
+    for number, (part, source) in enumerate(zip(parts, sources)):
+        taken = start + _slice(source, len(part))
+        if run.shuffle_before_merging_datasets:
+            taken = np.random.default_rng([run.seed, number]).permutation(taken)
+        chosen.append(taken)
+        start += len(part)
+    index = _joined(chosen, np.int64)
+    if run.dataset_exact_deduplication and len(index):
+        digests = _joined([part.digests for part in parts], np.uint64)[index]
+        _, first = np.unique(digests, axis=0, return_index=True)
+        index = index[np.sort(first)]
+    return index
+
+
+def _slice(source: DataSource, rows: int) -> NDArray[np.int64]:
+    """The rows of a source that `skip`, a sliced `split` (train[:10%]) and `shards` leave."""
+    index = np.arange(rows, dtype=np.int64)[source.skip or 0 :]
+    if sliced := re.search(r"\[(\d*%?):(\d*%?)\]$", source.split or ""):
+        begin, end = (_place(bound, len(index)) for bound in sliced.groups())
+        index = index[begin:end]
+    return np.array_split(index, source.shards)[source.shards_idx or 0] if source.shards else index
+
+
+def _place(bound: str, rows: int) -> int | None:
+    if not bound:
+        return None
+    return rows * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
+
+
+def _set_aside(parts: Sequence[Tokens], index: NDArray[np.int64], run: Run) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and evaluation rows; which is which follows from a row's content and the seed, never from its place."""
+    asked = run.val_set_size
+    held = round(asked * len(index)) if asked < 1 else int(asked)
+    if not asked:
+        return index, index[:0]
+    if not 0 < held < len(index):
+        raise ConfigError(
+            f"val_set_size: {asked:g} of {len(index)} rows leaves {'nothing to train on' if held else 'none'}; change it"
+        )
+    first, second = _joined([part.digests for part in parts], np.uint64)[index].T
+    mixed = (first ^ np.uint64(run.seed)) * np.uint64(0x9E3779B97F4A7C15) + second
+    rank = np.sort(mixed)[held - 1]
+    # Equal rows have equal numbers, so that none is trained on and evaluated too.
+    chosen = mixed <= rank
+    return index[~chosen], index[chosen]
+
+
+def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+
+
+def _counts(parts: Sequence[Tokens]) -> Counter[str]:
+    return sum((part.counts for part in parts), Counter[str]())
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in sorted(counts.items()) if number and what != "read")
+
+
+def _notices(parts: Sequence[Tokens], train: Rows) -> Iterator[str]:
+    yield f"{len(train)} rows, {int(train.lengths.sum())} tokens, {int(train.trained.sum())} of them trained"
+    if left_out := _told(_counts(parts)):
+        yield f"of {_counts(parts)['read']} rows read: {left_out}"
+    for row in [row for part in parts for row in part.bad][:10]:
+        yield f"skipped {row}"
+
+
+def preview(run: Run, template: Template, n: int = 3) -> list[list[tuple[str, bool]]]:
+    """The first rows as the model will see them: pieces of text, and whether they are trained."""
+    rows: list[list[tuple[str, bool]]] = []
+    for source in run.sources:
+        tokeniser = Tokeniser(run, source, template)
+        for chunk in streamed_chunks(locate(source)):
+            for line, raw in chunk:
+                example = tokeniser.read(chunk.read(line, raw).values)
+                rows.append(_spans(tokeniser.template, *tokeniser.tokens(example)))
+                if len(rows) == n:
+                    return rows
+    return rows
+
+
+def _spans(template: Template, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
+    pairs = zip(ids, [False, *mask[1:]])
+    return [
+        (template.decode([i for i, _ in run], skip_special_tokens=False), trained)
+        for trained, run in groupby(pairs, key=lambda pair: pair[1])
+    ]

@@ -1,0 +1,200 @@
+"""Rows -> micro-batches. Which rows make a batch follows from (rows, run, seed, epoch), so any batch can be made again. No torch.
+
+With packing, a batch is `micro_batch_size` rows of at most `sequence_len` tokens, each filled with samples whose positions start at
+0: transformers builds its block-diagonal mask from those positions when no attention_mask is given. Padding goes on counting, so
+that it belongs to the sample before it, which cannot see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.train.config import Run
+from ropewalk.train.data import Batch, Rows
+from ropewalk.train.stream import Pair, Stream
+
+WINDOW = 1 << 15  # rows packed together: enough for a tight fit, few enough for random neighbours
+MULTIPLE = 8  # row lengths that matrix units like
+# Layers that carry a state from one token to the next, whatever the positions say.
+RECURRENT = (
+    *(
+        "linear_attention",
+        "mamba",
+        "mamba2",
+        "recurrent",
+        "conv",
+        "hybrid",
+        "gated_deltanet",
+        "deltanet",
+        "kda",
+        "rwkv",
+        "lightning",
+    ),
+    *("hybrid_sliding", "hybrid_full"),
+)
+RECURRENT_MODELS = (
+    *(
+        "mamba",
+        "mamba2",
+        "falcon_mamba",
+        "falcon_h1",
+        "jamba",
+        "bamba",
+        "zamba",
+        "zamba2",
+        "granitemoehybrid",
+        "nemotron_h",
+        "rwkv",
+    ),
+    *(
+        "recurrent_gemma",
+        "xlstm",
+        "lfm2",
+        "lfm2_moe",
+        "minimax",
+        "qwen3_next",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "kimi_linear",
+        "olmo_hybrid",
+    ),
+)
+
+
+class Plan(Sequence[Batch]):
+    """The batches of an epoch: which rows go into each is known, their tokens are read when a batch is asked for."""
+
+    def __init__(self, rows: Rows, batches: list[list[NDArray[np.int64]]], pad: int, width: int | None, multiple: int) -> None:
+        self._rows, self._batches = rows, batches
+        self._pad, self._width, self._multiple = pad, width, multiple
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        lines = [[self._rows[int(row)] for row in line] for line in self._batches[number]]
+        return lay_out(lines, self._pad, self._width, self._multiple)
+
+
+def batches(
+    rows: Rows | Stream, run: Run, *, seed: int, epoch: int, shuffle: bool = True, evaluation: bool = False, pad: int = 0
+) -> Sequence[Batch]:
+    """The micro-batches of an epoch, for all processes together; a stream has one epoch without end."""
+    if isinstance(rows, Stream):
+        from ropewalk.train.streaming import StreamBatches
+
+        return StreamBatches(rows, run, seed=seed, pad=pad)
+    ordered = not shuffle or run.curriculum_sampling or not run.shuffle_merged_datasets
+    generator = np.random.default_rng([seed, epoch])
+    order = np.arange(len(rows)) if ordered else generator.permutation(len(rows))
+    length = (run.eval_sequence_len if evaluation else None) or run.sequence_len
+    size = (run.eval_batch_size if evaluation else None) or run.micro_batch_size
+    packed = run.eval_packing if evaluation else run.packing
+    if packed:
+        lines = pack(rows.lengths, order, length, in_order=ordered or run.sample_packing_sequentially, generator=generator)
+    else:
+        lines = [np.array([row]) for row in _by_length(order, rows, size, generator, run.group_by_length)]
+    grouped = [lines[at : at + size] for at in range(0, len(lines), size)]
+    return Plan(rows, grouped, pad, length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE)
+
+
+def pack(
+    lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int, *, in_order: bool, generator: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """The rows of each line of at most `capacity` tokens; fitted a window at a time, or, `in_order`, just filled up."""
+    if in_order:
+        return _filled(lengths, order, capacity)
+    lines: list[NDArray[np.int64]] = []
+    for at in range(0, len(order), WINDOW):
+        window = order[at : at + WINDOW]
+        found = best_fit(lengths[window], capacity)
+        sorted_ = np.argsort(found, kind="stable")
+        ends = np.cumsum(np.bincount(found))
+        # The fit puts the fullest lines first; training should not.
+        new = np.split(window[sorted_], ends[:-1])
+        lines += [new[i] for i in generator.permutation(len(new))]
+    return lines
+
+
+def best_fit(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
+    """The line of each row: the longest first, each into the fullest line that has room for it.
+
+    Lines with equal room lie on one pile; a whole number has a bit for every pile that is not empty, so that the smallest room
+    that is large enough is its lowest bit from there on.
+    """
+    piles: list[list[int]] = [[] for _ in range(capacity + 1)]
+    room = lines = 0
+    found = np.empty(len(lengths), np.int64)
+    shortest = int(lengths.min()) if len(lengths) else 0
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for row, length in zip(order.tolist(), lengths[order].tolist()):
+        above = room >> length
+        if above:
+            free = length + (above & -above).bit_length() - 1
+            line = piles[free].pop()
+            if not piles[free]:
+                room ^= 1 << free
+        else:
+            line, free, lines = lines, capacity, lines + 1
+        found[row] = line
+        left = free - length
+        if left >= shortest:
+            if not piles[left]:
+                room |= 1 << left
+            piles[left].append(line)
+    return found
+
+
+def lay_out(lines: Sequence[Sequence[Pair]], pad: int, width: int | None, multiple: int = MULTIPLE) -> Batch:
+    """Samples side by side in each line, padded to `width` or to the longest line."""
+    used = [sum(len(ids) for ids, _ in line) for line in lines]
+    length = width or -(-max(used) // multiple) * multiple
+    ids = np.full((len(lines), length), pad, np.int64)
+    labels = np.full((len(lines), length), -100, np.int64)
+    positions = np.empty((len(lines), length), np.int64)
+    for number, line in enumerate(lines):
+        at = 0
+        for sample, target in line:
+            ids[number, at : at + len(sample)] = sample
+            labels[number, at : at + len(sample)] = target
+            labels[number, at] = -100
+            # To the end of the line: the next sample, if there is one, starts anew over it.
+            positions[number, at:] = np.arange(length - at)
+            at += len(sample)
+    return Batch(ids, labels, positions, sum(used), int((labels != -100).sum()))
+
+
+def isolates(config: Any) -> bool:
+    """Whether positions alone keep packed samples apart in this model: not where a layer carries a state along."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    return not kinds & set(RECURRENT) and getattr(text, "model_type", "").removesuffix("_text") not in RECURRENT_MODELS
+
+
+def _by_length(order: NDArray[np.int64], rows: Rows, size: int, generator: np.random.Generator, grouped: bool) -> Iterable[int]:
+    """Unpacked rows in their order, or with neighbours of like length and the batches among themselves shuffled."""
+    if not grouped:
+        return [int(row) for row in order]
+    reach = 64 * size
+    lists = [order[at : at + reach] for at in range(0, len(order), reach)]
+    flat = np.concatenate([part[np.argsort(-rows.lengths[part], kind="stable")] for part in lists]) if lists else order
+    groups = [flat[at : at + size] for at in range(0, len(flat), size)]
+    # A short last group stays last, since batches are cut at fixed places.
+    mixed = [groups[i] for i in generator.permutation(len(groups) - 1)] + groups[-1:]
+    return [int(row) for group in mixed for row in group]
+
+
+def _filled(lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
+    lines, start, used = [], 0, 0
+    for at, length in enumerate(lengths[order].tolist()):
+        if used + length > capacity and at > start:
+            lines.append(order[start:at])
+            start, used = at, 0
+        used += length
+    return [*lines, order[start:]] if start < len(order) else lines
