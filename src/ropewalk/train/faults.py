@@ -44,11 +44,8 @@ def sort_keys(document: Document, model: type[BaseModel]) -> tuple[dict[str, Any
         elif answer.reason:
             ignored[name] = answer.reason
     if "base_model" not in own and len(unknown) > len(own):
-        return (
-            own,
-            ignored,
-            [((), "this is no configuration of a training: it names no base_model, and most of its keys are unknown")],
-        )
+        message = "this is no configuration of a training: it names no base_model, and most of its keys are unknown"
+        raise ConfigError(message, path=document.path)
     # A method that is refused as a whole explains the keys of its data sets too.
     said = [((names[0],), f"{_keys(names)}: {reason}") for reason, names in refused.items()] or inside
     return own, ignored, unknown + said

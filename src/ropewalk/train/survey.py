@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ropewalk.errors import ModelError
+from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import load_config
 from ropewalk.models.lora import Coverage, attach
-from ropewalk.models.targets import expert_modules
 from ropewalk.train.config import Run
 from ropewalk.train.pupil import lora_spec
 

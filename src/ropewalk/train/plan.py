@@ -1,0 +1,245 @@
+"""`ropewalk check`: what a run will do, told before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ropewalk.errors import ConfigError, ModelError
+from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
+from ropewalk.train.config import DataSource, Run, ignored_keys, load_run
+from ropewalk.train.data import preview
+from ropewalk.train.formats import reader_of
+from ropewalk.train.prepare import load_template
+from ropewalk.train.sources import HubSet, locate
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+UNCHECKED = "not checked (offline): not on this disk"
+_NOTHING: dict[str, Any] = {"model": None, "coverage": [], "notes": [], "trained": None, "memory": None}
+Spans = Sequence[tuple[str, bool]]  # text of a row, and whether it is trained
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, on what, with which memory; `unchecked` names what could not be looked at."""
+
+    base_model: str
+    model: dict[str, Any] | None
+    coverage: list[dict[str, Any]]
+    notes: list[str]
+    trained: int | None
+    precision: str
+    steps: dict[str, Any]
+    memory: dict[str, Any] | None
+    ignored: dict[str, str]
+    unchecked: dict[str, str]
+    preview: list[list[tuple[str, bool]]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+    def text(self, colour: bool = False) -> str:
+        """For a terminal or a log."""
+        parts = [_base_lines(self), _coverage_lines(self), _step_lines(self), _memory_lines(self)]
+        if self.ignored:
+            width = max(map(len, self.ignored))
+            parts.append(["Not needed here", *(f"  {key:<{width}}  {reason}" for key, reason in self.ignored.items())])
+        if self.unchecked:
+            parts.append(["Not checked", *(f"  {name}: {reason}" for name, reason in self.unchecked.items())])
+        parts.append(_preview_lines(self.preview, colour))
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def check_command(config: Path, overrides: Sequence[str], offline: bool, as_json: bool) -> int:
+    """`ropewalk check CONFIG`; whatever cannot work is raised as an error that says why."""
+    plan = check(load_run(config, overrides), offline=offline)
+    if as_json:
+        print(json.dumps(plan.as_dict(), indent=2))
+    else:
+        print(plan.text(colour=sys.stdout.isatty()))
+    return 0
+
+
+def check(run: Run, *, offline: bool = False) -> Plan:
+    """Looks at base and data as far as they are here (or may be fetched: configuration and tokenizer, never weights)."""
+    unchecked: dict[str, str] = {}
+    folder = find_base(run, offline)
+    if folder is None:
+        unchecked["base_model"] = f"{run.base_model}: {UNCHECKED}"
+    here = _sources_here(run, offline, unchecked)
+    rows: list[list[tuple[str, bool]]] = []
+    if folder is not None and here:
+        seen = run.model_copy(update={"datasets": here, "pretraining_dataset": None})
+        rows = [list(spans) for spans in preview(seen, load_template(run, folder))]
+    looked = _NOTHING if folder is None else _look(folder, run)
+    return Plan(
+        base_model=run.base_model,
+        precision=_precision(run),
+        steps=_steps(run),
+        ignored=ignored_keys(run),
+        unchecked=unchecked,
+        preview=rows,
+        **looked,
+    )
+
+
+def find_base(run: Run, offline: bool) -> Path | None:
+    """The folder with the base's configuration and tokenizer; None: it would have to be fetched, and must not be."""
+    name = run.base_model
+    if Path(name).expanduser().is_dir() or not REPOSITORY.fullmatch(name) or name.startswith("."):
+        return resolve_base(name)
+    cached = cached_folder(name, run.revision_of_model)
+    if cached is not None and (cached / "config.json").is_file():
+        return cached
+    return None if offline else _fetch_small(name, run.revision_of_model)
+
+
+def _fetch_small(name: str, revision: str | None) -> Path:
+    import huggingface_hub  # takes half a second, and a base on disk does not need it
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
+    except Exception as error:  # the hub's HTTP library, whose errors have no common public base across its versions
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"base model not found: '{name}' is neither a folder here nor cached, and the hub does not give it ({reason}); "
+            "check the name and the network, or use --offline"
+        ) from error
+
+
+def _sources_here(run: Run, offline: bool, unchecked: dict[str, str]) -> tuple[DataSource, ...]:
+    """The sources that can be looked at; a file that is named and missing is an error."""
+    here = []
+    for name in ("datasets", "pretraining_dataset", "test_datasets"):
+        for index, source in enumerate(getattr(run, name) or ()):
+            try:
+                reader_of(source, run)
+            except ConfigError as error:
+                raise ConfigError(f"{run.where(name, index, 'type')}{error}") from None
+            if isinstance(locate(source), HubSet) and offline:
+                unchecked[f"{name}.{index}"] = f"{source.path}: {UNCHECKED}"
+            elif name != "test_datasets":
+                here.append(source)
+    return tuple(here)
+
+
+def _look(folder: Path, run: Run) -> dict[str, Any]:
+    from ropewalk.train.survey import survey  # imports torch and transformers: after everything that fails without them
+
+    found = survey(folder, run)
+    shape = {
+        name: getattr(found, name)
+        for name in ("model_type", "layers", "hidden", "experts", "experts_per_token", "parameters", "active")
+    }
+    return {
+        "model": shape,
+        "coverage": [asdict(row) for row in found.coverage.rows] if found.coverage else [],
+        "notes": list(found.coverage.notes) if found.coverage else [],
+        "trained": found.trained,
+        "memory": found.memory,
+    }
+
+
+def _precision(run: Run) -> str:
+    computed = {"auto": "bfloat16 on a GPU that computes it, else float32"}.get(run.dtype_name, run.dtype_name)
+    held = {"nf4": "the base held as 4-bit NF4", "int8": "the base held as 8-bit integers", None: ""}[run.quantization]
+    return f"{computed}, {held}" if held else computed
+
+
+def _steps(run: Run) -> dict[str, Any]:
+    return {
+        "rows_per_step": run.micro_batch_size * run.accumulation,
+        "sequence_len": run.sequence_len,
+        "packing": run.packing,
+        "most_tokens_per_step": run.tokens_per_step,
+        "length": f"{run.max_steps} steps"
+        if run.max_steps
+        else f"{run.num_epochs:g} epoch{'' if run.num_epochs == 1 else 's'}",
+        "optimizer": run.optimizer,
+        "schedule": run.schedule,
+        "learning_rate": run.learning_rate,
+    }
+
+
+def _base_lines(plan: Plan) -> list[str]:
+    lines = [f"Base      {plan.base_model}"]
+    if plan.model:
+        shape = plan.model
+        mixture = f", {shape['experts']} experts of which {shape['experts_per_token']} per token" if shape["experts"] else ""
+        active = f", {_count(shape['active'])} of them active per token" if shape["experts"] else ""
+        lines.append(f"          {shape['model_type']}: {shape['layers']} layers, hidden {shape['hidden']}{mixture}")
+        lines.append(f"          {_count(shape['parameters'])} parameters{active}")
+    return [*lines, f"Computes  in {plan.precision}"]
+
+
+def _coverage_lines(plan: Plan) -> list[str]:
+    if plan.model is None:
+        return []
+    if not plan.coverage:
+        return [f"Trained   every weight: {_count(plan.trained or 0)} parameters"]
+    share = 100 * (plan.trained or 0) / plan.model["parameters"]
+    lines = [f"Trained   an adapter of {_count(plan.trained or 0)} parameters ({share:.2f} % of the base)"]
+    width = max(len(row["family"]) for row in plan.coverage)
+    for row in plan.coverage:
+        experts = f"{row['experts']} experts x " if row["experts"] else ""
+        shape = f"{experts}{row['inputs']} -> {row['outputs']}, rank {row['rank']}" if row["rank"] else "whole"
+        lines.append(f"  {row['family']:<{width}}  x{row['count']:<3} {shape:<42} {row['parameters']:>14,}")
+    return [*lines, *(f"  note: {note}" for note in plan.notes)]
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    steps = plan.steps
+    rows = f"{steps['rows_per_step']} {'packed ' if steps['packing'] else ''}rows of up to {steps['sequence_len']} tokens"
+    return [
+        f"Step      {rows} per process: at most {steps['most_tokens_per_step']:,} tokens",
+        f"Run       {steps['length']}, {steps['optimizer']}, {steps['schedule']} from {steps['learning_rate']:g}",
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    if not plan.memory:
+        return []
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in plan.memory.items() if name != "total" and size)
+    return [f"Memory    about {_bytes(plan.memory['total'])} per process: {parts}"]
+
+
+def _preview_lines(rows: Sequence[Spans], colour: bool) -> list[str]:
+    """The rows with what is trained between brackets."""
+    if not rows:
+        return []
+    lines = ["Preview   what is trained stands between ⟦ and ⟧"]
+    for number, spans in enumerate(rows, 1):
+        text = "".join(_marked(words, colour) if trained else words for words, trained in joined(spans))
+        lines += [f"  row {number}", *(f"    {line}" for line in text.splitlines())]
+    return lines
+
+
+def joined(spans: Spans) -> list[tuple[str, bool]]:
+    """Neighbouring spans of one kind as one."""
+    merged: list[tuple[str, bool]] = []
+    for text, trained in spans:
+        if merged and merged[-1][1] == trained:
+            merged[-1] = (merged[-1][0] + text, trained)
+        else:
+            merged.append((text, trained))
+    return merged
+
+
+def _marked(text: str, colour: bool) -> str:
+    return f"\033[32m⟦{text}⟧\033[0m" if colour else f"⟦{text}⟧"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**29 else f"{number / 2**20:.0f} MiB"
