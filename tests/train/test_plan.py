@@ -91,6 +91,11 @@ def test_a_target_that_matches_nothing_is_an_error(base: Path, rows: Path) -> No
         check(run_of(base, rows, "lora_target_modules: [q_prj]\n"), offline=True)
 
 
+def test_a_rank_pattern_that_matches_nothing_is_an_error(base: Path, rows: Path) -> None:
+    with pytest.raises(ModelError, match="'experts' matches no adapted layer"):
+        check(run_of(base, rows, "lora_rank_pattern: {experts: 4}\n"), offline=True)
+
+
 def test_offline_nothing_is_fetched_and_what_is_missing_is_named(rows: Path) -> None:
     plan = check(run_of("nobody/nothing-here", "nobody/no-such-set"), offline=True)
     assert plan.unchecked == {

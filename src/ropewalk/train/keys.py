@@ -138,7 +138,9 @@ class ModelKeys(Group):
 
     base_model: str = key("The base: a folder, or a name on the hub.", ..., min_length=1)
     revision_of_model: str | None = key("The commit, tag or branch of a base on the hub.", alias="model_revision")
-    trust_remote_code: bool = key("Run Python code that comes with the base. Off: a base that needs it is refused.", False)
+    trust_remote_code: bool = key(
+        "Run Python code that comes with the base; needs --trust-remote-code on the command line too.", False
+    )
     tokenizer_config: str | None = key("A folder or hub name to take the tokenizer from; default base_model.")
     overrides_of_model_config: dict[str, Any] | None = key("Values laid over the base's config.json.", alias="model_config")
     load_in_4bit: bool = key("Hold the frozen base as 4-bit NF4, experts included.", False)
@@ -181,9 +183,9 @@ class AdapterKeys(Group):
         "Modules trained whole and saved beside the adapter, such as embed_tokens and lm_head."
     )
     lora_rank_pattern: dict[str, Positive] | None = key(
-        "Pattern over module names -> rank, such as {'experts': 4}; the rest has lora_r."
+        "Pattern over full names -> rank, such as {'experts.*': 4}; the rest has lora_r."
     )
-    lora_alpha_pattern: dict[str, Number] | None = key("Pattern over module names -> alpha; the rest has lora_alpha.")
+    lora_alpha_pattern: dict[str, Number] | None = key("Pattern over full names -> alpha; the rest has lora_alpha.")
     peft_use_dora: bool = key("DoRA: learn magnitudes apart from directions, on linear layers.", False)
     peft_use_rslora: bool = key("Rank-stabilised LoRA: scale by alpha / sqrt(r).", False)
     peft_layers_to_transform: tuple[Count, ...] | None = key("Numbers of the decoder layers to adapt; default all.")

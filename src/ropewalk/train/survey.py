@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def survey(folder: Path, run: Run) -> Survey:
     in_experts = sum(p.numel() for module in stacks for p in module.parameters())
     experts = max((p.shape[0] for module in stacks for p in module.parameters() if p.dim() == 3), default=0)
     chosen = _chosen(text.to_dict()) if experts else 0
-    coverage = None if run.adapter is None else attach(model, lora_spec(run), seed=run.seed).coverage()
+    coverage = None
+    if run.adapter is not None:
+        adapter = attach(model, lora_spec(run), seed=run.seed)
+        _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
+        coverage = adapter.coverage()
     return Survey(
         config=config,
         model_type=str(config.model_type),
@@ -65,6 +70,17 @@ def survey(folder: Path, run: Run) -> Survey:
         coverage=coverage,
         trained=total if coverage is None else coverage.parameters,
     )
+
+
+def _patterns_match(run: Run, names: list[str]) -> None:
+    """A pattern of ranks or alphas that reaches no adapted layer is an error: PEFT would pass over it in silence."""
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(run, key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise ModelError(
+                    f"{run.where(key, pattern)}key '{key}': '{pattern}' matches no adapted layer; a pattern reaches to the end of "
+                    f"a name, as '{pattern}.*' does, of names such as {names[-1]}"
+                )
 
 
 def _chosen(text: dict[str, Any]) -> int:
