@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ropewalk.cli import main
 
 
@@ -17,7 +18,9 @@ def attempt(path, *arguments):
     done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    imported = any(line.rsplit("|", 1)[-1].strip() == "torch" for line in done.stderr.splitlines() if line.startswith("import time:"))
+    imported = any(
+        line.rsplit("|", 1)[-1].strip() == "torch" for line in done.stderr.splitlines() if line.startswith("import time:")
+    )
     assert "Traceback" not in done.stderr
     return done.returncode, said[-1], imported, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

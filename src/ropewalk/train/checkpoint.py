@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ropewalk.errors import ModelError, OutputError
 
@@ -66,7 +67,7 @@ class Checkpoints:
             _seal(temporary, position)
             temporary.rename(final)
             _sync(self.folder)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError, OutputError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise _explain(error, final, self.newest()) from error
         return final

@@ -78,7 +78,11 @@ def open_folder(path: Path, config: Mapping[str, Any], *, restart: bool = False)
         _move_aside(path)
     if (path / "run.json").exists():
         folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        _same_config(path, folder.record["config"], config)
+        try:
+            _same_config(path, folder.record["config"], config)
+        except ConfigError:
+            folder.close()
+            raise
     else:
         folder.write_record(state="training", config=dict(config), versions=versions(), machine=machine())
     return folder

@@ -29,11 +29,14 @@ def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False,
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
     path = Path(run.output_dir)
     folder = open_folder(path, run.model_dump(mode="json"), restart=restart) if leads() else RunFolder(path)
-    base = resolve_base(
-        run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=None if quiet else tell
-    )
-    template = load_template(run, base)
-    return Prepared(run, base, template, open_data(run, template), folder)
+    try:
+        told = None if quiet else tell
+        base = resolve_base(run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=told)
+        template = load_template(run, base)
+        return Prepared(run, base, template, open_data(run, template, quiet=quiet or not leads()), folder)
+    except BaseException:
+        folder.close()
+        raise
 
 
 def load_template(run: Run, base: Path) -> Template:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.errors import TrainingStopped
+from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.config import Run
 from ropewalk.train.data import Batch
@@ -58,6 +59,7 @@ def train(run: Run, *, restart: bool = False, quiet: bool = False) -> Result:
 def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
     """Trains what `prepare` made ready."""
     if prepared.folder.finished:
+        prepared.folder.close()
         return Result(**prepared.folder.record["result"] | _paths(prepared))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with join_world(device) as world:
@@ -74,9 +76,10 @@ class Fit:
     def __init__(self, prepared: Prepared, device: torch.device, world: World, *, quiet: bool) -> None:
         self.config, self.folder, self.device, self.world = prepared.run, prepared.folder, device, world
         self.prepared = prepared
+        self._pad = prepared.template.pad_id or 0
         config = self.config
         self.pace = Pace(
-            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch),
+            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch, pad=self._pad),
             group=config.accumulation * world.size,
             num_epochs=config.num_epochs,
             max_steps=config.max_steps,
@@ -87,7 +90,7 @@ class Fit:
         self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
         self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
         self.pupil = Pupil.load(prepared.base, prepared.template, config, device, resume=newest)
-        for notice in self.pupil.notices:
+        for notice in (*prepared.data.notices, *self.pupil.notices):
             self.screen.say(notice)
         self.optimizer = make_optimizer(
             config.optimizer,
@@ -110,9 +113,15 @@ class Fit:
         self.trackers: list[Tracker] = []
 
     def run(self) -> Result:
+        try:
+            self._open_logs()
+            return self._train()
+        finally:
+            self._close_logs()
+
+    def _train(self) -> Result:
         started = time.monotonic()
         tokens_before = self.position.tokens
-        self._open_logs()
         with self.screen, _asked_to_stop() as asked:
             self.screen.begin(self.position.step)
             for number in range(self.position.step, self.pace.total):
@@ -177,7 +186,7 @@ class Fit:
     def _evaluate(self) -> bool:
         rows = self.prepared.data.evaluation
         assert rows is not None
-        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
+        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True, pad=self._pad)
         total = trained = 0.0
         with self.pupil.evaluating():
             for i in range(self.world.rank, len(found), self.world.size):
@@ -229,7 +238,8 @@ class Fit:
             write_plots(self.folder.events, self.folder.plots)
             self._tell("end", {"step": self.position.step, "seconds": seconds}, {})
             self.folder.write_record(state="finished", result=asdict(result))
-            self._close_logs()
+            if self.config.hub_model_id:
+                self.screen.say(f"uploaded to {push(result.adapter, self.config.hub_model_id, self.config.hub_revision)}")
         self.screen.say(
             f"done: loss {result.first_loss:.4f} -> {result.last_loss:.4f} in {result.steps} steps, {seconds:.0f} s; "
             f"the result is in {result.adapter}, its plots in {self.folder.plots}"
