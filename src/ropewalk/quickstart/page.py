@@ -1,0 +1,63 @@
+"""The quickstart's result as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ropewalk.compare.verdict import Outcome
+from ropewalk.files.store import File
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the result: a share between 0 and 1."""
+
+    key: str
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out question with both answers."""
+
+    country: str
+    passage: str
+    question: str
+    expected: str
+    before: str
+    before_right: bool
+    after: str
+    after_right: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page shows."""
+
+    scores: list[Score]
+    outcome: Outcome
+    samples: list[Sample]
+    plot: str  # SVG, ours
+    training: str
+    questions: int
+    file: File
+    seconds: int
+    fast: bool
+
+    @property
+    def by_key(self) -> dict[str, float]:
+        return {score.key: score.value for score in self.scores}
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Renders page.html.j2 into one file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{share:.0%}"
+    path.write_text(environment.get_template("page.html.j2").render(page=page), encoding="utf-8")
+    return path
