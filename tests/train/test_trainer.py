@@ -151,7 +151,7 @@ def test_early_stopping_ends_the_run_and_takes_the_best_weights(config):
 
 
 def test_a_loss_that_stays_above_the_threshold_stops_the_run(config):
-    with pytest.raises(TrainingStopped, match="above loss_watchdog_threshold 0.5 for the 2th time"):
+    with pytest.raises(TrainingStopped, match=r"above loss_watchdog_threshold 0\.5 for the 2th time"):
         run(config(loss_watchdog_threshold=0.5, loss_watchdog_patience=2))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -147,10 +147,10 @@ def save(adapter: Adapter, folder: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config(adapter), indent=2, sort_keys=True) + "\n")
         _replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
-            f"the adapter cannot be written to {folder}: {error.strerror or error}; free space or name another folder"
+            f"the adapter cannot be written to {folder}: {error}; free space or name another folder"
         ) from error
 
 
