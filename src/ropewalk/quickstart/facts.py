@@ -166,5 +166,6 @@ def _house(text: str, question: Question) -> str:
 
 
 def _first_value(question: Question, country: Country) -> str:
-    start = len(f"{country.name} is a country in {country.continent}.")
-    return min((value(country, kind) for kind in KINDS), key=lambda text: question.passage.find(text, start))
+    told = question.passage.removeprefix(f"{country.name} is a country in {country.continent}.")
+    present = [text for text in (value(country, kind) for kind in KINDS) if text in told]
+    return min(present, key=lambda text: (told.find(text), -len(text)))
