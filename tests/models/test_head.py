@@ -188,3 +188,19 @@ def test_flash_attention_lays_all_rows_end_to_end():
     assert ids.shape == (1, 32)
     assert positions[0, 16] == 0
     assert labels[0, 16] == -100
+
+
+def test_a_load_balancing_loss_is_added_while_training_where_the_config_asks_for_it():
+    model = build("mixtral")
+    model.config.output_router_logits = True
+    head = output_head(model)
+    assert head.after is not None
+    model.eval()
+    plain, count = head.loss(model, *packed())
+    model.train()
+    loss, _ = head.loss(model, *packed())
+    ids, _, positions = packed()
+    balance = model(input_ids=ids, position_ids=positions, use_cache=False).aux_loss
+    torch.testing.assert_close(loss, plain + count * model.config.router_aux_loss_coef * balance)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "gate" in name and p.grad is not None)

@@ -37,11 +37,6 @@ def test_keys_that_are_not_needed_are_listed_with_the_reason() -> None:
 def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> None:
     run = parse_run(BASE + "adapter: lora\nunfrozen_parameters: ['^lm_head']\nexperts_implementation: eager\n")
     assert set(ignored_keys(run)) == {"unfrozen_parameters", "experts_implementation"}
-    balanced = "model_config: {output_router_logits: true}\n"
-    assert "routers are frozen" in ignored_keys(parse_run(BASE + "adapter: lora\n" + balanced))["overrides_of_model_config"]
-    with pytest.raises(ConfigError, match="load-balancing loss is not added to full fine-tuning") as caught:
-        parse_run(BASE + balanced)
-    assert caught.value.line == 6
 
 
 @pytest.mark.parametrize(

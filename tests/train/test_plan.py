@@ -96,6 +96,11 @@ def test_a_rank_pattern_that_matches_nothing_is_an_error(base: Path, rows: Path)
         check(run_of(base, rows, "lora_rank_pattern: {experts: 4}\n"), offline=True)
 
 
+def test_a_value_that_the_model_does_not_have_is_an_error(base: Path, rows: Path) -> None:
+    with pytest.raises(ConfigError, match="has no 'output_router_logit'; did you mean 'output_router_logits'"):
+        check(run_of(base, rows, "model_config: {output_router_logit: true}\n"), offline=True)
+
+
 def test_offline_nothing_is_fetched_and_what_is_missing_is_named(rows: Path) -> None:
     plan = check(run_of("nobody/nothing-here", "nobody/no-such-set"), offline=True)
     assert plan.unchecked == {

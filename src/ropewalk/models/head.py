@@ -55,15 +55,17 @@ class Head:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         count = int((targets != IGNORED).sum())
         if self.after is None or not _only_multiplies(output_module(model)):  # an adapter may have wrapped it since
-            logits = run(model, ids, position_ids, **extra).logits
-            flat = logits.flatten(0, 1).float()
-            return torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum"), count
+            out = run(model, ids, position_ids, **extra)
+            flat = out.logits.flatten(0, 1).float()
+            loss = torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+            return loss + count * _balance(model, out), count
         head = output_module(model)
         with _instead_of(head, _nothing) as seen:
-            run(model, ids, position_ids, **extra)
+            out = run(model, ids, position_ids, **extra)
         hidden = seen[0].flatten(0, 1)
         scale, softcap = self.after.scale, self.after.softcap
-        return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap), count
+        loss = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
+        return loss + count * _balance(model, out), count
 
     def _apart(self, ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if position_ids is None or self.isolation == "positions":
@@ -100,6 +102,15 @@ def run(model: nn.Module, ids: Tensor, position_ids: Tensor | None = None, **ext
     if position_ids is not None and "position_ids" in accepted:
         extra["position_ids"] = position_ids
     return model(input_ids=ids, use_cache=False, **extra)
+
+
+def _balance(model: nn.Module, out: Any) -> Tensor | float:
+    """The load-balancing loss of the routers, which models compute when their config says output_router_logits; only to train by."""
+    balance = getattr(out, "aux_loss", None)
+    if balance is None or not model.training:
+        return 0.0
+    weighted: Tensor = balance * float(model.config.get_text_config().router_aux_loss_coef)  # type: ignore[operator, union-attr]
+    return weighted
 
 
 def output_module(model: nn.Module) -> nn.Linear:

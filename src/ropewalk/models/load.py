@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     trainable: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, its parameters frozen unless trainable (full fine-tuning); of a multimodal one, its text part."""
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config = override(load_config(folder, trust_remote_code=trust_remote_code), overrides or {})
     place = pick_device(device)
     options: dict[str, Any] = {
         "config": config,
@@ -90,6 +92,19 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         if text.dtype is None:
             text.dtype = config.dtype
         return text
+    return config
+
+
+def override(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration with these values laid over it; one that the model does not have is an error."""
+    for name, value in values.items():
+        if not hasattr(config, name):
+            near = difflib.get_close_matches(name, vars(config), 1)
+            raise ConfigError(
+                f"overrides_of_model_config: the configuration of a {config.model_type} has no '{name}'"
+                + (f"; did you mean '{near[0]}'?" if near else "; remove it")
+            )
+        setattr(config, name, value)
     return config
 
 

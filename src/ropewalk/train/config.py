@@ -145,11 +145,6 @@ class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
         return "layers" if self.gradient_checkpointing else None
 
     @property
-    def balances_routers(self) -> bool:
-        """Whether the config asks for a load-balancing loss of the routers."""
-        return bool((self.overrides_of_model_config or {}).get("output_router_logits"))
-
-    @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on and a moment to do it."""
         return (bool(self.val_set_size) or self.test_datasets is not None) and self.eval_strategy != "no"
@@ -237,8 +232,6 @@ def ignored_keys(run: Run) -> dict[str, str]:
     ignored = dict(run._ignored)
     if run.adapter and run.unfrozen_parameters:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
-    if run.adapter and run.balances_routers:
-        ignored["overrides_of_model_config"] = "routers are frozen under an adapter, so no load-balancing loss is added"
     if run.optimizer.startswith("paged_"):
         ignored["optimizer"] = "its state is not paged to the host; see the memory estimate"
     if run.experts_implementation not in (None, run.experts):

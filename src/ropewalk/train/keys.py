@@ -142,7 +142,10 @@ class ModelKeys(Group):
         "Run Python code that comes with the base; needs --trust-remote-code on the command line too.", False
     )
     tokenizer_config: str | None = key("A folder or hub name to take the tokenizer from; default base_model.")
-    overrides_of_model_config: dict[str, Any] | None = key("Values laid over the base's config.json.", alias="model_config")
+    overrides_of_model_config: dict[str, Any] | None = key(
+        "Values laid over the base's config.json; output_router_logits: true adds the routers' load-balancing loss.",
+        alias="model_config",
+    )
     load_in_4bit: bool = key("Hold the frozen base as 4-bit NF4, experts included.", False)
     load_in_8bit: bool = key("Hold the frozen base as 8-bit integers, experts included.", False)
     bf16: bool | Literal["auto"] | None = key("Compute in bfloat16; auto, the default: where the device does, else float32.")

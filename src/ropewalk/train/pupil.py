@@ -46,6 +46,7 @@ class Pupil:
             quantize=config.quantization,
             trust_remote_code=config.trust_remote_code,
             trainable=full,
+            overrides=config.overrides_of_model_config,
         )
         if config.tf32:
             torch.set_float32_matmul_precision("high")

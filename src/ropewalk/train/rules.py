@@ -61,11 +61,6 @@ def _adapter(run: Run) -> Iterator[tuple[Place, str]]:
 
 
 def _without_adapter(run: Run) -> Iterator[tuple[Place, str]]:
-    if run.balances_routers:
-        yield (
-            ("overrides_of_model_config", "output_router_logits"),
-            "a load-balancing loss is not added to full fine-tuning yet; remove output_router_logits, or add adapter: lora",
-        )
     if run.quantization:
         yield (
             (f"load_in_{'8' if run.load_in_8bit else '4'}bit",),

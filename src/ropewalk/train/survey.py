@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
-from ropewalk.models.load import load_config
+from ropewalk.models.load import load_config, override
 from ropewalk.models.lora import Coverage, attach
 from ropewalk.train.config import Run
 from ropewalk.train.pupil import lora_spec
@@ -39,9 +39,7 @@ class Survey:
 
 def survey(folder: Path, run: Run) -> Survey:
     """Builds the model on the meta device, where it takes no memory, and attaches the run's adapter to it."""
-    config = load_config(folder, trust_remote_code=run.trust_remote_code)
-    for name, value in (run.overrides_of_model_config or {}).items():
-        setattr(config, name, value)
+    config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=run.trust_remote_code)
