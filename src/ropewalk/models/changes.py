@@ -121,12 +121,13 @@ class Changes:
         """DoRA: the changed weight [out, in], each row brought to the length that was trained."""
         changed = weight.float() + self.delta(parameter)
         magnitude = self._read(self.by_parameter[parameter].keys["magnitude_vector"])
-        return changed * (magnitude / torch.linalg.vector_norm(changed, dim=1)).unsqueeze(1)
+        factor: Tensor = magnitude / torch.linalg.vector_norm(changed, dim=1)
+        return changed * factor.unsqueeze(1)
 
     def _read(self, key: str) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
-            tensor: Any = file.get_tensor(key)
-        return torch.as_tensor(tensor).float()
+            tensor: Tensor = file.get_tensor(key)
+        return tensor.float()
 
 
 class UnknownParameter(ModelError):

@@ -91,7 +91,7 @@ class _Plan:
             changes[parameter] = self.changes.delta(parameter) if value is None else value
         made = self.layout.on_disk(changes)
         assert made is not None
-        self.pieces |= {name: piece for name, piece in made.items() if name in self.waiting or self.groups[name] == group}
+        self.pieces |= made
 
 
 def _plan(base: Path, adapter: Path) -> _Plan:
