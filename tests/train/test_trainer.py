@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,24 @@ def test_a_lora_target_that_matches_nothing_is_an_error(config):
         run(config(lora_target_modules=["q_prj"]))
 
 
+def rewind(folder, step):
+    """The run folder as a kill after this step's checkpoint would have left it."""
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "adapter")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"state": "training"}))
+
+
+def test_a_stream_goes_on_from_the_row_where_it_was(config, tmp_path):
+    keys = {"streaming": True, "max_steps": 9, "save_steps": 2, "save_total_limit": 9, "streaming_multipack_buffer_size": 5}
+    whole = fresh(config, tmp_path, "stream", **keys)
+    rewind(tmp_path / "stream", 4)
+    assert fresh(config, tmp_path, "stream", **keys) == whole
+    assert len(set(whole)) == 9
+
+
 def _train(path, home):
     os.environ["ROPEWALK_HOME"] = home
     train(load_run(path), quiet=True)
@@ -297,3 +316,12 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(config, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingExtra, match=r"pip install 'ropewalk\[wandb\]'"):
         run(config(report_to="wandb"))
+
+
+@pytest.mark.parametrize("keys", [{"adapter": "qlora"}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_a_quantised_base_trains_and_its_adapter_is_verified(config, tmp_path, keys):
+    plain = fresh(config, tmp_path, "plain")
+    held = fresh(config, tmp_path, "held", max_steps=20, **keys)
+    assert held[0] == pytest.approx(plain[0], abs=0.1)  # a quantised base is near the base, and not the same
+    assert held[0] != plain[0]
+    assert held[-1] < held[0] - 0.3

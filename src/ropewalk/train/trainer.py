@@ -32,6 +32,8 @@ from ropewalk.train.packing import batches
 from ropewalk.train.prepare import Prepared, prepare
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
+from ropewalk.train.stream import Stream
+from ropewalk.train.streaming import StreamBatches
 from ropewalk.train.trackers import Tracker, start_trackers
 
 
@@ -87,6 +89,10 @@ class Fit:
         self.checkpoints = Checkpoints(self.folder.checkpoints)
         newest = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else self.checkpoints.newest()
         self.position = read_position(newest) if newest else Position()
+        endless = self.pace.batches(0) if isinstance(prepared.data.train, Stream) else None
+        self.stream = endless if isinstance(endless, StreamBatches) else None
+        if self.stream is not None:
+            self.stream.seek(self.position.data)
         self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
         self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
         self.pupil = Pupil.load(prepared.base, prepared.template, config, device, resume=newest)
@@ -162,6 +168,8 @@ class Fit:
         self.position = replace(
             self.position, step=step.number + 1, tokens=self.position.tokens + int(tokens), first_loss=first
         )
+        if self.stream is not None:
+            self.position = replace(self.position, data=self.stream.position())
         if step.number == 0:
             self._judge_first_loss(loss)
         self._watch(loss)
