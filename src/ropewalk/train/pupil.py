@@ -177,5 +177,5 @@ def _recompute(model: PreTrainedModel) -> None:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts = lambda: create_selective_checkpoint_contexts(policy)
+    contexts = lambda: create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})

@@ -78,10 +78,9 @@ class Fit:
     def __init__(self, prepared: Prepared, device: torch.device, world: World, *, quiet: bool) -> None:
         self.config, self.folder, self.device, self.world = prepared.run, prepared.folder, device, world
         self.prepared = prepared
-        self._pad = prepared.template.pad_id or 0
         config = self.config
         self.pace = Pace(
-            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch, pad=self._pad),
+            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch),
             group=config.accumulation * world.size,
             num_epochs=config.num_epochs,
             max_steps=config.max_steps,
@@ -194,7 +193,7 @@ class Fit:
     def _evaluate(self) -> bool:
         rows = self.prepared.data.evaluation
         assert rows is not None
-        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True, pad=self._pad)
+        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
         total = trained = 0.0
         with self.pupil.evaluating():
             for i in range(self.world.rank, len(found), self.world.size):
