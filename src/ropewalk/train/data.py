@@ -37,8 +37,8 @@ VERSION = 1  # of what is cached; a change of meaning here or in formats makes a
 class Rows:
     """Some rows of the tokenised sources, in an order; lengths are known without reading."""
 
-    def __init__(self, parts: Sequence[Tokens], index: NDArray[np.int64]) -> None:
-        self._parts, self.index = list(parts), index
+    def __init__(self, parts: Sequence[Tokens], index: NDArray[np.int64], pad: int) -> None:
+        self._parts, self.index, self.pad = list(parts), index, pad
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self.lengths: NDArray[np.int32] = _joined([part.lengths for part in parts], np.int32)[index]
         self.trained: NDArray[np.int32] = _joined([part.trained for part in parts], np.int32)[index]
@@ -84,15 +84,16 @@ def open_data(run: Run, template: Template, *, quiet: bool = False, progress: Pr
     """The run's rows, tokenised and cached where they are not yet; a row that cannot be used is told before torch is imported."""
     with nullcontext(progress) if progress or quiet else shown() as told:
         tested = [_open(run, source, template, told, True) for source in run.test_datasets or ()]
-        evaluation = Rows(tested, _order(tested, run, run.test_datasets or ())) if tested else None
+        pad = template.pad_id or 0
+        evaluation = Rows(tested, _order(tested, run, run.test_datasets or ()), pad) if tested else None
         if run.streams:
             return Data(Stream(run, template), evaluation)
         parts = [_open(run, source, template, told, False) for source in run.sources]
     index = _order(parts, run, run.sources)
     if not tested:
         index, held = _set_aside(parts, index, run)
-        evaluation = Rows(parts, held) if len(held) else None
-    train = Rows(parts, index)
+        evaluation = Rows(parts, held, pad) if len(held) else None
+    train = Rows(parts, index, pad)
     if not len(train):
         raise DataError(f"no row is left to train on: {_told(_counts(parts)) or 'the data is empty'}")
     bad = tuple(row for part in parts for row in part.bad)

@@ -68,9 +68,9 @@ RECURRENT_MODELS = (
 class Plan(Sequence[Batch]):
     """The batches of an epoch: which rows go into each is known, their tokens are read when a batch is asked for."""
 
-    def __init__(self, rows: Rows, batches: list[list[NDArray[np.int64]]], pad: int, width: int | None, multiple: int) -> None:
+    def __init__(self, rows: Rows, batches: list[list[NDArray[np.int64]]], width: int | None, multiple: int) -> None:
         self._rows, self._batches = rows, batches
-        self._pad, self._width, self._multiple = pad, width, multiple
+        self._width, self._multiple = width, multiple
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -79,17 +79,17 @@ class Plan(Sequence[Batch]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         lines = [[self._rows[int(row)] for row in line] for line in self._batches[number]]
-        return lay_out(lines, self._pad, self._width, self._multiple)
+        return lay_out(lines, self._rows.pad, self._width, self._multiple)
 
 
 def batches(
-    rows: Rows | Stream, run: Run, *, seed: int, epoch: int, shuffle: bool = True, evaluation: bool = False, pad: int = 0
+    rows: Rows | Stream, run: Run, *, seed: int, epoch: int, shuffle: bool = True, evaluation: bool = False
 ) -> Sequence[Batch]:
     """The micro-batches of an epoch, for all processes together; a stream has one epoch without end."""
     if isinstance(rows, Stream):
         from ropewalk.train.streaming import StreamBatches
 
-        return StreamBatches(rows, run, seed=seed, pad=pad)
+        return StreamBatches(rows, run, seed=seed)
     ordered = not shuffle or run.curriculum_sampling or not run.shuffle_merged_datasets
     generator = np.random.default_rng([seed, epoch])
     order = np.arange(len(rows)) if ordered else generator.permutation(len(rows))
@@ -101,7 +101,7 @@ def batches(
     else:
         lines = [np.array([row]) for row in _by_length(order, rows, size, generator, run.group_by_length)]
     grouped = [lines[at : at + size] for at in range(0, len(lines), size)]
-    return Plan(rows, grouped, pad, length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE)
+    return Plan(rows, grouped, length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE)
 
 
 def pack(

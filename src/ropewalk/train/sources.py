@@ -6,6 +6,7 @@ import difflib
 import gzip
 import hashlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,10 +75,10 @@ def locate(source: DataSource) -> Found:
     if path.is_file():
         return [_file(path, source.ds_type)]
     if path.is_dir():
-        return _in_folder(path, listed, source.ds_type)
+        return _in_folder(path, listed, source.ds_type, split_name(source))
     if _looks_local(source.path):
         raise DataError(f"there is no data file or folder '{source.path}'{_near(path)}")
-    return HubSet(source.path, source.name, source.split or "train", source.revision, listed)
+    return HubSet(source.path, source.name, split_name(source), source.revision, listed)
 
 
 def content_digest(found: Found) -> str:
@@ -144,7 +145,12 @@ def _kind(name: Path, ds_type: str | None) -> Kind | None:
     return "jsonl" if ds_type == "json" and ending == "jsonl" else ds_type
 
 
-def _in_folder(folder: Path, listed: tuple[str, ...], ds_type: str | None) -> list[DataFile]:
+def split_name(source: DataSource) -> str:
+    """The split without its slice: slices are taken of tokenised rows, the same for every kind of source."""
+    return (source.split or "train").partition("[")[0]
+
+
+def _in_folder(folder: Path, listed: tuple[str, ...], ds_type: str | None, split: str) -> list[DataFile]:
     if listed:
         return [_file(folder / name, ds_type) for name in listed]
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -152,7 +158,9 @@ def _in_folder(folder: Path, listed: tuple[str, ...], ds_type: str | None) -> li
     tables = [file for file in kept if file.kind != "text"] or kept
     if not tables:
         raise DataError(f"the folder '{folder}' holds no data file; expected {', '.join(ENDINGS)}")
-    return tables
+    # Where names tell of splits (train-00000.parquet, test/1.jsonl), only the one asked for is read.
+    of_split = [file for file in tables if split in re.split(r"[^a-z]+", str(file.path.relative_to(folder)).lower())]
+    return of_split or tables
 
 
 # Written beside data by other tools.

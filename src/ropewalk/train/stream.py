@@ -32,7 +32,7 @@ class Stream:
     """The rows of the run's sources, one source after another, over and over."""
 
     def __init__(self, run: Run, template: Template) -> None:
-        self.run = run
+        self.pad = template.pad_id or 0
         self._found = [(Tokeniser(run, source, template), locate(source)) for source in run.sources]
         self.counts: Counter[str] = Counter()
 

@@ -19,8 +19,8 @@ from ropewalk.train.stream import Pair, Place, Stream
 class StreamBatches(Sequence[Batch]):
     """Batch i of a stream, to be asked for in rising order; `seek` a saved place first, or what lies before is read again."""
 
-    def __init__(self, stream: Stream, run: Run, *, seed: int, pad: int = 0) -> None:
-        self._stream, self._run, self._seed, self._pad = stream, run, seed, pad
+    def __init__(self, stream: Stream, run: Run, *, seed: int) -> None:
+        self._stream, self._run, self._seed = stream, run, seed
         self._first, self._place, self._after = 0, Place(), Place()
         self._held: list[Batch] = []
 
@@ -59,7 +59,7 @@ class StreamBatches(Sequence[Batch]):
         lines = self._lines(rows)
         size, width = run.micro_batch_size, run.sequence_len if run.pads_rows else None
         parts = [lines[at : at + size] for at in range(0, len(lines), size)]
-        return [lay_out(part, self._pad, width, run.pad_to_multiple_of or MULTIPLE) for part in parts], after
+        return [lay_out(part, self._stream.pad, width, run.pad_to_multiple_of or MULTIPLE) for part in parts], after
 
     def _lines(self, rows: list[Pair]) -> list[list[Pair]]:
         if not self._run.packing:
