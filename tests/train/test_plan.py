@@ -91,6 +91,13 @@ def test_a_target_that_matches_nothing_is_an_error(base: Path, rows: Path) -> No
         check(run_of(base, rows, "lora_target_modules: [q_prj]\n"), offline=True)
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model", "language_model.model", r"model\.text_model", "model"])
+def test_expressions_written_for_a_model_that_sees_mean_its_text_part(base: Path, rows: Path, prefix: str) -> None:
+    pattern = rf"{prefix}.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
+    plan = check(run_of(base, rows, f"lora_experts: false\nlora_target_modules: '{pattern}'\n"), offline=True)
+    assert [row["family"].rsplit(".", 1)[-1] for row in plan.coverage] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
 def test_a_rank_pattern_that_matches_nothing_is_an_error(base: Path, rows: Path) -> None:
     with pytest.raises(ModelError, match="'experts' matches no adapted layer"):
         check(run_of(base, rows, "lora_rank_pattern: {experts: 4}\n"), offline=True)

@@ -24,6 +24,9 @@ from ropewalk.train.config import Run
 # What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.
 ROUTING = frozenset({torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable})
 
+# Where an expression over names of a model that also sees speaks of its text part, which is loaded here under plain names.
+TEXT_PART = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)\\?\.(?:model\\?\.)?")
+
 
 class Pupil:
     """A model under training."""
@@ -126,6 +129,8 @@ class Pupil:
 def lora_spec(config: Run) -> LoraSpec:
     """What the adapter covers and how, from the run's keys."""
     modules = config.lora_target_modules
+    if isinstance(modules, str) and (plain := TEXT_PART.sub("model.", modules)) != modules:
+        modules = f"(?:{modules})|(?:{plain})"
     return LoraSpec(
         r=config.rank,
         alpha=config.alpha,
