@@ -60,7 +60,7 @@ class World:
 def _reduce(gradients: Sequence[Tensor]) -> None:
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
 
 
