@@ -66,7 +66,7 @@ def load_base(
         if options.get("experts_implementation", NAME) != NAME:
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
         options["quantization_config"] = quantization(quantize)
-    with _quiet():
+    with quiet():
         model, found = _from_pretrained(folder, options)
     _check_complete(folder, found)
     model.requires_grad_(trainable)
@@ -81,7 +81,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             "comes with code of its own; if you trust that code, say so with --trust-remote-code"
         )
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{folder}: {_first_line(error)}") from error
@@ -212,7 +212,7 @@ def _check_complete(folder: Path, found: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports: what matters in them is raised as an error."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
