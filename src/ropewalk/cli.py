@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait must not spin: on a busy machine that makes two threads slower than one. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         run: Verb = arguments.run
         return run(arguments)
@@ -29,6 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ropewalk: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads a command line; key=value may stand before and after options, which argparse by itself does not allow."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ropewalk.cli import main, parser
+from ropewalk.cli import main, parse, parser
 from ropewalk.errors import BadInput, RopewalkError
 
 
@@ -61,3 +61,9 @@ def test_the_tree_in_the_docstring_of_errors_tells_the_truth(error):
         assert f"exit {error.exit_code}" in line
     if error.claude_type in line:
         assert str(error.status) in line
+
+
+def test_key_value_may_stand_before_and_after_options():
+    assert parse(["train", "x.yml", "a=1", "--restart", "b=2"]).overrides == ["a=1", "b=2"]
+    with pytest.raises(SystemExit):
+        parse(["train", "x.yml", "--restrat"])
