@@ -151,7 +151,11 @@ def attach(model: Any, spec: LoraSpec, seed: int, *, dtype: torch.dtype = torch.
         notes.append(f"experts are left out: PEFT knows {spec.linear_only} for linear layers only")
         # PEFT reads these names as experts when it loads an adapter of such a model, and has no other way to say them here
         linears = [n for n in linears if n.rpartition(".")[2] not in _CONFUSED_BY_PEFT]
-    elif spec.dropout and covered.stacks:
+    if covered.left_out:
+        notes.append(
+            f"left out, since their model reads the weight instead of calling the layer: {', '.join(covered.left_out)}"
+        )
+    if spec.dropout and covered.stacks:
         notes.append("lora_dropout acts on linear layers; experts have none")
     if not (linears or covered.stacks or spec.modules_to_save):
         raise ModelError("the adapter would cover nothing: name lora_target_modules, or set lora_target_linear: true")

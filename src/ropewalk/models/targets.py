@@ -7,12 +7,14 @@ linear layer but the output head and the routers. Names of experts' projections 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules, projections
@@ -42,6 +44,7 @@ class Covered:
 
     linears: tuple[str, ...]
     stacks: tuple[tuple[str, str], ...]  # (expert module, projection)
+    left_out: tuple[str, ...] = ()  # families of linear layers that an adapter cannot act on
 
 
 def cover(model: nn.Module, wanted: Wanted) -> Covered:
@@ -57,7 +60,10 @@ def cover(model: nn.Module, wanted: Wanted) -> Covered:
 
     linears = [n for n, m in modules.items() if is_linear(m)]
     stacks = [(n, p) for n, m in expert_modules(model) if inside(n) for p in projections(m)]
-    apart = special(model, modules)
+    head = special(model, modules)
+    unreachable = read_directly(modules) | {n for n, m in modules.items() if isinstance(m, nn.Linear) and not is_linear(m)}
+    unreachable -= head
+    apart = head | unreachable
     ordinary = [n for n in linears if inside(n) and n not in apart]
     chosen, named_stacks = _by_modules(wanted, linears, ordinary, stacks, inside, modules)
     if wanted.linear:
@@ -67,12 +73,36 @@ def cover(model: nn.Module, wanted: Wanted) -> Covered:
     return Covered(
         tuple(n for n in linears if n in chosen and kept(n)),
         tuple(s for s in stacks if s in chosen_stacks and kept(s[0]) and kept(".".join(s))),
+        tuple(f for f, _ in families([n for n in modules if inside(n) and n in unreachable])),
     )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer that takes its input through its forward."""
-    return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    """Whether this computes W x + b: a class derived from nn.Linear may compute anything, unless its weight is merely packed."""
+    return isinstance(module, nn.Linear) and (
+        type(module).forward is nn.Linear.forward or not isinstance(module.weight, Tensor)
+    )
+
+
+def read_directly(modules: dict[str, nn.Module]) -> set[str]:
+    """Linear layers whose owner reads their weight instead of calling them (state-space kernels do): an adapter would not be seen."""
+    found = set()
+    for name, module in modules.items():
+        if is_linear(module):
+            owner, _, leaf = name.rpartition(".")
+            pattern = rf"self\.{leaf}\.(weight|bias)\b(?!\s*\.(dtype|device|shape|is_cuda|data_ptr))(?!\s+is)"
+            kind: Any = type(modules[owner])
+            if re.search(pattern, _source(kind)):
+                found.add(name)
+    return found
+
+
+@cache
+def _source(kind: Any) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class made at run time has no source to read
+        return ""
 
 
 def text_part(model: Any) -> str:
