@@ -69,6 +69,19 @@ def test_full_fine_tuning_gets_trainable_parameters(qwen):
     assert all(p.requires_grad for p in load_base(qwen[0], experts_implementation="eager", trainable=True).parameters())
 
 
+def test_random_weights_have_the_shape_and_follow_the_seed(qwen):
+    loaded = load_base(qwen[0], device="cpu", dtype="float32")
+    torch.manual_seed(5)
+    first = load_base(qwen[0], device="cpu", dtype="float32", trainable=True, random_weights=True)
+    torch.manual_seed(5)
+    second = load_base(qwen[0], device="cpu", dtype="float32", random_weights=True)
+    for (name, own), (_, a), (_, b) in zip(loaded.named_parameters(), first.named_parameters(), second.named_parameters()):
+        assert own.shape == a.shape
+        assert torch.equal(a, b), name
+        assert a.requires_grad
+    assert not torch.equal(loaded.lm_head.weight, first.lm_head.weight)
+
+
 def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(qwen):
     assert load_base(qwen[0], experts_implementation="eager").dtype == torch.float32
     assert load_base(qwen[0], experts_implementation="eager", dtype="bfloat16").dtype == torch.bfloat16

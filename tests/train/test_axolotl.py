@@ -48,7 +48,7 @@ def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> Non
         ("qat: {weight_dtype: int4}\n", "adapter: qlora"),
         ("gptq: true\n", "name the original checkpoint"),
         ("relora: true\njagged_restart_steps: 5\n", "keys 'relora', 'jagged_restart_steps': ReLoRA is not supported"),
-        ("reinit_weights: true\n", "ropewalk base make"),
+        ("adapter: lora\nreinit_weights: true\n", "an adapter over random weights learns nothing"),
         ("plugins: [my.own.Plugin]\n", "the plugin 'Plugin' is not known"),
         ("plugins: [axolotl.integrations.diffusion.DiffusionPlugin]\n", "diffusion language models"),
         ("bnb_config_kwargs: {bnb_4bit_quant_type: fp4}\n", "not fp4"),

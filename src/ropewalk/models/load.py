@@ -38,6 +38,7 @@ def load_base(
     trust_remote_code: bool = False,
     trainable: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    random_weights: bool = False,
 ) -> PreTrainedModel:
     """The model in eval mode, its parameters frozen unless trainable (full fine-tuning); of a multimodal one, its text part."""
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
@@ -67,7 +68,7 @@ def load_base(
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
         options["quantization_config"] = quantization(quantize)
     with quiet():
-        model, found = _from_pretrained(folder, options)
+        model, found = (_from_config(options), {}) if random_weights else _from_pretrained(folder, options)
     _check_complete(folder, found)
     model.requires_grad_(trainable)
     return model.eval()
@@ -185,6 +186,14 @@ def _needs_code(config: dict[str, Any]) -> bool:
     from transformers import CONFIG_MAPPING
 
     return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+
+
+def _from_config(options: dict[str, Any]) -> PreTrainedModel:
+    """The model with new random weights, as torch's seed gives them."""
+    chosen = {name: options[name] for name in ("dtype", "attn_implementation", "experts_implementation") if name in options}
+    with options["device_map"][""]:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(options["config"], **chosen)
+    return model
 
 
 def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

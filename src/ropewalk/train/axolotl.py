@@ -155,9 +155,6 @@ _REFUSED = {
     (
         "training every expert through a dense pass is not supported; experts get exact gradients for the tokens routed to them"
     ): "dense_mixer",
-    "random weights are not trained from here; make a base with `ropewalk base make` and name it as base_model": """
-        reinit_weights
-    """,
     "the configuration is read from base_model; lay values over it with overrides_of_model_config": """
         base_model_config rope_scaling overrides_of_model_kwargs
     """,

@@ -146,6 +146,7 @@ class ModelKeys(Group):
         "Values laid over the base's config.json; output_router_logits: true adds the routers' load-balancing loss.",
         alias="model_config",
     )
+    reinit_weights: bool = key("Begin from new random weights of this shape, to train a model from nothing.", False)
     load_in_4bit: bool = key("Hold the frozen base as 4-bit NF4, experts included.", False)
     load_in_8bit: bool = key("Hold the frozen base as 8-bit integers, experts included.", False)
     bf16: bool | Literal["auto"] | None = key("Compute in bfloat16; auto, the default: where the device does, else float32.")

@@ -40,6 +40,7 @@ class Pupil:
     def load(cls, base: Path, template: Template, config: Run, device: torch.device, resume: Path | None = None) -> Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
         full = config.adapter is None
+        torch.manual_seed(config.seed)
         model = load_base(
             resume if full and resume else base,
             dtype=_dtype(config, device),
@@ -50,6 +51,7 @@ class Pupil:
             trust_remote_code=config.trust_remote_code,
             trainable=full,
             overrides=config.overrides_of_model_config,
+            random_weights=config.reinit_weights and resume is None,
         )
         if config.tf32:
             torch.set_float32_matmul_precision("high")

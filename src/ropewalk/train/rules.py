@@ -50,6 +50,8 @@ def _adapter(run: Run) -> Iterator[tuple[Place, str]]:
         yield ("load_in_8bit",), "adapter: qlora means a 4-bit base; for an 8-bit one write adapter: lora"
     if run.adapter == "qlora" and not run.load_in_4bit and "load_in_4bit" in run.model_fields_set:
         yield ("load_in_4bit",), "adapter: qlora means a 4-bit base; leave load_in_4bit out, or write adapter: lora"
+    if run.adapter and run.reinit_weights:
+        yield ("reinit_weights",), "an adapter over random weights learns nothing; leave adapter out, or reinit_weights"
     if run.adapter is None:
         yield from _without_adapter(run)
     if (
