@@ -246,3 +246,17 @@ def test_every_key_has_a_sentence_and_stands_in_the_schema() -> None:
         assert info.description.endswith((".", ",")), name
         assert name in known
     assert known["liger_rope"]["deprecated"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["{? [1, 2] : 3}", "&a [*a]", "!!binary aGk=", "[null]", "0x1F", "|\n  a\n  b", "{a: {b: c}}", "1e999", "[[1]]", "{1: 2}"],
+)
+def test_odd_yaml_is_read_or_refused_in_one_line(value: str) -> None:
+    for name in ("learning_rate", "datasets", "lora_target_modules", "roles", "rl", "fsdp_config", "special_tokens"):
+        said = ""
+        try:
+            run_of("", f"{name}={value}") if name in BASE else run_of(f"{name}: {value}\n")
+        except ConfigError as error:
+            said = str(error)
+        assert "\n" not in said.replace(value, "")

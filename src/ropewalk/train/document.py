@@ -86,13 +86,16 @@ def parse_document(text: str, overrides: Sequence[str] = (), path: Path | None =
         mark = error.problem_mark
         raise ConfigError(f"not valid YAML: {error.problem}", path=path, line=mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", path=path) from None
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", path=path) from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(
             "a configuration is a mapping of keys to values, for example `base_model: my/model`", path=path, line=1
         )
     document = Document(path, {})
-    document.values = _mapping(node, (), document)
+    try:
+        document.values = _mapping(node, (), document)
+    except RecursionError:
+        raise ConfigError("an anchor contains itself; write the values out", path=path) from None
     for override in overrides:
         _override(document, override)
     return document
@@ -107,6 +110,9 @@ def dump(values: Mapping[str, Any]) -> str:
 def _mapping(node: yaml.MappingNode, place: Place, document: Document) -> dict[str, Any]:
     result: dict[str, Any] = {}
     seen: dict[str, int] = {}
+    for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError("a key is a plain word", path=document.path, line=key_node.start_mark.line + 1)
     for key_node, value_node in _merged(node):
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in seen:
@@ -128,8 +134,10 @@ def _merged(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
     names = {k.value for k, _ in own}
     for key, value in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
-            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                yield from ((k, v) for k, v in source.value if k.value not in names)
+            sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for source in sources:
+                if isinstance(source, yaml.MappingNode):
+                    yield from ((k, v) for k, v in source.value if k.value not in names)
     yield from own
 
 
@@ -165,11 +173,10 @@ def _override(document: Document, text: str) -> None:
     place: Place = tuple(int(part) if part.isdigit() else part for part in name.strip().removeprefix("--").split("."))
     try:
         node = yaml.compose(raw, Loader=_Loader)
-    except yaml.YAMLError:
+        value = None if node is None else _value(node, place, Document(None, {}))
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"override '{text}': the value is not valid YAML; quote it") from None
     document.overrides[place] = text
-    inner = Document(None, {})
-    value = None if node is None else _value(node, place, inner)
     try:
         _put(document.values, place, value)
     except (TypeError, IndexError, KeyError):

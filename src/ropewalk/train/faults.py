@@ -190,9 +190,10 @@ def told(problems: list[Problem], document: Document) -> ConfigError:
     problems.sort(key=lambda problem: document.line(problem[0]) or 0)
     (place, first), rest = problems[0], problems[1:]
     more = "".join(f"; {_short(document, place)}{text}" for place, text in rest)
+    text = (first + more).replace("\n", " ")
     if given := document.override(place):
-        return ConfigError(f"override '{given}': {first}{more}")
-    return ConfigError(first + more, path=document.path, line=document.line(place))
+        return ConfigError(f"override '{given}': {text}")
+    return ConfigError(text, path=document.path, line=document.line(place))
 
 
 def _short(document: Document, place: Place) -> str:
