@@ -171,6 +171,47 @@ def test_a_template_that_cannot_be_masked_is_an_error_and_never_a_wrong_mask(tok
         trained(Template.load(tokenizer_folder, chat_template_jinja="{{ raise_exception('roles must alternate') }}"), TALK)
 
 
+def test_a_call_that_the_template_does_not_show_is_an_error(tokenizer_folder: Path) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "rain"}]
+    with pytest.raises(DataError, match="message 2: the chat template leaves its calls out"):
+        trained(Template.load(tokenizer_folder, "chatml"), talk)
+    talk[1]["content"] = "Let me see."
+    with pytest.raises(DataError, match="does not show its call of 'weather'"):
+        trained(Template.load(tokenizer_folder, "chatml"), talk)
+
+
+def test_templates_that_want_parts_or_written_arguments_get_them(tokenizer_folder: Path) -> None:
+    parts = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = Template.load(tokenizer_folder, chat_template_jinja=parts)
+    assert trained(template, TALK[:2]) == "It is Paris.<|im_end|>"
+    written = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ 'f:' + c.function.name + c.function.arguments }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    template = Template.load(tokenizer_folder, chat_template_jinja=written)
+    assert trained(template, talk) == 'f:weather{"city": "Paris"}<|im_end|>'
+
+
+def test_a_prompt_that_opens_a_thought_is_left_out_only_where_the_turn_has_it(tokenizer_folder: Path) -> None:
+    # The generation prompt shuts the thought at once; a turn that thinks does not begin with that prompt.
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}"
+        "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    template = Template.load(tokenizer_folder, chat_template_jinja=source)
+    assert trained(template, TALK[:2]) == "It is Paris.<|im_end|>"
+    thought = [TALK[0], {**TALK[1], "reasoning_content": "France, so"}]
+    assert trained(template, thought) == "France, so\n</think>\n\nIt is Paris.<|im_end|>"
+
+
 def test_wrong_names_say_what_to_write(tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'chatml'"):
         Template.load(tokenizer_folder, "chatlm")

@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from ropewalk.chat.rendering import BLOCK_CLOSES, BLOCK_OPENS, MARK, Message, Program
+from ropewalk.chat.marks import TAG, Span, Turn, locate
+from ropewalk.chat.rendering import Message
 from ropewalk.errors import DataError
 
 When = Literal["turn", "last", "all", "none"]
-Span = tuple[int, int]
-SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")
-_PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
-_TAG = re.compile(r"</?[A-Za-z_|][^<>\n]{0,40}>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
@@ -50,60 +46,43 @@ class Rules:
 
 @dataclass(frozen=True)
 class Habits:
-    """What a template does around an assistant's turn, learnt from its own rendering of two probes."""
+    """What a template does around an assistant's turn, learnt from its own rendering of a few probes."""
 
     prompt: str  # the generation prompt, or, where there is none, what the template writes before an answer
-    lead: str  # from the end of the question to the first word of a plain answer; begins with `prompt`
+    leads: tuple[str, ...]  # all that it writes before a plain answer: at the end of a conversation, and inside it
+    stable: str  # what the generation prompt and all of these begin with
     ends: tuple[str, ...]  # what may end a turn
-    ends_inside: bool  # whether a turn in mid-conversation is ended too
     eos: str | None
 
 
-@dataclass
-class Turn:
-    """Where one message's words are in the text: (place in the text, place in the field) of each mark that survived."""
-
-    index: int
-    marks: dict[str, list[Span]] = field(default_factory=dict)
-    begin: int = -1
-    end: int = -1  # of the words; the end-of-turn token begins here
-    closes: int = -1  # after the end-of-turn token
-
-    @property
-    def first(self) -> int:
-        return min(at for places in self.marks.values() for at, _ in places)
-
-    def before_first(self, message: Message) -> str:
-        """What the field has before its first mark: white space or a tag."""
-        key, (_, place) = min(((k, places[0]) for k, places in self.marks.items()), key=lambda found: found[1])
-        return message[key][:place] if key in SPOKEN else ""
-
-    def last(self, message: Message, text: str) -> int:
-        """Where the words end: after the last mark and what follows it in the field, if the template kept that."""
-        key, (at, place) = max(((k, places[-1]) for k, places in self.marks.items()), key=lambda found: found[1])
-        rest = message[key][place:].rstrip() if key in SPOKEN else ""
-        return at + len(rest) if text.startswith(rest, at) else at
+# Digits, so that a template that changes the case of words is understood too.
+_QUESTION, _ANSWER, _THOUGHT = "271828182", "314159265", "161803398"
 
 
-def learn(program: Program, specials: Sequence[str], eos: str | None, given: Sequence[str]) -> Habits:
-    """Render a question and an answer once, and see what the template writes before and after the answer."""
-    question, answer = {"role": "user", "content": "Ropewalkasks"}, {"role": "assistant", "content": "Ropewalkanswers"}
+def learn(render: Callable[..., str], tokens: Sequence[str], eos: str | None, given: Sequence[str]) -> Habits:
+    """Render a question and an answer a few times, and see what the template writes before and after the answer."""
+    question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     try:
-        asked = program.run([question])
-        prompted = program.run([question], add_generation_prompt=True)
-        final = program.run([question, answer])
-        inside = program.run([question, answer], add_generation_prompt=True)
+        asked, prompted = render([question]), render([question], add_generation_prompt=True)
+        final, going_on = render([question, answer]), render([question, answer], add_generation_prompt=True)
+        between = render([question, answer, question])
+        thinking = render([question, {**answer, "reasoning_content": _THOUGHT}])
     except DataError:
-        return Habits("", "", _distinct([*given, eos]), True, eos)
-    prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-    start = final.rfind(answer["content"])
-    lead = final[len(asked) : start] if final.startswith(asked) and start >= len(asked) else prompt
-    after = inside[inside.rfind(answer["content"]) + len(answer["content"]) :].removesuffix(prompt)
-    ends = _endings(final[start + len(answer["content"]) :], specials), _endings(after, specials)
-    if not prompt:
-        # Without a generation prompt nobody but the template would write this header, so it is not for the model to learn.
-        prompt = lead.rstrip(" ")
-    return Habits(prompt, lead if lead.startswith(prompt) else prompt, _distinct([*given, *ends, eos]), bool(ends[1]), eos)
+        return Habits("", (), "", _distinct([*given, eos]), eos)
+    if not all(_ANSWER in text for text in (final, going_on, between, thinking)):
+        return Habits("", (), "", _distinct([*given, eos]), eos)
+    prompt = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
+    ends = [
+        _ending(final.rpartition(_ANSWER)[2], tokens),
+        _ending(going_on.rpartition(_ANSWER)[2].removesuffix(prompt), tokens),
+    ]
+    # What a template writes at the very end of a text (an end of sequence) does not stand before an answer.
+    heads = [text[len(_shared([asked, text])) : text.find(_ANSWER)] for text in (final, between, thinking)]
+    heads[2] = heads[2].partition(_THOUGHT)[0]
+    leads = tuple(sorted(dict.fromkeys(heads[:2]), key=len, reverse=True))
+    # Without a generation prompt nobody but the template would write this header, so it is not for the model to learn.
+    prompt = prompt or _shared(leads).rstrip(" ")
+    return Habits(prompt, leads, _shared([prompt, *heads]), _distinct([*given, *ends, eos]), eos)
 
 
 def trained_spans(
@@ -118,19 +97,21 @@ def trained_spans(
     wanted = [i for i, message in enumerate(messages) if rules.trains(i, message, count)]
     if not wanted:
         return []
-    turns, blocks = _locate(messages, wanted, text, render)
+    turns, blocks = locate(messages, wanted, text, render)
     spans: list[Span] = []
     before = 0
-    for turn in turns:
-        message = messages[turn.index]
+    for index in wanted:
+        turn, message = turns[index], messages[index]
+        limit = _limit(turn, turns, messages, text, render)
         if message.get("role") == "assistant":
-            _bound(turn, habits, messages, text, before, render)
+            _bound(turn, message, habits, messages, text, before, limit, render)
             _keep_to_block(turn, blocks)
-        else:
-            if not turn.marks:
-                raise DataError(f"message {turn.index + 1}: the chat template leaves this message out, so it cannot be trained")
+            _check_calls(turn, message, text)
+        elif turn.marks:
             turn.begin = turn.first
-            turn.closes = _closing(turn, message, habits, text, attached=True)
+            turn.closes = _closing(turn, message, habits, text, limit, attached=True)
+        else:
+            raise DataError(f"message {index + 1}: the chat template leaves this message out, so it cannot be trained")
         before = turn.closes
         spans += _words(turn, message, text)
         spans += [(turn.end, turn.closes)] if turn.closes > turn.end and _ends_trained(rules, habits, text, turn) else []
@@ -146,132 +127,83 @@ def everywhere(text: str, tokens: Sequence[str], when: When) -> list[Span]:
     return found[-1:] if when == "last" else found
 
 
-def _locate(
-    messages: Sequence[Message], wanted: Sequence[int], text: str, render: Callable[..., str]
-) -> tuple[list[Turn], list[Span]]:
-    if _PRIVATE.search(text):
-        raise DataError("holds characters of Unicode's private plane 15, which are used to find the trained words; remove them")
-    for fields in (("content", "thoughts", "calls"), ("content", "thoughts"), ("content",), ()):
-        marked, meaning = _mark(messages, wanted, fields)
-        try:
-            rendered = render(marked, fencing=True)
-        except DataError:
-            continue
-        if _PRIVATE.sub("", rendered) == text:
-            return _read_marks(rendered, meaning, wanted)
-    raise DataError("the chat template renders this conversation differently each time, so its mask cannot be told exactly")
-
-
-def _mark(messages: Sequence[Message], wanted: Sequence[int], fields: Sequence[str]) -> tuple[list[Message], list[Any]]:
-    marked, meaning = list(messages), []
-
-    def sow(index: int, key: str, text: str) -> str:
-        pieces, done = [], 0
-        for at in _places(text):
-            meaning.append((index, key, at))
-            pieces += [text[done:at], chr(MARK + len(meaning) - 1)]
-            done = at
-        return "".join([*pieces, text[done:]])
-
-    for index in wanted:
-        message = dict(messages[index])
-        for key in SPOKEN:
-            # Templates ask whether a field is empty, so an empty one is marked only where there is nothing else to mark.
-            if isinstance(words := message.get(key), str) and ("content" if key == "content" else "thoughts") in fields:
-                alone = key == "content" and not message.get("tool_calls")
-                message[key] = sow(index, key, words) if words.strip() or alone else words
-        if "calls" in fields and message.get("tool_calls"):
-            message["tool_calls"] = _sow_calls(message["tool_calls"], partial(sow, index, "calls"))
-        marked[index] = message
-    return marked, meaning
-
-
-def _sow_calls(value: Any, sow: Callable[[str], str], key: str = "") -> Any:
-    """Marks in the strings of call arguments; names, ids and types stay as they are, since templates compare them."""
-    if isinstance(value, Mapping):
-        return {k: _sow_calls(v, sow, "arguments" if key == "arguments" else k) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_sow_calls(item, sow, key) for item in value]
-    return sow(value) if isinstance(value, str) and key == "arguments" else value
-
-
-def _places(text: str) -> list[int]:
-    """Where marks go: beside the outermost characters and beside tags, never where a template would strip or look for a tag."""
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    if start >= end:
-        return [0]
-    places, at = [], start
-    for tag in _TAG.finditer(text, start, end):
-        if words := text[at : tag.start()].rstrip():
-            places += [at, at + len(words)]
-        at = tag.end() + len(text[tag.end() : end]) - len(text[tag.end() : end].lstrip())
-    return [*places, at, end] if at < end else places
-
-
-def _read_marks(rendered: str, meaning: Sequence[Any], wanted: Sequence[int]) -> tuple[list[Turn], list[Span]]:
-    turns = {index: Turn(index) for index in wanted}
-    blocks, opened, seen = [], [], set()
-    for order, match in enumerate(_PRIVATE.finditer(rendered)):
-        mark, at = match.group(), match.start() - order
-        if mark == BLOCK_OPENS:
-            opened.append(at)
-        elif mark == BLOCK_CLOSES:
-            blocks.append((opened.pop(), at))
-        else:
-            index, key, place = meaning[ord(mark) - MARK]
-            if mark in seen:
-                raise DataError(f"the chat template writes message {index + 1} twice, so its mask cannot be told exactly")
-            seen.add(mark)
-            turns[index].marks.setdefault(key, []).append((at, place))
-    return list(turns.values()), blocks
-
-
-def _bound(turn: Turn, habits: Habits, messages: Sequence[Message], text: str, before: int, render: Callable[..., str]) -> None:
-    """Sets where the assistant's turn begins, where its words end and where the end-of-turn token ends."""
-    if not turn.marks:
-        _bound_by_prefix(turn, habits, messages, text, render)
-        return
-    message, first, prompt, lead = messages[turn.index], turn.first, habits.prompt, habits.lead
-    kept = turn.before_first(message)
-    starts = [first - len(kept), first] if text.endswith(kept, before, first) else [first]
-    if fits := [at for at in starts if text.endswith(lead, before, at)]:
-        turn.begin = fits[0] - len(lead) + len(prompt)
-    elif prompt and (at := text.rfind(prompt, before, first)) >= 0:
-        turn.begin = at + len(prompt)
-    elif any(text.endswith(prompt[:size], before, first) for size in range(len(prompt), 0, -1)):
-        turn.begin = first
-    else:
-        so_far = render(messages[: turn.index], add_generation_prompt=True)
-        if not text.startswith(so_far) or len(so_far) > first:
-            raise DataError(f"message {turn.index + 1}: the chat template does not show where the assistant begins to write")
-        turn.begin = len(so_far)
-    turn.closes = _closing(turn, message, habits, text, attached=turn.index < len(messages) - 1 and not habits.ends_inside)
-
-
-def _bound_by_prefix(turn: Turn, habits: Habits, messages: Sequence[Message], text: str, render: Callable[..., str]) -> None:
-    """For a turn without words of its own (a call without text): from the prompt to the end of the conversation so far."""
-    begin = render(messages[: turn.index], add_generation_prompt=True)
+def _limit(turn: Turn, turns: Mapping[int, Turn], messages: Sequence[Message], text: str, render: Callable[..., str]) -> int:
+    """A place in the text that is certainly after this turn and not within the words of a later one."""
+    if turn.index == len(messages) - 1:
+        return len(text)
+    if (after := turns.get(turn.index + 1)) and after.marks:
+        return after.first
     until = render(messages[: turn.index + 1])
-    if not (text.startswith(begin) and text.startswith(until) and len(until) > len(begin)):
-        raise DataError(
-            f"message {turn.index + 1}: the chat template leaves this message out or rewrites it, so it cannot be masked"
-        )
-    turn.begin = len(begin)
-    turn.end = max((until.rfind(end) for end in habits.ends), default=-1)
-    if turn.end < turn.begin:
-        raise DataError(f"message {turn.index + 1}: the chat template does not end this turn with any of {list(habits.ends)}")
-    turn.closes = turn.end + next(len(end) for end in habits.ends if text.startswith(end, turn.end))
+    if text.startswith(until):
+        return len(until)
+    raise DataError(f"message {turn.index + 1}: the chat template does not show where this turn ends")
 
 
-def _closing(turn: Turn, message: Message, habits: Habits, text: str, *, attached: bool) -> int:
+def _bound(
+    turn: Turn,
+    message: Message,
+    habits: Habits,
+    messages: Sequence[Message],
+    text: str,
+    before: int,
+    limit: int,
+    render: Callable[..., str],
+) -> None:
+    """Sets where the assistant's turn begins, where its words end and where the end-of-turn token ends."""
+    turn.begin = _beginning(turn, message, habits, text, before) if turn.marks else -1
+    if turn.begin < 0:
+        turn.begin = _beginning_by_prefix(turn, habits, messages, text, render)
+    if turn.marks and turn.begin > turn.first:
+        raise DataError(f"message {turn.index + 1}: the chat template does not show where the assistant begins to write")
+    turn.closes = _closing(turn, message, habits, text, limit)
+
+
+def _beginning(turn: Turn, message: Message, habits: Habits, text: str, before: int) -> int:
+    """Where the generation prompt before the turn's first mark ends; -1 where that cannot be told from the text alone."""
+    first, kept = turn.first, turn.before_first(message)
+    verbatim = text.endswith(kept, before, first)
+    starts = ([first - len(kept)] if verbatim else []) + ([first] if verbatim or not kept.strip() else [])
+    for lead in habits.leads if turn.first_key == "content" else ():
+        for start in starts:
+            if text.endswith(lead, before, start):
+                return start - len(lead) + len(_shared([lead, habits.prompt]))
+    for header in (habits.prompt, habits.stable):
+        if header and (at := text.rfind(header, before, first)) >= 0:
+            return at + len(header)
+    return -1
+
+
+def _beginning_by_prefix(turn: Turn, habits: Habits, messages: Sequence[Message], text: str, render: Callable[..., str]) -> int:
+    """The length of the conversation before the turn, rendered by itself, if the text begins with just that."""
+    prompted = render(messages[: turn.index], add_generation_prompt=True)
+    if text.startswith(prompted):
+        return len(prompted)
+    asked = render(messages[: turn.index])
+    if text.startswith(asked + habits.stable):
+        return len(asked + habits.stable)
+    raise DataError(f"message {turn.index + 1}: the chat template does not show where the assistant begins to write")
+
+
+def _closing(turn: Turn, message: Message, habits: Habits, text: str, limit: int, *, attached: bool = False) -> int:
     """Where the end-of-turn token ends; sets where the words end. `attached`: only white space may stand before the token."""
-    last = turn.last(message, text)
-    turn.end = last
-    found = re.compile("|".join(map(re.escape, habits.ends))).search(text, last) if habits.ends else None
-    if found is None or (attached and text[last : found.start()].strip()):
-        return last
-    turn.end = found.start()
-    return found.end()
+    turn.end = last = turn.last(message, text) if turn.marks else turn.begin
+    found = re.compile("|".join(map(re.escape, habits.ends))).search(text, last, limit) if habits.ends else None
+    if found is not None and not (attached and text[last : found.start()].strip()):
+        turn.end = found.start()
+        return found.end()
+    if message.get("tool_calls") or not turn.marks:
+        raise DataError(
+            f"message {turn.index + 1}: the chat template does not end this turn with any of {list(habits.ends)}; "
+            "if another token does, name it in eot_tokens"
+        )
+    return last
+
+
+def _check_calls(turn: Turn, message: Message, text: str) -> None:
+    for call in message.get("tool_calls") or ():
+        name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
+        if isinstance(name, str) and name not in text[turn.begin : turn.closes]:
+            raise DataError(f"message {turn.index + 1}: the chat template does not show its call of '{name}'", key="tool_calls")
 
 
 def _keep_to_block(turn: Turn, blocks: Sequence[Span]) -> None:
@@ -316,10 +248,20 @@ def _final_eos(turn: Turn, habits: Habits, text: str, rules: Rules) -> list[Span
     return [(at, at + len(habits.eos))] if text.startswith(habits.eos, at) else []
 
 
-def _endings(tail: str, specials: Sequence[str]) -> str:
-    """The first special token after an answer, or, where there is none, whatever the template writes to end it."""
-    found = min(((at, -len(token), token) for token in specials if (at := tail.find(token)) >= 0), default=None)
-    return found[2] if found else tail.strip()
+def _ending(tail: str, tokens: Sequence[str]) -> str:
+    """What ends an answer: all up to the first token of the vocabulary's added ones, else what looks like such a token."""
+    tail = tail.lstrip()
+    found = [at + len(token) for token in tokens if (at := tail.find(token)) >= 0]
+    if found:
+        return tail[: min(found)]
+    like = TAG.match(tail)
+    return like[0] if like else ""
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """The longest beginning that all have."""
+    low, high = (min(texts), max(texts)) if texts else ("", "")
+    return low[: next((at for at, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))]
 
 
 def _distinct(tokens: Sequence[str | None]) -> tuple[str, ...]:

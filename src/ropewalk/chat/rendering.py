@@ -93,3 +93,21 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML, which is no part of a prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def in_parts(messages: Sequence[Message]) -> list[Message]:
+    """The same messages with their texts as lists of one part, which is all that some multimodal templates look at."""
+    texts = [m["content"] if isinstance(m.get("content"), str) else None for m in messages]
+    return [m if text is None else {**m, "content": [{"type": "text", "text": text}]} for m, text in zip(messages, texts)]
+
+
+def with_written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The same messages with the arguments of calls as JSON text, which is what some templates expect."""
+    return [{**m, "tool_calls": [_written(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+
+
+def _written(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}}

@@ -5,26 +5,31 @@ Reads a model folder without transformers: tokenizer.json, tokenizer_config.json
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from ropewalk.chat.families import SOURCES
-from ropewalk.chat.masking import Habits, Rules, Span, everywhere, learn, trained_spans
-from ropewalk.chat.rendering import Message, Program
-from ropewalk.errors import ConfigError, ModelError
-
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from ropewalk.chat.marks import Span
+from ropewalk.chat.masking import Habits, Rules, everywhere, learn, trained_spans
+from ropewalk.chat.rendering import Message, Program, in_parts, with_written_arguments
+from ropewalk.chat.tokenizer import (
+    SPECIAL_NAMES,
+    add_missing,
+    choose_source,
+    own_source,
+    read_json,
+    read_tokenizer,
+    special_tokens_of,
+)
+from ropewalk.errors import ConfigError, DataError, ModelError
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,14 @@ class Template:
     ) -> Template:
         """Read a model folder; `chat_template` is one of Axolotl's names, `jinja`, or nothing for the model's own."""
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        tokenizer = _read_tokenizer(folder)
+        config = read_json(folder / "tokenizer_config.json")
+        tokenizer = read_tokenizer(folder)
         given = dict(special_tokens or {})
         further = given.pop("additional_special_tokens", None) or ()
-        special = {**_special_tokens(folder, config), **{k: v for k, v in given.items() if v}}
-        _add_missing(tokenizer, config, [*(special[k] for k in SPECIAL_NAMES if k in special), *further], tokens)
+        special = {**special_tokens_of(folder, config), **{k: v for k, v in given.items() if v}}
+        add_missing(tokenizer, config, [*(special[k] for k in SPECIAL_NAMES if k in special), *further], tokens)
         source = choose_source(chat_template, chat_template_jinja, own_source(folder, config), folder)
-        stops = _read_json(folder / "generation_config.json").get("eos_token_id") or ()
+        stops = read_json(folder / "generation_config.json").get("eos_token_id") or ()
         named = [tokenizer.id_to_token(i) for i in ([stops] if isinstance(stops, int) else stops)]
         return cls(
             tokenizer,
@@ -98,7 +103,7 @@ class Template:
     def named(self, chat_template: str | None, chat_template_jinja: str | None) -> Template:
         """The same tokenizer with another chat template: a data set may name its own."""
         folder = Path(self.origin)
-        own = own_source(folder, _read_json(folder / "tokenizer_config.json"))
+        own = own_source(folder, read_json(folder / "tokenizer_config.json"))
         source = choose_source(chat_template, chat_template_jinja, own, folder)
         return _rebuild(self.tokenizer, source, self.special, self._stops, self.eot_tokens, self.variables, self.origin)
 
@@ -133,11 +138,23 @@ class Template:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template shows no content that is a plain text, but does show a list of parts."""
+        probe = [{"role": "user", "content": "271828182"}]
+
+        def shows(messages: Sequence[Message]) -> bool:
+            try:
+                return "271828182" in self.needed.run(messages)
+            except DataError:
+                return False
+
+        return not shows(probe) and shows(in_parts(probe))
+
+    @cached_property
     def habits(self) -> Habits:
         """What the template writes around an assistant's turn."""
-        specials = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        specials += [token for token in (*self.special.values(), *self.eot_tokens) if token not in specials]
-        return learn(self.needed, specials, self.special.get("eos_token"), [*self.eot_tokens, *self._stops])
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+        return learn(self._run, added, self.special.get("eos_token"), [*self.eot_tokens, *self._stops])
 
     @cached_property
     def digest(self) -> str:
@@ -180,13 +197,19 @@ class Template:
         variables: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """A conversation's ids; with `rules`, the mask of what is trained (else nothing is: a prompt)."""
-        program = self.needed
-        text = program.run(messages, tools, add_generation_prompt=add_generation_prompt, variables=variables)
+        render = partial(self._run, tools=tools, variables=variables)
+        try:
+            text = render(messages, add_generation_prompt=add_generation_prompt)
+        except DataError:
+            written = with_written_arguments(messages)
+            if written == list(messages):
+                raise
+            messages = written
+            text = render(messages, add_generation_prompt=add_generation_prompt)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         mask = [False] * len(encoding.ids)
         if rules is not None:
-            again = lambda part, **options: program.run(part, tools, variables=variables, **options)
-            for begin, end in self._spans(messages, text, rules, again):
+            for begin, end in self._spans(messages, text, rules, render):
                 first, last = _tokens_of(encoding, text, begin, end)
                 mask[first:last] = [True] * (last - first)
         return Rendered(text, encoding.ids, mask)
@@ -198,6 +221,9 @@ class Template:
         if self._source is not None:
             (folder / "chat_template.jinja").write_text(self._source, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def _run(self, messages: Sequence[Message], **options: Any) -> str:
+        return self.needed.run(in_parts(messages) if self.wants_parts else messages, **options)
 
     def _spans(self, messages: Sequence[Message], text: str, rules: Rules, again: Any) -> list[Span]:
         habits = self.habits
@@ -237,84 +263,3 @@ def _tokens_of(encoding: Encoding, text: str, begin: int, end: int) -> tuple[int
         start, stop = offsets[first - 1]
         first -= text[start:begin].isspace() and not text[begin:stop].isspace() and stop <= end
     return first, max(first, last)
-
-
-def own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template in a model folder: its own file, or a key of tokenizer_config.json (one text, or a list with names)."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    own = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(own, list):
-        named = {entry["name"]: entry["template"] for entry in own}
-        return str(named.get("default") or next(iter(named.values()), "")) or None
-    return own
-
-
-def choose_source(name: str | None, jinja: str | None, own: str | None, folder: Path | str) -> str | None:
-    """The template text that a configuration asks for."""
-    if name in (None, "jinja") and jinja:
-        # Axolotl takes the text itself or the path of a file.
-        return Path(jinja).read_text(encoding="utf-8") if "{" not in jinja and Path(jinja).is_file() else jinja
-    if name == "jinja":
-        raise ConfigError("chat_template: jinja needs the template itself in 'chat_template_jinja'")
-    if name is None:
-        return own
-    if name == "tokenizer_default":
-        if own is None:
-            raise ConfigError(f"chat_template: tokenizer_default, but {folder} has no chat template; name one, such as chatml")
-        return own
-    fallback = name.removeprefix("tokenizer_default_fallback_")
-    if fallback != name and own is not None:
-        return own
-    if fallback not in SOURCES:
-        near = difflib.get_close_matches(fallback, SOURCES, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are tokenizer_default, jinja, {', '.join(sorted(SOURCES))}"
-        raise ConfigError(f"chat_template: there is no template named '{fallback}'; {hint}")
-    return SOURCES[fallback]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    return content
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no tokenizer.json; it is needed to turn text into tokens")
-    # Untrimmed offsets say which blanks belong to a token, and so on which side of a boundary it lies.
-    raw = re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", path.read_text(encoding="utf-8"))
-    try:
-        tokenizer = Tokenizer.from_str(raw)
-    except Exception as error:  # the Rust library raises a bare Exception
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for source in (_read_json(folder / "special_tokens_map.json"), config):
-        for name, value in source.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str):
-                found[name] = content
-    extra = config.get("extra_special_tokens")
-    return {**found, **extra} if isinstance(extra, dict) else found
-
-
-def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], special: Sequence[str], tokens: Sequence[str]) -> None:
-    """Tokens that only tokenizer_config.json or the configuration knows."""
-    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        if tokenizer.token_to_id(token["content"]) is None:
-            kept = {k: v for k, v in token.items() if k in ("lstrip", "rstrip", "normalized", "single_word", "special")}
-            tokenizer.add_tokens([AddedToken(token["content"], **kept)])
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special if t not in known])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
