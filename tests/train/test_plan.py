@@ -63,9 +63,13 @@ def test_the_plan_names_shape_coverage_steps_and_what_is_not_needed(base: Path, 
     assert plan.trained == sum(row["parameters"] for row in plan.coverage)
     assert plan.steps["most_tokens_per_step"] == 2 * 3 * 64
     assert set(plan.ignored) == {"liger_rope"}
+    assert plan.memory is not None
+    # Factors are float32, and AdamW keeps two numbers for each.
+    assert (plan.memory["adapter"], plan.memory["optimizer"]) == (4 * plan.trained, 8 * plan.trained)
+    assert plan.memory["total"] == sum(n for name, n in plan.memory.items() if name not in ("total", "free"))
     assert plan.unchecked == {}
     text = plan.text()
-    for part in ("8 experts", "gate_up_proj", "384 tokens", "liger_rope", "Preview"):
+    for part in ("8 experts", "gate_up_proj", "384 tokens", "liger_rope", "Memory    about", "Preview"):
         assert part in text
 
 

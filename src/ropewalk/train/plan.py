@@ -204,8 +204,10 @@ def _step_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     if not plan.memory:
         return []
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in plan.memory.items() if name != "total" and size)
-    return [f"Memory    about {_bytes(plan.memory['total'])} per process: {parts}"]
+    needed, here = plan.memory["total"], plan.memory["free"]
+    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in plan.memory.items() if name not in ("total", "free") and n)
+    fits = "" if needed <= here else ": it will not fit here"
+    return [f"Memory    about {_bytes(needed)} per process ({_bytes(here)} free here{fits})", f"          {parts}"]
 
 
 def _preview_lines(rows: Sequence[Spans], colour: bool) -> list[str]:
@@ -242,4 +244,7 @@ def _count(number: int) -> str:
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**29 else f"{number / 2**20:.0f} MiB"
+    unit, size = next(
+        (u, 2**power) for u, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if number >= 2**power / 2 or power == 10
+    )
+    return f"{number / size:.{2 if unit == 'GiB' else 0}f} {unit}"

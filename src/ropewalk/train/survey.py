@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
-from ropewalk.models.load import load_config, override
-from ropewalk.models.lora import Coverage, attach
+from ropewalk.models.load import load_config, override, pick_device
+from ropewalk.models.lora import Adapter, Coverage, attach
+from ropewalk.models.memory import estimate, free
 from ropewalk.train.config import Run
 from ropewalk.train.pupil import lora_spec
 
@@ -34,7 +35,7 @@ class Survey:
     active: int  # parameters that one token meets
     coverage: Coverage | None  # None: every weight is trained
     trained: int
-    memory: dict[str, int] | None = None
+    memory: dict[str, int]  # by purpose, with the total and what is free here
 
 
 def survey(folder: Path, run: Run) -> Survey:
@@ -51,7 +52,7 @@ def survey(folder: Path, run: Run) -> Survey:
     in_experts = sum(p.numel() for module in stacks for p in module.parameters())
     experts = max((p.shape[0] for module in stacks for p in module.parameters() if p.dim() == 3), default=0)
     chosen = _chosen(text.to_dict()) if experts else 0
-    coverage = None
+    coverage = adapter = None
     if run.adapter is not None:
         adapter = attach(model, lora_spec(run), seed=run.seed)
         _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
@@ -67,7 +68,34 @@ def survey(folder: Path, run: Run) -> Survey:
         active=total - in_experts + (in_experts * chosen // experts if chosen else in_experts),
         coverage=coverage,
         trained=total if coverage is None else coverage.parameters,
+        memory=_memory(model, adapter, run),
     )
+
+
+def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run) -> dict[str, int]:
+    """What one process will take: on a GPU where there is one, else on this machine's processor."""
+    device = pick_device("auto")
+    on_gpu = device.type == "cuda"
+    name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if on_gpu else "float32"
+    found = estimate(
+        model,
+        rows=run.micro_batch_size,
+        tokens=run.sequence_len,
+        dtype=getattr(torch, name),
+        quantize=run.quantization,
+        adapter=None if adapter is None else list(adapter.parameters()),
+        optimizer=run.optimizer,
+        recompute=run.recompute,
+        on_gpu=on_gpu,
+    )
+    memory = {**found.as_dict(), "free": free(device)}
+    if on_gpu and found.total > torch.cuda.get_device_properties(device).total_memory:
+        raise ModelError(
+            f"this run needs about {found.total / 2**30:.1f} GiB in every process, and the GPU has "
+            f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB; try adapter: qlora, "
+            "gradient_checkpointing: true, a smaller sequence_len or micro_batch_size, or optimizer: adamw_torch_8bit"
+        )
+    return memory
 
 
 def _patterns_match(run: Run, names: list[str]) -> None:
