@@ -227,6 +227,29 @@ def test_wrong_names_say_what_to_write(tokenizer_folder: Path, tmp_path: Path) -
         Template.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["prepended", "replaced"])
+@pytest.mark.parametrize("family", ["chatml", "gemma", "llama3", "mistral_v7_tekken"])
+def test_sentencepiece_kinds_of_tokenizers_are_masked_alike(kind: str, family: str, tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    blanks = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks]) if kind == "prepended" else blanks
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    corpus = [message["content"] for message in TALK] * 3
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, show_progress=False))
+    ends = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[INST]", "[/INST]"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ends])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    end = ENDS.get(family, "</s>")
+    got = trained(Template.load(tmp_path, family), TALK)
+    # A tokenizer that puts a blank before each stretch of text gives it back when decoding.
+    pieces = [piece.removeprefix(" ") if kind == "prepended" else piece for piece in got.split(end)]
+    assert pieces == [TALK[1]["content"], TALK[3]["content"], ""]
+
+
 def test_what_is_saved_loads_the_same(tokenizer_folder: Path, tmp_path: Path) -> None:
     template = Template.load(tokenizer_folder, "gemma")
     template.save(tmp_path)

@@ -2,7 +2,8 @@
 
 With packing, a batch is `micro_batch_size` rows of at most `sequence_len` tokens, each filled with samples whose positions start at
 0: transformers builds its block-diagonal mask from those positions when no attention_mask is given. Padding goes on counting, so
-that it belongs to the sample before it, which cannot see it.
+that it belongs to the sample before it, which cannot see it. A model that carries a state from token to token (linear attention)
+leaks all the same: models/head.py finds that out by trying, and lays such batches out again, a sample to a row.
 """
 
 from __future__ import annotations
@@ -19,50 +20,6 @@ from ropewalk.train.stream import Pair, Stream
 
 WINDOW = 1 << 15  # rows packed together: enough for a tight fit, few enough for random neighbours
 MULTIPLE = 8  # row lengths that matrix units like
-# Layers that carry a state from one token to the next, whatever the positions say.
-RECURRENT = (
-    *(
-        "linear_attention",
-        "mamba",
-        "mamba2",
-        "recurrent",
-        "conv",
-        "hybrid",
-        "gated_deltanet",
-        "deltanet",
-        "kda",
-        "rwkv",
-        "lightning",
-    ),
-    *("hybrid_sliding", "hybrid_full"),
-)
-RECURRENT_MODELS = (
-    *(
-        "mamba",
-        "mamba2",
-        "falcon_mamba",
-        "falcon_h1",
-        "jamba",
-        "bamba",
-        "zamba",
-        "zamba2",
-        "granitemoehybrid",
-        "nemotron_h",
-        "rwkv",
-    ),
-    *(
-        "recurrent_gemma",
-        "xlstm",
-        "lfm2",
-        "lfm2_moe",
-        "minimax",
-        "qwen3_next",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "kimi_linear",
-        "olmo_hybrid",
-    ),
-)
 
 
 class Plan(Sequence[Batch]):
@@ -168,13 +125,6 @@ def lay_out(lines: Sequence[Sequence[Pair]], pad: int, width: int | None, multip
             positions[number, at:] = np.arange(length - at)
             at += len(sample)
     return Batch(ids, labels, positions, sum(used), int((labels != -100).sum()))
-
-
-def isolates(config: Any) -> bool:
-    """Whether positions alone keep packed samples apart in this model: not where a layer carries a state along."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
-    return not kinds & set(RECURRENT) and getattr(text, "model_type", "").removesuffix("_text") not in RECURRENT_MODELS
 
 
 def _by_length(order: NDArray[np.int64], rows: Rows, size: int, generator: np.random.Generator, grouped: bool) -> Iterable[int]:
