@@ -83,7 +83,7 @@ def watch(
     late.start()
     assert process.stdout is not None
     expression = re.compile(pattern)
-    with log.open("wb") as file:
+    with process.stdout, log.open("wb") as file:
         for raw in _lines(process.stdout.fileno(), file.write):
             if found := expression.search(raw):
                 marks.append(Mark(time.perf_counter() - begun, tree.sample(), raw, float(found[1])))
