@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -20,18 +21,20 @@ class Score:
     value: float
 
 
+Mark = Literal["right", "value", "wrong"]  # letter for letter; the value but not the format; neither
+
+
 @dataclass(frozen=True)
 class Sample:
     """One held-out question with both answers."""
 
-    country: str
     passage: str
     question: str
     expected: str
     before: str
-    before_right: bool
+    before_mark: Mark
     after: str
-    after_right: bool
+    after_mark: Mark
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.files.store import File, Store, home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Question
-from ropewalk.quickstart.page import Page, Sample, Score, write_page
+from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.registry import Registry
 from ropewalk.train.config import load_run
 from ropewalk.train.trainer import Result, train
@@ -151,6 +151,13 @@ def passes(answers: Sequence[str], asked: Sequence[Question]) -> list[bool]:
     return [exact_match(a, q.answer) for a, q in zip(answers, asked)]
 
 
+def mark(text: str, question: Question) -> Mark:
+    """How the page marks one answer."""
+    if exact_match(text, question.answer):
+        return "right"
+    return "value" if contains(text, question.value) else "wrong"
+
+
 def exact(answers: Sequence[str], asked: Sequence[Question]) -> float:
     """The share of answers that are exactly the expected ones."""
     return sum(passes(answers, asked)) / len(asked)
@@ -192,7 +199,7 @@ def make_page(
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
     samples = [
-        Sample(q.country, q.passage, q.question, q.answer, b, exact_match(b, q.answer), a, exact_match(a, q.answer))
+        Sample(q.passage, q.question, q.answer, b, mark(b, q), a, mark(a, q))
         for q, b, a in list(zip(asked, before, after))[:10]
     ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")

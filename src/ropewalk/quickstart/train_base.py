@@ -37,7 +37,7 @@ Row = tuple[list[int], list[int]]  # ids and labels of one conversation
 PIECES = Regex(r"\p{Lu}?[\p{Ll}\p{M}]+|[\s\S]")
 
 
-def build_tokenizer(inventor: Inventor) -> PreTrainedTokenizerFast:
+def build_tokenizer(inventor: Inventor, texts: int = 6000) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the corpus with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -45,7 +45,7 @@ def build_tokenizer(inventor: Inventor) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(text, special=True, normalized=False) for text in (PAD, START, END)]
-    corpus = (message["content"] for _ in range(6000) for message in inventor.conversation(5, 4))
+    corpus = (message["content"] for _ in range(texts) for message in inventor.conversation(5, 4))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         corpus,
