@@ -33,10 +33,14 @@ def linear_cross_entropy(
 
     The logits are `cap(scale * (hidden @ weight.T + bias))`, weight [V, H], bias [V], `cap(z) = softcap * tanh(z / softcap)`.
     """
-    most = LOGITS_ON_CPU if hidden.device.type == "cpu" else LOGITS_ON_GPU
-    rows = min(chunk, max(64, most // weight.shape[0]))
+    rows = min(chunk, rows_at_once(weight.shape[0], on_gpu=hidden.device.type != "cpu"))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, softcap, scale, rows, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
+
+
+def rows_at_once(vocabulary: int, on_gpu: bool) -> int:
+    """How many rows' logits are held at a time."""
+    return max(64, (LOGITS_ON_GPU if on_gpu else LOGITS_ON_CPU) // vocabulary)
 
 
 def plain_linear_cross_entropy(

@@ -60,7 +60,7 @@ class Head:
             loss = torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
             return loss + count * _balance(model, out), count
         head = output_module(model)
-        with _instead_of(head, _nothing) as seen:
+        with instead_of(head, nothing) as seen:
             out = run(model, ids, position_ids, **extra)
         hidden = seen[0].flatten(0, 1)
         scale, softcap = self.after.scale, self.after.softcap
@@ -152,7 +152,7 @@ def _accepted(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def _instead_of(head: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def instead_of(head: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Within the context the head keeps what it is given and answers with the stand-in."""
     seen: list[Tensor] = []
 
@@ -167,7 +167,7 @@ def _instead_of(head: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterat
         del head.forward
 
 
-def _nothing(hidden: Tensor) -> Tensor:
+def nothing(hidden: Tensor) -> Tensor:
     return torch.zeros((*hidden.shape[:-1], 1), dtype=hidden.dtype, device=hidden.device)
 
 
@@ -191,7 +191,7 @@ def _prove(model: nn.Module) -> AfterHead:
         raise _NotProven(f"its output head is a {type(head).__name__} that does more than multiply")
     ids = _probe_ids(model)
     after = _measure(model, head, ids)
-    with _instead_of(head, _nothing) as seen:
+    with instead_of(head, nothing) as seen:
         run(model, ids)
     if len(seen) != 1 or seen[0].shape[:-1] != ids.shape:
         raise _NotProven("its output head is not called once over all hidden states")
@@ -215,7 +215,7 @@ def _measure(model: nn.Module, head: nn.Module, ids: Tensor) -> AfterHead:
     small, huge = 2.0**-10, 1e6
     z = torch.cat([torch.tensor([small, -huge, huge]), torch.linspace(-100, 100, 401)]).to(ids.device)
     try:
-        with _instead_of(head, lambda hidden: z.expand(*hidden.shape[:-1], len(z)).clone()):
+        with instead_of(head, lambda hidden: z.expand(*hidden.shape[:-1], len(z)).clone()):
             answer = run(model, ids).logits
     except (RuntimeError, IndexError, ValueError) as error:
         raise _NotProven(f"its logits cannot be narrowed ({error})") from error
