@@ -250,6 +250,20 @@ def test_sentencepiece_kinds_of_tokenizers_are_masked_alike(kind: str, family: s
     assert pieces == [TALK[1]["content"], TALK[3]["content"], ""]
 
 
+def test_a_reply_stops_at_what_ends_a_conversation_and_not_at_what_ends_a_thought(tokenizer_folder: Path) -> None:
+    assert Template.load(tokenizer_folder, "chatml").stop_ids == tuple(
+        Template.load(tokenizer_folder).tokenizer.token_to_id(token) for token in ("</s>", "<|im_end|>")
+    )
+    # Inside a conversation turns end with <|end|>, and so do thoughts; the last turn ends with <|endoftext|>.
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<|endoftext|>' if loop.last and not add_generation_prompt "
+        "and m.role == 'assistant' else '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    template = Template.load(tokenizer_folder, chat_template_jinja=source)
+    assert [template.decode([i], skip_special_tokens=False) for i in template.stop_ids] == ["</s>", "<|endoftext|>"]
+    assert trained(template, TALK) == f"{TALK[1]['content']}<|end|>{TALK[3]['content']}<|endoftext|>"
+
+
 def test_what_is_saved_loads_the_same(tokenizer_folder: Path, tmp_path: Path) -> None:
     template = Template.load(tokenizer_folder, "gemma")
     template.save(tmp_path)

@@ -245,6 +245,9 @@ def test_a_bad_row_is_named_with_file_line_key_and_reason(
         open_data(run, template, quiet=True)
     assert str(caught.value).startswith(f"{path}:17: ")
     assert caught.value.line == 17
+    with pytest.raises(DataError, match=f"{path}:17: "):
+        preview(run, template, n=20)
+    assert len(preview(run.model_copy(update={"on_bad_row": "skip"}), template, n=20)) == 19
     data = open_data(run.model_copy(update={"on_bad_row": "skip"}), template, quiet=True)
     assert len(data.train) == 19
     assert [(bad.path, bad.line) for bad in data.bad] == [(str(path), 17)]

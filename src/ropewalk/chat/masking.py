@@ -52,6 +52,7 @@ class Habits:
     leads: tuple[str, ...]  # all that it writes before a plain answer: at the end of a conversation, and inside it
     stable: str  # what the generation prompt and all of these begin with
     ends: tuple[str, ...]  # what may end a turn
+    last_end: str  # what ends the last one of a conversation
     eos: str | None
 
 
@@ -68,9 +69,9 @@ def learn(render: Callable[..., str], tokens: Sequence[str], eos: str | None, gi
         between = render([question, answer, question])
         thinking = render([question, {**answer, "reasoning_content": _THOUGHT}])
     except DataError:
-        return Habits("", (), "", _distinct([*given, eos]), eos)
+        return Habits("", (), "", _distinct([*given, eos]), "", eos)
     if not all(_ANSWER in text for text in (final, going_on, between, thinking)):
-        return Habits("", (), "", _distinct([*given, eos]), eos)
+        return Habits("", (), "", _distinct([*given, eos]), "", eos)
     prompt = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
     ends = [
         _ending(final.rpartition(_ANSWER)[2], tokens),
@@ -82,7 +83,7 @@ def learn(render: Callable[..., str], tokens: Sequence[str], eos: str | None, gi
     leads = tuple(sorted(dict.fromkeys(heads[:2]), key=len, reverse=True))
     # Without a generation prompt nobody but the template would write this header, so it is not for the model to learn.
     prompt = prompt or _shared(leads).rstrip(" ")
-    return Habits(prompt, leads, _shared([prompt, *heads]), _distinct([*given, *ends, eos]), eos)
+    return Habits(prompt, leads, _shared([prompt, *heads]), _distinct([*given, *ends, eos]), ends[0], eos)
 
 
 def trained_spans(

@@ -128,7 +128,7 @@ class Template:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which a reply ends."""
-        names = [self.special.get("eos_token"), *self._stops, *(self.habits.ends if self.program else ())]
+        names = [self.special.get("eos_token"), *self._stops, *self.eot_tokens, self.habits.last_end if self.program else None]
         ids = (self.tokenizer.token_to_id(name) for name in names if name)
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 

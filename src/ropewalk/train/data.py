@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ropewalk.errors import ConfigError, DataError
 from ropewalk.files.store import home
 from ropewalk.train.cache import Tokens, open_tokens
 from ropewalk.train.config import DataSource, Run
-from ropewalk.train.rows import chunks, streamed_chunks
+from ropewalk.train.rows import Chunk, chunks, streamed_chunks
 from ropewalk.train.sources import content_digest, locate, size
 from ropewalk.train.stream import Stream
 from ropewalk.train.tokenise import BadRow, Block, Tokeniser
@@ -201,21 +201,18 @@ def _notices(parts: Sequence[Tokens], train: Rows) -> Iterator[str]:
 
 def preview(run: Run, template: Template, n: int = 3) -> list[list[tuple[str, bool]]]:
     """The first rows as the model will see them: pieces of text, and whether they are trained."""
-    rows: list[list[tuple[str, bool]]] = []
+    return list(islice(_shown_rows(run, template), n))
+
+
+def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, bool]]]:
     for source in run.sources:
         tokeniser = Tokeniser(run, source, template)
         for chunk in streamed_chunks(locate(source)):
-            for line, raw in chunk:
-                example = tokeniser.read(chunk.read(line, raw).values)
-                rows.append(_spans(tokeniser.template, *tokeniser.tokens(example)))
-                if len(rows) == n:
-                    return rows
-    return rows
+            for row in chunk:
+                for ids, mask in tokeniser.chunk(Chunk(chunk.path, row[0], None, (row,))).rows():
+                    yield _spans(tokeniser.template, ids.tolist(), mask.tolist())
 
 
 def _spans(template: Template, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
-    pairs = zip(ids, [False, *mask[1:]])
-    return [
-        (template.decode([i for i, _ in run], skip_special_tokens=False), trained)
-        for trained, run in groupby(pairs, key=lambda pair: pair[1])
-    ]
+    runs = ((trained, [token for token, _ in pairs]) for trained, pairs in groupby(zip(ids, mask), key=lambda pair: pair[1]))
+    return [(template.decode(tokens, skip_special_tokens=False), trained) for trained, tokens in runs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,9 +60,7 @@ class Stream:
                 if number >= start.chunk:
                     block = tokeniser.chunk(chunk)
                     self.counts.update(block.counts)
-                    ends = np.cumsum(block.lengths, dtype=np.int64)
-                    for row in range(start.row if number == start.chunk else 0, len(ends)):
-                        at = slice(ends[row] - block.lengths[row], ends[row])
-                        labels = np.where(block.mask[at], block.ids[at], np.int32(-100))
-                        yield Place(epoch, number, row + 1), (block.ids[at], labels)
+                    first = start.row if number == start.chunk else 0
+                    for row, (ids, mask) in enumerate(islice(block.rows(), first, None), first + 1):
+                        yield Place(epoch, number, row), (ids, np.where(mask, ids, np.int32(-100)))
                 number += 1

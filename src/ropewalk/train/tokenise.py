@@ -46,6 +46,12 @@ class Block:
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[BadRow] = field(default_factory=list)
 
+    def rows(self) -> Iterator[tuple[Ids32, Mask]]:
+        """Ids and mask of each row."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        for begin, end in zip(ends - self.lengths, ends):
+            yield self.ids[begin:end], self.mask[begin:end]
+
 
 class Tokeniser:
     """What turns the rows of one source into tokens."""
@@ -71,8 +77,7 @@ class Tokeniser:
         bad: list[BadRow] = []
         for line, raw in chunk:
             try:
-                values = chunk.read(line, raw).values
-                for row, mask in self.rows(values, counts):
+                for row, mask in self.rows(chunk.read(line, raw).values, counts):
                     ids.append(row)
                     masks.append(mask)
             except DataError as error:

@@ -16,8 +16,8 @@ from ropewalk.train.tokenise import Block, Tokeniser
 
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, rows read
 
-# Below this a worker costs more time and memory than it saves: this process does some 5 MB a second, a worker starts in about one.
-ALONE, PER_WORKER, MOST, SHOWN = 24 << 20, 8 << 20, 32, 2 << 20
+# Below this a worker costs more time and memory than it saves: a process does about 1 MB of chat a second, and starts in one.
+ALONE, PER_WORKER, MOST, SHOWN = 6 << 20, 2 << 20, 32, 1 << 20
 
 
 def tokenise(
