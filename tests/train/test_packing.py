@@ -38,6 +38,11 @@ def test_best_fit_by_hand() -> None:
     assert best_fit(np.array([6, 3, 7, 2, 4], np.int32), 10).tolist() == [1, 0, 0, 2, 1]
 
 
+def test_rows_of_like_length_are_fitted_as_they_come_where_that_needs_fewer_lines() -> None:
+    # Longest first: 4+4, 3+3+3, 3. As they come: 4+3+3 twice.
+    assert best_fit(np.array([4, 3, 3, 4, 3, 3], np.int32), 10).tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_packing_places_every_row_once_and_wastes_little() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 512, 20000).astype(np.int32)

@@ -80,7 +80,14 @@ def pack(
 
 
 def best_fit(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
-    """The line of each row: the longest first, each into the fullest line that has room for it.
+    """The line of each row: the longest first, or as they come where that needs fewer lines, as rows of like length do."""
+    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
+    fits = [_fit(lengths, order, capacity) for order in (longest_first, np.arange(len(lengths)))]
+    return min(fits, key=lambda found: int(found.max(initial=-1)))
+
+
+def _fit(lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """The line of each row, which goes into the fullest line that has room for it.
 
     Lines with equal room lie on one pile; a whole number has a bit for every pile that is not empty, so that the smallest room
     that is large enough is its lowest bit from there on.
@@ -89,7 +96,6 @@ def best_fit(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
     room = lines = 0
     found = np.empty(len(lengths), np.int64)
     shortest = int(lengths.min()) if len(lengths) else 0
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
     for row, length in zip(order.tolist(), lengths[order].tolist()):
         above = room >> length
         if above:
