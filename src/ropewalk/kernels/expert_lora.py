@@ -9,8 +9,7 @@ Kept for the backward: gate_up [S, 2I], A1 x and A2 (w h) [S, r], the order of t
 survives the forward: rows of x are gathered again, h is computed again from gate_up, and the routing gradient is <dh, h>.
 Weighing h instead of the output takes the weights out of every [S, H] pass.
 
-One text of the mathematics runs on two kinds of rows. `_Tile` holds some rows of one expert, so that on a CPU every matrix stays in
-the cache from its gather to its scatter; `_Grouped` holds all rows, sorted by expert, for `grouped_mm` on a GPU, without a host sync.
+One text of the mathematics runs on both kinds of rows of expert_rows.py: tiles on a CPU, grouped_mm on a GPU.
 `expert_lora_plain` is the twin: a loop over experts with the explicit delta, differentiated by autograd.
 """
 
@@ -25,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
 from ropewalk.kernels.gates import Gate
-
-ROWS_PER_TILE = 512  # 512 rows of x, gate_up, h and y at H = 512, I = 256 in float32 are 4 MB: about one core's share of cache
 
 
 class Packed(Protocol):
@@ -87,7 +85,7 @@ def expert_lora(
         plan,
         _Operands.of(plan, x, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2),
         x,
-        _route(ids, weights, plan.num_experts, plan.grouped),
+        route(ids, weights, plan.num_experts, x.dtype, plan.grouped),
         keep=False,
     )[0]
 
@@ -169,150 +167,12 @@ def _turned(factor: Tensor | None) -> Tensor | None:
     return None if factor is None else factor.transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class _Route:
-    """Rows sorted by expert: row i is slot order[i] of the T*k slots. Slots whose id is E or more come last and are never read."""
-
-    order: Tensor  # [S] int64
-    ends: Tensor  # [E] int32: where each expert's rows end
-    weights: Tensor  # [S]
-    k: int
-    tiles: tuple[tuple[int, int, int], ...]  # (expert, start, end); empty for grouped rows, which need no numbers on the host
-
-
-def _route(ids: Tensor, weights: Tensor, num_experts: int, grouped: bool) -> _Route:
-    flat = ids.reshape(-1)
-    ordered, order = torch.sort(flat, stable=True)
-    # searchsorted and not bincount: the latter reads its length back from the device
-    ends = torch.searchsorted(ordered, torch.arange(num_experts, device=ids.device, dtype=ordered.dtype), right=True)
-    tiles = () if grouped else tuple(_tiles(ends.tolist()))
-    return _Route(order, ends.to(torch.int32), weights.detach().reshape(-1)[order], ids.shape[1], tiles)
-
-
-def _tiles(ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for expert, end in enumerate(ends):
-        for first in range(start, end, ROWS_PER_TILE):
-            yield expert, first, min(first + ROWS_PER_TILE, end)
-        start = end
-
-
-class _Rows(Protocol):
-    """Some rows, and the products of their matrices with the right expert's."""
-
-    span: slice
-
-    def mm(self, a: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor: ...
-
-    def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None: ...
-
-    def gram_(self, grad: Tensor, a: Tensor, b: Tensor, scale: float) -> None: ...
-
-    def bias_(self, y: Tensor, bias: Tensor, w: Tensor | None = None) -> None: ...
-
-    def bias_gram_(self, grad: Tensor, dy: Tensor, w: Tensor | None = None) -> None: ...
-
-    def dot_bias(self, dy: Tensor, bias: Tensor) -> Tensor: ...
-
-
-class _Tile:
-    """Rows of one expert."""
-
-    def __init__(self, expert: int, start: int, end: int) -> None:
-        self.expert, self.span = expert, slice(start, end)
-
-    def mm(self, a: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(a, stack[self.expert], out=out)
-
-    def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
-        y.addmm_(a, stack[self.expert], alpha=scale)
-
-    def gram_(self, grad: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        grad[self.expert].addmm_(a.t(), b, alpha=scale)
-
-    def bias_(self, y: Tensor, bias: Tensor, w: Tensor | None = None) -> None:
-        row = bias[self.expert].to(y.dtype)
-        y.add_(row) if w is None else y.addcmul_(w, row)
-
-    def bias_gram_(self, grad: Tensor, dy: Tensor, w: Tensor | None = None) -> None:
-        grad[self.expert].add_((dy if w is None else dy * w).sum(0))
-
-    def dot_bias(self, dy: Tensor, bias: Tensor) -> Tensor:
-        return dy @ bias[self.expert].to(dy.dtype)
-
-
-class _Grouped:
-    """All rows, sorted by expert."""
-
-    span = slice(None)
-
-    def __init__(self, route: _Route, rows: int) -> None:
-        self.ends = route.ends
-        # the expert of each row, for biases; rows that belong to none borrow the last one's and are dropped later
-        row = torch.arange(rows, device=route.ends.device, dtype=torch.int32)
-        self.expert = torch.searchsorted(route.ends, row, right=True).clamp_(max=route.ends.numel() - 1)
-        empty = torch.diff(route.ends, prepend=route.ends.new_zeros(1)) == 0
-        self.empty = empty[:, None, None]
-
-    def mm(self, a: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
-        return F.grouped_mm(a, stack, offs=self.ends)
-
-    def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
-        y.add_(F.grouped_mm(a, stack, offs=self.ends), alpha=scale)
-
-    def gram_(self, grad: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        grad.add_(F.grouped_mm(a.t(), b, offs=self.ends).masked_fill_(self.empty, 0), alpha=scale)
-
-    def bias_(self, y: Tensor, bias: Tensor, w: Tensor | None = None) -> None:
-        row = bias.to(y.dtype)[self.expert]
-        y.add_(row) if w is None else y.addcmul_(w, row)
-
-    def bias_gram_(self, grad: Tensor, dy: Tensor, w: Tensor | None = None) -> None:
-        # a running sum over the sorted rows, read at each expert's end: exact order, no atomics
-        total = F.pad((dy if w is None else dy * w).to(torch.float64).cumsum(0), (0, 0, 1, 0))
-        grad.add_(torch.diff(total[self.ends.long()], dim=0, prepend=total[:1]))
-
-    def dot_bias(self, dy: Tensor, bias: Tensor) -> Tensor:
-        return (dy * bias.to(dy.dtype)[self.expert]).sum(-1)
-
-
 def _rows_for(x: Tensor, experts: Experts) -> str:
     """Which kind of rows suits the device; grouped_mm also needs rows of whole 16 bytes and a dtype it knows."""
     widths = (*experts.up.shape[1:], *experts.down.shape[1:])
     aligned = all(n * x.element_size() % 16 == 0 for n in widths)
     known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return "grouped" if x.device.type == "cuda" and aligned and known else "tiles"
-
-
-def _all_rows(plan: _Plan, route: _Route) -> Iterator[_Rows]:
-    if plan.grouped:
-        yield _Grouped(route, route.order.numel())
-        return
-    for tile in route.tiles:
-        yield _Tile(*tile)
-
-
-class _Combine:
-    """Adds rows [S, H] to their tokens [T, H], in float32 at least, in an order that does not depend on timing."""
-
-    def __init__(self, plan: _Plan, route: _Route, like: Tensor) -> None:
-        self.route, self.grouped, self.like = route, plan.grouped, like
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.out = None if plan.grouped else like.new_zeros(like.shape, dtype=wide)
-
-    def add(self, rows: _Rows, y: Tensor) -> None:
-        if self.out is not None:
-            token = self.route.order[rows.span] // self.route.k
-            self.out.index_add_(0, token, y.to(self.out.dtype))
-            return
-        back = torch.empty_like(self.route.order)
-        back[self.route.order] = torch.arange(back.numel(), device=back.device)
-        # embedding_bag reads each token's k rows where they lie and sums them in float32: no permuted copy of y, no atomics
-        self.out = F.embedding_bag(back.view(-1, self.route.k), y, mode="sum")
-
-    def result(self) -> Tensor:
-        assert self.out is not None
-        return self.out.to(self.like.dtype)
 
 
 def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
@@ -322,29 +182,29 @@ def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- forward
 
 
-def _forward(plan: _Plan, m: _Operands, x: Tensor, route: _Route, keep: bool) -> tuple[Tensor, list[Tensor | None]]:
+def _forward(plan: _Plan, m: _Operands, x: Tensor, way: Route, keep: bool) -> tuple[Tensor, list[Tensor | None]]:
     """-> out [T, H] and, to keep, gate_up [S, N], xa [S, r], ha [S, r]."""
     kept: list[Tensor | None] = [None, None, None]
-    if keep and not plan.grouped:
-        slots = route.order.numel()
+    if keep and not way.grouped:
         widths = (m.up.shape[2], None if m.a1 is None else m.a1.shape[2], None if m.a2 is None else m.a2.shape[2])
-        kept = [None if n is None else x.new_empty(slots, n) for n in widths]
-    combine = _Combine(plan, route, x)
-    for rows in _all_rows(plan, route):
+        kept = [None if n is None else x.new_empty(way.token.numel(), n) for n in widths]
+    combine = Combine(way, x)
+    for rows in all_rows(way, x):
         into = [None if t is None else t[rows.span] for t in kept]
-        y, made = _forward_rows(plan, m, rows, x[route.order[rows.span] // route.k], route.weights[rows.span, None], into)
+        taken = rows.take(x, way.token[rows.span], "x")
+        y, made = _forward_rows(plan, m, rows, taken, way.weight[rows.span, None], into)
         combine.add(rows, y)
-        if keep and plan.grouped:
+        if keep and way.grouped:
             kept = made
     return combine.result(), kept
 
 
 def _forward_rows(
-    plan: _Plan, m: _Operands, rows: _Rows, x: Tensor, w: Tensor, into: list[Tensor | None]
+    plan: _Plan, m: _Operands, rows: Rows, x: Tensor, w: Tensor, into: list[Tensor | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """x [n, H] of some rows -> their weighed outputs [n, H], and what to keep (written into `into` where that is given)."""
     xa = ha = None
-    gate_up = rows.mm(x, m.up, into[0])
+    gate_up = rows.mm(x, m.up, rows.space("gate_up", m.up.shape[2]) if into[0] is None else into[0])
     if m.a1 is not None and m.b1 is not None:
         xa = rows.mm(x, m.a1, into[1])
         rows.mm_add_(gate_up, xa, m.b1, plan.up_scale)
@@ -361,11 +221,11 @@ def _forward_rows(
 
 
 def _down(
-    plan: _Plan, m: _Operands, rows: _Rows, h: Tensor, w: Tensor | None, into: Tensor | None = None
+    plan: _Plan, m: _Operands, rows: Rows, h: Tensor, w: Tensor | None, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """h [n, I] -> W2 h + s2 B2 A2 h + w b2 [n, H], and A2 h [n, r]."""
     ha = None
-    y = rows.mm(h, m.down)
+    y = rows.mm(h, m.down, rows.space("y", m.down.shape[2]))
     if m.a2 is not None and m.b2 is not None:
         ha = rows.mm(h, m.a2, into)
         rows.mm_add_(y, ha, m.b2, plan.down_scale)
@@ -382,8 +242,8 @@ class _Gradients:
     """What the backward fills: None where nothing asked for it."""
 
     trained: list[Tensor]  # of the gate and the norm
-    x: _Combine | None
-    weights: Tensor | None  # [S] float32, in sorted order
+    x: Combine | None
+    weights: Tensor | None  # [rows] float32, in sorted order
     up: Tensor | None
     up_bias: Tensor | None
     down: Tensor | None
@@ -395,7 +255,7 @@ class _Gradients:
 
 
 def _backward_rows(
-    plan: _Plan, m: _Operands, rows: _Rows, x: Tensor, w: Tensor, dy: Tensor, kept: list[Tensor | None], grad: _Gradients
+    plan: _Plan, m: _Operands, rows: Rows, x: Tensor, w: Tensor, dy: Tensor, kept: list[Tensor | None], grad: _Gradients
 ) -> None:
     """dy [n, H] of some rows, not yet weighed -> everything in `grad`."""
     gate_up, xa, ha = kept
@@ -405,7 +265,7 @@ def _backward_rows(
     if plan.experts.post_norm is not None:
         dy = _norm_backward(plan, m, rows, h, w, dy, grad)
         weigh = None  # dy carries the weight from here on
-    dh = rows.mm(dy, m.down.transpose(1, 2))
+    dh = rows.mm(dy, m.down.transpose(1, 2), rows.space("dh", m.down.shape[1]))
     db2 = None
     if m.a2 is not None and m.b2 is not None:
         db2 = rows.mm(dy, m.b2.transpose(1, 2))
@@ -422,7 +282,7 @@ def _backward_rows(
     _up_gradients(plan, m, rows, x, xa, d_gate_up, grad)
 
 
-def _norm_backward(plan: _Plan, m: _Operands, rows: _Rows, h: Tensor, w: Tensor, dy: Tensor, grad: _Gradients) -> Tensor:
+def _norm_backward(plan: _Plan, m: _Operands, rows: Rows, h: Tensor, w: Tensor, dy: Tensor, grad: _Gradients) -> Tensor:
     """Through w * norm(y): y is computed again and differentiated locally -> d y [n, H]."""
     assert plan.experts.post_norm is not None
     parameters = tuple(plan.experts.post_norm_parameters)
@@ -439,7 +299,7 @@ def _norm_backward(plan: _Plan, m: _Operands, rows: _Rows, h: Tensor, w: Tensor,
 
 def _down_gradients(
     plan: _Plan,
-    rows: _Rows,
+    rows: Rows,
     h: Tensor,
     ha: Tensor | None,
     dy: Tensor,
@@ -460,7 +320,7 @@ def _down_gradients(
 
 
 def _up_gradients(
-    plan: _Plan, m: _Operands, rows: _Rows, x: Tensor, xa: Tensor | None, d_gate_up: Tensor, grad: _Gradients
+    plan: _Plan, m: _Operands, rows: Rows, x: Tensor, xa: Tensor | None, d_gate_up: Tensor, grad: _Gradients
 ) -> None:
     db1 = None
     if m.b1 is not None:
@@ -475,7 +335,7 @@ def _up_gradients(
         pair = (x, d_gate_up) if plan.experts.transposed else (d_gate_up, x)
         rows.gram_(grad.up, *pair, 1.0)
     if grad.x is not None:
-        dx = rows.mm(d_gate_up, m.up.transpose(1, 2))
+        dx = rows.mm(d_gate_up, m.up.transpose(1, 2), rows.space("y", m.up.shape[1]))
         if db1 is not None and m.a1 is not None:
             rows.mm_add_(dx, db1, m.a1.transpose(1, 2), plan.up_scale)
         grad.x.add(rows, dx)
@@ -487,22 +347,23 @@ class _ExpertLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
         up, up_bias, down, down_bias, *factors = rest[:8]
-        route = _route(ids, weights, plan.num_experts, plan.grouped)
+        way = route(ids, weights, plan.num_experts, x.dtype, plan.grouped)
         m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
-        out, kept = _forward(plan, m, x, route, keep=True)
+        out, kept = _forward(plan, m, x, way, keep=True)
         tensors = [t if isinstance(t, Tensor) else None for t in rest]
-        ctx.save_for_backward(x, route.order, route.ends, route.weights, *kept, *tensors)
-        ctx.plan, ctx.k, ctx.tiles, ctx.weights_dtype = plan, route.k, route.tiles, weights.dtype
+        ctx.save_for_backward(x, way.token, way.weight, way.order, way.place, way.ends, *kept, *tensors)
+        ctx.plan, ctx.k, ctx.tiles, ctx.weights_dtype = plan, way.k, way.tiles, weights.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
-        x, order, ends, w, gate_up, xa, ha, up, up_bias, down, down_bias, *others = ctx.saved_tensors
+        x, token, weight, order, place, ends = ctx.saved_tensors[:6]
+        gate_up, xa, ha, up, up_bias, down, down_bias, *others = ctx.saved_tensors[6:]
         up, down = (plan.experts.up if up is None else up), (plan.experts.down if down is None else down)
         factors, trained = others[:4], others[4:]
-        route = _Route(order, ends, w, ctx.k, ctx.tiles)
+        way = Route(token, weight, order, place, ends, ctx.k, ctx.tiles)
         m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
         need = ctx.needs_input_grad
         stacks = [
@@ -510,17 +371,13 @@ class _ExpertLora(torch.autograd.Function):
             for n, t in zip(need[4:12], (up, up_bias, down, down_bias, *_padded(m, factors)))
         ]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        d_weights = torch.zeros(order.numel(), dtype=wide, device=x.device) if need[3] else None
-        grad = _Gradients(
-            [torch.zeros_like(t) for t in trained], _Combine(plan, route, x) if need[1] else None, d_weights, *stacks
-        )
-        for rows in _all_rows(plan, route):
-            token = order[rows.span] // ctx.k
+        d_weights = torch.zeros(way.token.numel(), dtype=wide, device=x.device) if need[3] else None
+        grad = _Gradients([torch.zeros_like(t) for t in trained], Combine(way, x) if need[1] else None, d_weights, *stacks)
+        for rows in all_rows(way, x):
+            token, w = way.token[rows.span], way.weight[rows.span, None]
             kept = [None if t is None else t[rows.span] for t in (gate_up, xa, ha)]
-            _backward_rows(plan, m, rows, x[token], w[rows.span, None], d_out[token], kept, grad)
-        dw = None
-        if d_weights is not None:
-            dw = torch.empty_like(d_weights).index_copy_(0, order, d_weights).view(-1, ctx.k).to(ctx.weights_dtype)
+            _backward_rows(plan, m, rows, rows.take(x, token, "x"), w, rows.take(d_out, token, "dy"), kept, grad)
+        dw = None if d_weights is None else way.to_slots(d_weights).to(ctx.weights_dtype)
         originals = (up, up_bias, down, down_bias, *factors)
         given = [None if g is None else _as(g, t) for g, t in zip(stacks, originals)]
         return None, None if grad.x is None else grad.x.result(), None, dw, *given, *grad.trained
