@@ -116,8 +116,9 @@ def _activations(
         if recompute != "offload":
             return peak
         # Inputs of the layers wait on the host; one layer's own tensors remain.
-        kept = model.config.get_text_config().num_hidden_layers * rows * tokens * model.config.get_text_config().hidden_size
-        return max(0, peak - int(kept) * model.dtype.itemsize)
+        text = model.config.get_text_config()
+        kept = int(text.num_hidden_layers * rows * tokens * text.hidden_size)
+        return max(0, peak - kept * int(model.dtype.itemsize))
     finally:
         if recompute:
             with warnings.catch_warnings():
