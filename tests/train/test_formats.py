@@ -206,6 +206,34 @@ def test_a_data_set_of_the_hub_is_read_through_datasets(
     assert len(data.train) == 2
 
 
+def test_the_datasets_library_reads_and_streams_what_files_give(
+    template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from ropewalk.train import sources
+    from ropewalk.train.rows import chunks, streamed_chunks
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache" / "downloads"))
+    datasets.disable_progress_bars()
+    path = lines(tmp_path / "a.jsonl", *[{"instruction": f"{n}", "output": "x"} for n in range(4)])
+    found = sources.HubSet("json", None, "train", None, (str(path),))
+    read = [chunk.read(*row) for chunk in chunks(found) for row in chunk]
+    assert [(row.line, row.values["instruction"]) for row in read] == [(1, "0"), (2, "1"), (3, "2"), (4, "3")]
+    assert [chunk.read(*row) for chunk in streamed_chunks(found) for row in chunk] == read
+    assert sources.content_digest(found)
+
+    def refuses(*args: object, **options: object) -> None:
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuses)
+    with pytest.raises(
+        DataError, match=r"'no/such' is neither a file or folder here nor to be had from the hub: no route to the hub$"
+    ):
+        open_data(a_run("no/such"), template, quiet=True)
+
+
 def test_a_folder_with_splits_gives_the_one_asked_for(template: Template, tmp_path: Path) -> None:
     for name, count in (("train-1.jsonl", 3), ("train-2.jsonl", 2), ("test.jsonl", 1)):
         lines(tmp_path / name, *[CHAT] * count)
