@@ -52,7 +52,7 @@ def stack_sizes(module: Any, name: str) -> tuple[int, int, int]:
 
 def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """x [T, H], ids [T, k], weights [T, k] -> [T, H]: what transformers calls in place of a model's own loop over experts."""
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):  # unknown to transformers 5.17
         raise ModelError(
             "experts_implementation 'ropewalk' cannot compute experts that are split over devices (expert parallelism); "
             "load the model without a device mesh, or with experts_implementation 'grouped_mm' and no LoRA on experts"
