@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RopewalkError as error:
         print(f"ropewalk: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("ropewalk: interrupted", file=sys.stderr)
         return 130

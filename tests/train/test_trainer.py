@@ -325,3 +325,30 @@ def test_a_quantised_base_trains_and_its_adapter_is_verified(config, tmp_path, k
     assert held[0] == pytest.approx(plain[0], abs=0.1)  # a quantised base is near the base, and not the same
     assert held[0] != plain[0]
     assert held[-1] < held[0] - 0.3
+
+
+def test_lisa_moves_only_the_layers_that_are_awake(config, base):
+    from transformers import AutoModelForCausalLM
+
+    result = run(config(adapter=None, lora_r=None, lisa_n_layers=1, lisa_step_interval=10, max_steps=3))
+    before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(result.adapter).named_parameters())
+    moved = {n.split(".")[2] for n in before if ".layers." in n and not torch.equal(before[n], after[n])}
+    assert len(moved) == 1  # one of the two layers for all three steps
+    assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_muon_learns_and_goes_on_from_its_checkpoint(config, tmp_path):
+    keys = {"adapter": None, "lora_r": None, "optimizer": "muon", "learning_rate": 2e-2, "max_steps": 6, "save_steps": 3}
+    whole = fresh(config, tmp_path, "muon", **keys)
+    assert whole[-1] < whole[0] - 0.1
+    path = tmp_path / "muon"
+    (path / "adapter").mkdir()  # what rewind clears; a full run's result is model/
+    rewind(path, 3)
+    assert fresh(config, tmp_path, "muon", **keys) == whole
+
+
+def test_resume_false_begins_anew_and_keeps_the_old_run_aside(config, tmp_path):
+    run(config())
+    run(config(resume=False))
+    assert losses(tmp_path / "run" / "before-1") == losses(tmp_path / "run")

@@ -103,8 +103,8 @@ _IGNORED = {
         dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights dpo_beta dpo_use_logits_to_keep
         dpo_generate_during_eval dpo_norm_loss rpo_alpha orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight
         kto_undesirable_weight rl_beta max_prompt_len eaft_alpha eaft_k jagged_restart_warmup_steps
-        jagged_restart_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload lisa_step_interval
-        lisa_layers_attribute adam_epsilon2 adam_beta3 dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of
+        jagged_restart_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload adam_epsilon2
+        adam_beta3 dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of
         qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits
         qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size pose_split_on_token_ids
         pose_max_context_len pose_num_chunks scaling_softmax_factor scaling_softmax_bias fp8_enable_fsdp_float8_all_gather
@@ -136,7 +136,6 @@ _REFUSED = {
         dsv4_shared_mlp_lora_kernel dsv4_fp4_grouped_mode gemma4_fp8_nonexpert gemma4_nf4_nonexpert nonexpert_quantization
     """,
     "ReLoRA is not supported; raise lora_r, or train every weight without an adapter": "relora jagged_restart_steps",
-    "LISA is not supported; use adapter: lora, or unfrozen_parameters to train some layers": "lisa_n_layers",
     "MoRA is not supported; use adapter: lora, with peft_use_rslora for high ranks": "mora",
     "this initialisation is not supported; leave it out, and the adapter starts as the untouched base": """
         peft peft_init_lora_weights peft_layers_pattern peft_layer_replication peft_trainable_token_indices

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ropewalk.errors import ModelError, OutputError
+from ropewalk.train.optim import Optimizer
 
 MANIFEST = "manifest.json"
 STATE = "optimizer.pt"
@@ -51,7 +52,7 @@ class Checkpoints:
         """The newest checkpoint that can be gone on from: its files are all as they were written, the optimizer among them."""
         return next((p for p in reversed(self.list()) if (p / STATE).exists() and is_whole(p)), None)
 
-    def save(self, position: Position, optimizer: torch.optim.Optimizer | None, save_weights: Callable[[Path], None]) -> Path:
+    def save(self, position: Position, optimizer: Optimizer | None, save_weights: Callable[[Path], None]) -> Path:
         """Writes weights, optimizer and position; OutputError where the disk will not have it, with the last good one named."""
         final = self.folder / f"step-{position.step:08d}"
         if final.exists() and is_whole(final):
@@ -95,7 +96,7 @@ def read_position(checkpoint: Path) -> Position:
     return Position(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["position"])
 
 
-def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
     """Puts back the optimizer's state; tensors only, no pickled code."""
     optimizer.load_state_dict(torch.load(checkpoint / STATE, weights_only=True))
 

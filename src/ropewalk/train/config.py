@@ -230,6 +230,8 @@ def make_run(document: Document) -> Run:
 def ignored_keys(run: Run) -> dict[str, str]:
     """Keys that were given and are not needed: key -> reason."""
     ignored = dict(run._ignored)
+    if run.adapter and run.lisa_n_layers:
+        ignored["lisa_n_layers"] = "LISA is for full fine-tuning; under an adapter the base stays frozen"
     if run.adapter and run.unfrozen_parameters:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
     if run.optimizer.startswith("paged_"):

@@ -41,6 +41,8 @@ class World:
         bucket: list[Tensor] = []
         held = 0
         for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if bucket and (held > bucket_bytes or bucket[0].dtype != parameter.grad.dtype):

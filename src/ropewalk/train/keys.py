@@ -49,6 +49,7 @@ Optimizer = Literal[
     "paged_adamw_32bit",
     "adafactor",
     "sgd",
+    "muon",
 ]
 Trackers = Annotated[tuple[Literal["wandb", "tensorboard", "mlflow"], ...], BeforeValidator(_one_or_more)]
 Trained = Literal["all", "turn", "last", "none"]
@@ -139,7 +140,8 @@ class ModelKeys(Group):
     base_model: str = key("The base: a folder, or a name on the hub.", ..., min_length=1)
     revision_of_model: str | None = key("The commit, tag or branch of a base on the hub.", alias="model_revision")
     trust_remote_code: bool = key(
-        "Run Python code that comes with the base; needs --trust-remote-code on the command line too.", False
+        "Axolotl's consent to Python code that comes with the base; here --trust-remote-code on the command line gives it.",
+        False,
     )
     tokenizer_config: str | None = key("A folder or hub name to take the tokenizer from; default base_model.")
     overrides_of_model_config: dict[str, Any] | None = key(
@@ -198,6 +200,9 @@ class AdapterKeys(Group):
     alora_invocation_tokens: tuple[Count, ...] | None = key(
         "Own: activated LoRA; the adapter acts only from the last such run of token ids on."
     )
+    lisa_n_layers: Positive | None = key("LISA, without an adapter: so many decoder layers learn at a time, the others rest.")
+    lisa_step_interval: Positive = key("LISA: draw the layers anew every so many steps.", 20)
+    lisa_layers_attribute: str = key("LISA: where the decoder layers are.", "model.layers")
     unfrozen_parameters: Texts | None = key(
         "Without an adapter: train only parameters whose name matches one of these expressions."
     )

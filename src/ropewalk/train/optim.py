@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -41,6 +42,47 @@ _adamw: Factory = partial(torch.optim.AdamW, fused=True)
 _adamw_8bit = _torchao("AdamW8bit")
 _adamw_4bit = _torchao("AdamW4bit")
 
+
+class Muon:
+    """Muon (torch's; Jordan et al. 2024) for the matrices inside the model, AdamW for embeddings, output head, stacks and vectors.
+
+    Both parts behave as one optimizer; they share the groups' rates.
+    """
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], **options: Any) -> None:
+        own = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, **own))
+        if others:
+            self.parts.append(_adamw(others, **options))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {key: value for part in self.parts for key, value in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+
+
+Optimizer = torch.optim.Optimizer | Muon
+
 OPTIMIZERS: dict[str, Factory] = {
     "adamw_torch": _adamw,
     "adamw_torch_fused": _adamw,
@@ -48,11 +90,9 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamw_8bit": _adamw_8bit,
     "adamw_bnb_8bit": _adamw_8bit,
     "adamw_torch_8bit": _adamw_8bit,
-    "ao_adamw_8bit": _adamw_8bit,
     "paged_adamw_8bit": _adamw_8bit,
     "paged_adamw_32bit": _adamw,
     "adamw_torch_4bit": _adamw_4bit,
-    "ao_adamw_4bit": _adamw_4bit,
     "adafactor": _without_betas(torch.optim.Adafactor),
     "sgd": _sgd,
 }
@@ -68,26 +108,30 @@ def make_optimizer(
     weight_decay: float = 0.0,
     loraplus_ratio: float | None = None,
     embedding_lr: float | None = None,
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """Groups the parameters (decay or not; LoRA B faster under LoRA+, arXiv 2402.12354) and gives the named optimizer over them."""
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optimizer: '{name}' is not known; one of {', '.join(sorted(OPTIMIZERS))}")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    if name not in OPTIMIZERS and name != "muon":
+        raise ConfigError(f"optimizer: '{name}' is not known; one of {', '.join(sorted([*OPTIMIZERS, 'muon']))}")
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for key, parameter in named:
         decay = weight_decay if parameter.dim() > 1 else 0.0
         if loraplus_ratio and "lora_embedding_B" in key:
             rate = embedding_lr or lr
         else:
             rate = lr * loraplus_ratio if loraplus_ratio and "lora_B" in key else lr
-        groups.setdefault((rate, decay), []).append(parameter)
-    table = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
-    optimizer = OPTIMIZERS[name](table, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        matrix = name == "muon" and parameter.dim() == 2 and not re.search(r"embed|lm_head|wte|wpe", key)
+        groups.setdefault((rate, decay, matrix), []).append(parameter)
+    tables: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (rate, decay, matrix), parameters in groups.items():
+        tables[matrix].append({"params": parameters, "lr": rate, "weight_decay": decay})
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    optimizer = Muon(tables[True], tables[False], **options) if name == "muon" else OPTIMIZERS[name](tables[False], **options)
     for group in optimizer.param_groups:
         group["full_lr"] = float(group["lr"])
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rate(optimizer: Optimizer, factor: float) -> None:
     """Sets every group to its full rate times `factor`."""
     for group in optimizer.param_groups:
         rate = group["full_lr"] * factor

@@ -23,17 +23,19 @@ class Prepared:
     template: Template
     data: Data
     folder: RunFolder
+    trusted: bool = False  # whether code that comes with the base may run; said on the command line only
 
 
 def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
     path = Path(run.output_dir)
-    folder = open_folder(path, run.model_dump(mode="json"), restart=restart) if leads() else RunFolder(path)
+    folder = open_folder(path, run.model_dump(mode="json"), restart=restart or not run.resumes) if leads() else RunFolder(path)
     try:
         told = None if quiet else tell
         base = resolve_base(run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=told)
         template = load_template(run, base)
-        return Prepared(run, base, template, open_data(run, template, quiet=quiet or not leads()), folder)
+        data = open_data(run, template, quiet=quiet or not leads())
+        return Prepared(run, base, template, data, folder, trust_remote_code)
     except BaseException:
         folder.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
 from ropewalk.train.config import Run
+from ropewalk.train.prepare import Prepared
 
 # What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.
 ROUTING = frozenset({torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable})
@@ -34,28 +36,30 @@ class Pupil:
     def __init__(self, model: PreTrainedModel, adapter: Adapter | None, head: Head, config: Run) -> None:
         self.model, self.adapter, self.head, self.config = model, adapter, head, config
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
+        self._layers_chosen = False
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
-    def load(cls, base: Path, template: Template, config: Run, device: torch.device, resume: Path | None = None) -> Pupil:
+    def load(cls, prepared: Prepared, device: torch.device, resume: Path | None = None) -> Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
+        config = prepared.run
         full = config.adapter is None
         torch.manual_seed(config.seed)
         model = load_base(
-            resume if full and resume else base,
+            resume if full and resume else prepared.base,
             dtype=_dtype(config, device),
             device=device,
             attn_implementation=config.attention or "auto",
             experts_implementation=config.experts,
             quantize=config.quantization,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=prepared.trusted,
             trainable=full,
             overrides=config.overrides_of_model_config,
             random_weights=config.reinit_weights and resume is None,
         )
         if config.tf32:
             torch.set_float32_matmul_precision("high")
-        _fit_vocabulary(model, template.vocabulary, config)
+        _fit_vocabulary(model, prepared.template.vocabulary, config)
         if full and config.unfrozen_parameters:
             _unfreeze(model, config.unfrozen_parameters)
         head = output_head(model)
@@ -72,6 +76,18 @@ class Pupil:
         if self.adapter is not None:
             return list(self.adapter.named_parameters().items())
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def choose_layers(self, step: int) -> None:
+        """LISA (arXiv 2403.17919): of the decoder layers only a few learn, drawn anew every `lisa_step_interval` steps."""
+        config = self.config
+        if config.lisa_n_layers is None or (step % config.lisa_step_interval and self._layers_chosen):
+            return
+        layers = self.model.get_submodule(config.lisa_layers_attribute)
+        drawn = random.Random(f"{config.seed}:{step // config.lisa_step_interval}")
+        awake = set(drawn.sample(range(len(layers)), min(config.lisa_n_layers, len(layers))))
+        for number, layer in enumerate(layers):
+            layer.requires_grad_(number in awake)
+        self._layers_chosen = True
 
     def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""

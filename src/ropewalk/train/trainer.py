@@ -94,7 +94,7 @@ class Fit:
             self.stream.seek(self.position.data)
         self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
         self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
-        self.pupil = Pupil.load(prepared.base, prepared.template, config, device, resume=newest)
+        self.pupil = Pupil.load(prepared, device, resume=newest)
         for notice in (*prepared.data.notices, *self.pupil.notices):
             self.screen.say(notice)
         self.optimizer = make_optimizer(
@@ -143,6 +143,7 @@ class Fit:
     def _step(self, step: Step) -> None:
         """One optimizer step over this process's share of the step's micro-batches."""
         begun = time.perf_counter()
+        self.pupil.choose_layers(step.number)
         torch.manual_seed((self.config.seed << 40) + (step.number << 10) + self.world.rank)
         epoch = self.pace.batches(step.epoch)
         mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
@@ -226,7 +227,7 @@ class Fit:
         if self._takes_best() and best is not None and best != self.position.step:
             self.pupil.load_weights(self.checkpoints.folder / f"step-{best:08d}")
             self.screen.say(f"taking the best checkpoint, of step {best}")
-        self.optimizer.state.clear()
+        del self.optimizer, self.parameters
         steps = [e for e in read_events(self.folder.events) if e["event"] == "step"] if self.world.leads else []
         result = Result(
             steps=self.position.step,
