@@ -359,8 +359,8 @@ class _ExpertLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
-        x, token, weight, order, place, ends = ctx.saved_tensors[:6]
-        gate_up, xa, ha, up, up_bias, down, down_bias, *others = ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each tensor a single time
+        x, token, weight, order, place, ends, gate_up, xa, ha, up, up_bias, down, down_bias, *others = saved
         up, down = (plan.experts.up if up is None else up), (plan.experts.down if down is None else down)
         factors, trained = others[:4], others[4:]
         way = Route(token, weight, order, place, ends, ctx.k, ctx.tiles)
