@@ -66,7 +66,7 @@ def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Ten
 
 def _experts(module: Any) -> Experts:
     up, down = projections(module)
-    post_norm = module.post_expert_norm if module.has_post_expert_norm else None
+    post_norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None  # neither to 5.17
     return Experts(
         up=getattr(module, up),
         down=getattr(module, down),
