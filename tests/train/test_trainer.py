@@ -352,3 +352,12 @@ def test_resume_false_begins_anew_and_keeps_the_old_run_aside(config, tmp_path):
     run(config())
     run(config(resume=False))
     assert losses(tmp_path / "run" / "before-1") == losses(tmp_path / "run")
+
+
+def test_rows_left_out_are_told_in_the_event_log(config, tmp_path, rows):
+    path = tmp_path / "some.jsonl"
+    path.write_text(rows.read_text() + '{"messages": []}\n')
+    run(config(datasets=[{"path": str(path), "type": "chat_template"}], on_bad_row="skip"))
+    (bad,) = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "bad_row"]
+    assert bad["line"] == 25
+    assert bad["path"].endswith("some.jsonl")

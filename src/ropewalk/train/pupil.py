@@ -36,6 +36,8 @@ class Pupil:
     def __init__(self, model: PreTrainedModel, adapter: Adapter | None, head: Head, config: Run) -> None:
         self.model, self.adapter, self.head, self.config = model, adapter, head, config
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
+        if config.packing and head.isolation == "unpacked":
+            self.notices += ("this model carries a state over packed samples, so every sample gets a row of its own after all",)
         self._layers_chosen = False
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 

@@ -322,6 +322,8 @@ class Fit:
             self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.model_dump(mode="json"))
             if self.position.step == 0:
                 self.log.write("start", step=0, steps=self.pace.total, rows=len(self.prepared.data.train))
+                for row in self.prepared.data.bad:
+                    self.log.write("bad_row", step=0, **asdict(row))
 
     def _close_logs(self) -> None:
         if self.log:
