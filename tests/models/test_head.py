@@ -45,15 +45,18 @@ MODELS = {
     "phi": {},  # a head with a bias
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "bloom": {"n_layer": 2, "n_head": 4},  # no position ids at all
+    "gpt_oss": {**MOE, "layer_types": ["sliding_attention", "full_attention"]},  # its mask does not know position ids
     "falcon_h1": {"lm_head_multiplier": 0.5, **MAMBA},  # a state-space half that cannot see where a sample starts
 }
-ISOLATION = {"bloom": "unpacked", "falcon_h1": "unpacked"}
+ISOLATION = {"bloom": "unpacked", "gpt_oss": "unpacked", "falcon_h1": "unpacked"}
 
 
 def build(name: str, **more):
     torch.manual_seed(3)
     config = CONFIG_MAPPING[name](**{**SMALL, **MODELS[name], **more})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name in ("gemma2", "bloom") else "sdpa")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if name in ("gemma2", "bloom", "gpt_oss") else "sdpa"
+    )
     for name, parameter in model.named_parameters():
         if "bias" in name or parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -173,18 +176,32 @@ def test_logits_changed_across_the_vocabulary_are_noticed():
 
 
 def test_unpacking_gives_each_sample_a_row_and_drops_what_trains_nothing():
-    ids = torch.tensor([[5, 6, 7, 8, 9, 0]])
-    labels = torch.tensor([[-100, 6, -100, 8, 9, -100]])
-    positions = torch.tensor([[0, 1, 0, 1, 2, 0]])
-    out_ids, out_labels, out_positions = unpack(ids, labels, positions)
-    assert out_ids.tolist() == [[5, 6, 0], [7, 8, 9]]
-    assert out_labels.tolist() == [[-100, 6, -100], [-100, 8, 9]]
-    assert out_positions.tolist() == [[0, 1, 2], [0, 1, 2]]
+    ids = torch.tensor([[5, 6, 7, 8, 9, 0], [3, 4, 0, 0, 0, 0]])
+    labels = torch.tensor([[-100, 6, -100, 8, 9, -100], [-100, 4, -100, -100, -100, -100]])
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0]])
+    short, long = unpack(ids, labels, positions)
+    assert [t.tolist() for t in short] == [[[5, 6], [3, 4]], [[-100, 6], [-100, 4]], [[0, 1], [0, 1]]]
+    assert [t.tolist() for t in long] == [[[7, 8, 9]], [[-100, 8, 9]], [[0, 1, 2]]]
+
+
+def test_unpacking_pads_no_sample_to_twice_its_length():
+    lengths = [1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 100, 250]
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    ids = torch.arange(positions.numel()).unsqueeze(0)
+    parts = list(unpack(ids, ids, positions))
+    assert sum(part[0].numel() for part in parts) < 2 * sum(lengths)
+    assert sorted(int((row != -100).sum()) for part in parts for row in part[1]) == lengths
+
+
+def test_unpacking_rows_without_any_label_still_gives_a_forward_pass():
+    ids = torch.tensor([[5, 6, 7]])
+    (only,) = unpack(ids, torch.full_like(ids, -100), torch.tensor([[0, 1, 0]]))
+    assert only[0].tolist() == [[5, 6]]
 
 
 def test_flash_attention_lays_all_rows_end_to_end():
     head = type(output_head(build("llama")))(after=None, isolation="one row")
-    ids, labels, positions = head._apart(*packed())
+    ((ids, labels, positions),) = head._apart(*packed())
     assert ids.shape == (1, 32)
     assert positions[0, 16] == 0
     assert labels[0, 16] == -100

@@ -9,6 +9,7 @@ V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,12 @@ class Head:
 
         labels[b, t] is the token at t, predicted from t - 1, so the first token of every packed sample has label -100.
         """
-        ids, labels, position_ids = self._apart(ids, labels, position_ids)
+        parts = [self._loss(model, *part, extra) for part in self._apart(ids, labels, position_ids)]
+        return torch.stack([loss for loss, _ in parts]).sum(), sum(count for _, count in parts)
+
+    def _loss(
+        self, model: nn.Module, ids: Tensor, labels: Tensor, position_ids: Tensor | None, extra: dict[str, Any]
+    ) -> tuple[Tensor, int]:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         count = int((targets != IGNORED).sum())
         if self.after is None or not _only_multiplies(output_module(model)):  # an adapter may have wrapped it since
@@ -67,13 +73,13 @@ class Head:
         loss = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
         return loss + count * _balance(model, out), count
 
-    def _apart(self, ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _apart(self, ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         if position_ids is None or self.isolation == "positions":
-            return ids, labels, position_ids
+            return [(ids, labels, position_ids)]
         if self.isolation == "one row":
             labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
-            return ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1)
-        return unpack(ids, labels, position_ids)
+            return [(ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1))]
+        return list(unpack(ids, labels, position_ids))
 
 
 def output_head(model: nn.Module) -> Head:
@@ -122,24 +128,37 @@ def output_module(model: nn.Module) -> nn.Linear:
     return found
 
 
-def unpack(ids: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give every sample of the packed rows [B, T] a row of its own, padded on the right: [samples, longest]."""
-    flat_ids, flat_labels, positions = ids.flatten(), labels.flatten(), position_ids.flatten()
-    starts_row = torch.zeros_like(position_ids, dtype=torch.bool)
-    starts_row[:, 0] = True
-    starts = torch.nonzero((positions == 0) | starts_row.flatten()).squeeze(1)
-    sample = torch.bucketize(torch.arange(len(positions), device=ids.device), starts, right=True) - 1
-    column = torch.arange(len(positions), device=ids.device) - starts[sample]
-    shape = (len(starts), int(column.max()) + 1)
-    out_ids = ids.new_zeros(shape)
-    out_labels = labels.new_full(shape, IGNORED)
-    out_ids[sample, column] = flat_ids
-    out_labels[sample, column] = flat_labels
-    kept = (out_labels != IGNORED).any(dim=1)  # padding that looks like samples of one token, and samples that train nothing
-    if not kept.any():
-        kept[0] = True
-    out_ids, out_labels = out_ids[kept], out_labels[kept]
-    return out_ids, out_labels, torch.arange(shape[1], device=ids.device).expand(out_ids.shape)
+def unpack(ids: Tensor, labels: Tensor, position_ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give every sample of the packed rows [B, T] a padded row of its own; samples of like length share a batch.
+
+    No sample is padded to twice its length, so all batches together hold at most twice the tokens of the rows.
+    """
+    edge = position_ids == 0
+    edge[:, 0] = True
+    starts = torch.nonzero(edge.flatten()).squeeze(1).tolist()
+    ends = [*starts[1:], ids.numel()]
+    flat_ids, flat_labels = ids.flatten(), labels.flatten()
+    trained = (flat_labels != IGNORED).cpu()
+    classes: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for start, end in zip(starts, ends):
+        classes[(end - start - 1).bit_length()].append((start, end))
+    made = False
+    for spans in classes.values():
+        # Padding looks like samples of one token; it and whatever else trains nothing is left out.
+        kept = [span for span in spans if bool(trained[slice(*span)].any())]
+        if kept:
+            yield _padded(flat_ids, flat_labels, kept)
+            made = True
+    if not made:
+        yield _padded(flat_ids, flat_labels, [(starts[0], ends[0])])
+
+
+def _padded(ids: Tensor, labels: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The spans of flat ids and labels as rows [samples, longest]."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    out_ids = pad([ids[start:end] for start, end in spans], batch_first=True)
+    out_labels = pad([labels[start:end] for start, end in spans], batch_first=True, padding_value=IGNORED)
+    return out_ids, out_labels, torch.arange(out_ids.shape[1], device=ids.device).expand(out_ids.shape)
 
 
 class _NotProven(Exception):
