@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ropewalk.checks import contains, exact_match
 from ropewalk.compare.verdict import Outcome, Verdict, compare
 from ropewalk.engine.reply import load_served, replies, reply
+from ropewalk.errors import OutputError
 from ropewalk.files.store import File, Store, home
 from ropewalk.quickstart import facts
-from ropewalk.quickstart.facts import Question
+from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.registry import Registry
 from ropewalk.train.config import load_run
@@ -81,9 +82,7 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     store, registry = Store(home() / "files"), Registry(home() / "registry")
 
     console.rule("1  file -> store")
-    facts.write_documents([*trained_on, *held_out], folder / "documents")
-    facts.write_rows(rows, folder / "train.jsonl")
-    facts.write_rows(asked, folder / "held-out.jsonl")
+    write_data(folder, [*trained_on, *held_out], rows, asked)
     file = keep(store, folder / "train.jsonl")
     console.print(
         f"{len(rows)} questions about {len(trained_on)} countries are {file.id}; {len(held_out)} other countries are held out"
@@ -120,6 +119,16 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     write_summary(folder / "summary.json", scores, outcome, result, len(asked), seconds, fast)
     show(console, scores, outcome, page, folder, seconds)
     return page
+
+
+def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question], asked: Sequence[Question]) -> None:
+    """Documents and rows as files, as a user would bring them."""
+    try:
+        facts.write_documents(about, folder / "documents")
+        facts.write_rows(rows, folder / "train.jsonl")
+        facts.write_rows(asked, folder / "held-out.jsonl")
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; name another folder with --dir") from error
 
 
 def keep(store: Store, path: Path) -> File:
@@ -242,4 +251,6 @@ def show(console: Console, scores: list[Score], outcome: Outcome, page: Path, fo
         console.print(
             "  yours   put your chat rows in a JSONL file, `ropewalk files put rows.jsonl`, and name its id under `datasets`"
         )
-        console.print("  big     set base_model to any mixture of experts of the hub: examples/qwen3-30b-qlora.yml")
+        console.print(
+            "  big     set base_model to a mixture of experts of the hub, such as Qwen/Qwen3-30B-A3B, and adapter to qlora"
+        )
