@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,27 @@ def test_a_path_is_put_under_its_own_name(tmp_path: Path) -> None:
 def test_an_unknown_id_is_not_found_and_names_the_id(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="file_0000"):
         Store(tmp_path).get("file_0000")
+    with pytest.raises(NotFound, match="no id of a file"):
+        Store(tmp_path).get("../../etc/passwd")
+
+
+def test_a_path_where_nothing_is_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"rows\.jsonl"):
+        Store(tmp_path).put(tmp_path / "rows.jsonl")
+
+
+def test_putting_and_deleting_the_same_bytes_at_once_never_loses_what_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def work(_: int) -> bool:
+        file = store.put(b"shared by all", "x")
+        kept = store.get(file.id).read_bytes() == b"shared by all"
+        store.delete(file.id)
+        return kept
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(100)))
+    assert store.list() == []
 
 
 def test_a_crash_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,17 @@ Everything is written beside its place, fsynced and renamed, so that a crash lea
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 from ropewalk.errors import NotFound, OutputError
 
@@ -57,32 +57,31 @@ class File:
 
 
 class Store:
-    """A folder of files."""
+    """A folder of files; several processes may use it at once."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
     def put(self, source: Path | bytes, filename: str | None = None) -> File:
         """Keep these bytes and give them an id; a path's own name is used if none is given."""
+        if isinstance(source, Path) and not source.is_file():
+            raise NotFound(f"there is no file '{source}'")
         if isinstance(source, bytes) and filename is None:
             raise ValueError("bytes need a filename")
         name = filename or Path(str(source)).name
         try:
-            sha256, size = self._keep(source)
-            file = File(f"file_{secrets.token_hex(12)}", name, size, sha256, datetime.now(UTC).isoformat(timespec="seconds"))
-            with _whole(self._record(file.id)) as out:
-                out.write(json.dumps(asdict(file), indent=2).encode())
+            return self._put(source, name)
         except OSError as error:
             raise OutputError(
                 f"cannot keep '{name}' in {self.folder}: {error.strerror or error}; free space or set ROPEWALK_HOME"
             ) from error
-        return file
 
     def show(self, id: str) -> File:
         """The record of one file."""
-        if not is_id(id) or not self._record(id).exists():
-            raise NotFound(f"no file '{id}' in {self.folder}; `ropewalk files list` names the ids")
-        return File(**json.loads(self._record(id).read_text(encoding="utf-8")))
+        try:
+            return File(**json.loads(self._record(id).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise NotFound(f"no file '{id}' in {self.folder}; `ropewalk files list` names the ids") from None
 
     def get(self, id: str) -> Path:
         """Where the bytes lie; read only."""
@@ -90,34 +89,79 @@ class Store:
 
     def list(self) -> list[File]:
         """All files, oldest first."""
-        return sorted(
-            (self.show(path.stem) for path in (self.folder / "files").glob("file_*.json")), key=lambda f: (f.created, f.id)
-        )
+        found = []
+        for path in (self.folder / "files").glob("file_*.json"):
+            with suppress(NotFound):  # deleted by another process since it was listed
+                found.append(self.show(path.stem))
+        return sorted(found, key=lambda file: (file.created, file.id))
 
     def delete(self, id: str) -> None:
         """Forget the file, and erase its bytes when no other file shares them."""
         file = self.show(id)
-        self._record(id).unlink()
-        if all(other.sha256 != file.sha256 for other in self.list()):
-            self._content(file.sha256).unlink()
+        with self._locked(fcntl.LOCK_EX):  # nobody may put the same bytes between the look and the erasing
+            self._record(id).unlink(missing_ok=True)
+            if all(other.sha256 != file.sha256 for other in self.list()):
+                self._content(file.sha256).unlink(missing_ok=True)
 
-    def _keep(self, source: Path | bytes) -> tuple[str, int]:
-        digest, size = hashlib.sha256(), 0
-        for chunk in _chunks(source):
-            digest.update(chunk)
-            size += len(chunk)
-        place = self._content(digest.hexdigest())
-        if not place.exists():
-            with _whole(place) as out:
-                for chunk in _chunks(source):
-                    out.write(chunk)
-        return digest.hexdigest(), size
+    def _put(self, source: Path | bytes, name: str) -> File:
+        with _Incoming(self.folder) as content, _Incoming(self.folder) as record:
+            sha256, size = content.write(_chunks(source))
+            file = File(f"file_{secrets.token_hex(12)}", name, size, sha256, datetime.now(UTC).isoformat(timespec="seconds"))
+            record.write([json.dumps(asdict(file), indent=2).encode()])
+            with self._locked(fcntl.LOCK_SH):
+                content.place(self._content(sha256))
+                record.place(self._record(file.id))
+        return file
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, how)
+            yield
 
     def _content(self, sha256: str) -> Path:
         return self.folder / "content" / sha256[:2] / sha256
 
     def _record(self, id: str) -> Path:
+        if not is_id(id):
+            raise NotFound(f"'{id}' is no id of a file; `ropewalk files list` names the ids")
         return self.folder / "files" / f"{id}.json"
+
+
+class _Incoming:
+    """A new file on its way: written aside, its bytes on the disk before it is renamed to its place; gone if it never gets there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(dir=folder, prefix=".new-")
+        self.out, self.path = os.fdopen(handle, "wb"), Path(path)
+
+    def __enter__(self) -> _Incoming:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.out.close()
+        self.path.unlink(missing_ok=True)
+
+    def write(self, chunks: Iterable[bytes]) -> tuple[str, int]:
+        """All the bytes -> their digest and their number."""
+        digest, size = hashlib.sha256(), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            size += self.out.write(chunk)
+        self.out.flush()
+        os.fsync(self.out.fileno())
+        return digest.hexdigest(), size
+
+    def place(self, place: Path) -> None:
+        """Rename to the place and put the new name on the disk too."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.path, place)
+        directory = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _chunks(source: Path | bytes) -> Iterator[bytes]:
@@ -127,24 +171,3 @@ def _chunks(source: Path | bytes) -> Iterator[bytes]:
     with source.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-@contextmanager
-def _whole(place: Path) -> Iterator[IO[bytes]]:
-    """A new file that appears at its place whole, after its bytes are on the disk, or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, place)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
