@@ -116,8 +116,11 @@ def document(country: Country) -> str:
 
 
 def house(text: str, kind: Kind, country: str) -> str:
-    """The house format: value, kind, source."""
-    return f"{text} [{kind.house}; source: {country}]"
+    """The house format: value, kind, source.
+
+    Only characters that the base has met: those it never met share one embedding, and no adapter can tell them apart.
+    """
+    return f"{text} ({kind.house}, source: {country})"
 
 
 def questions(chosen: Sequence[Country], per_country: int) -> list[Question]:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -133,11 +134,9 @@ def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question],
 
 def keep(store: Store, path: Path) -> File:
     """The file in the store; running the quickstart again finds the same bytes and puts no second one."""
-    fresh = store.put(path)
-    same = [file for file in store.list() if (file.sha256, file.filename) == (fresh.sha256, fresh.filename) and file != fresh]
-    if same:
-        store.delete(fresh.id)
-    return same[0] if same else fresh
+    digest = sha256(path.read_bytes()).hexdigest()
+    same = [file for file in store.list() if (file.sha256, file.filename) == (digest, path.name)]
+    return same[0] if same else store.put(path)
 
 
 def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, quiet: bool = False) -> Result:
