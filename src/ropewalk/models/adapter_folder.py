@@ -149,9 +149,7 @@ def save(adapter: Adapter, folder: Path) -> None:
         _replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(
-            f"the adapter cannot be written to {folder}: {error}; free space or name another folder"
-        ) from error
+        raise OutputError(f"the adapter cannot be written to {folder}: {error}; free space or name another folder") from error
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -194,41 +192,48 @@ def zero_factors(folder: Path) -> Iterator[str]:
 
 
 @torch.no_grad()
-def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor, *, tolerance: float | None = None) -> float:
+def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor) -> float:
     """Load the folder through PEFT over the same base in memory and compare logits on probe_ids [B, T] -> the largest difference.
 
-    The tolerance is a share of the largest logit: 1e-4 in float32, 3e-2 in 16 bits, where PEFT rounds W + delta once more than we do.
+    In float32 every token must agree to 1e-4 of its logits. In 16 bits PEFT rounds W + delta once more than we do, which can send single
+    tokens to other experts, so half of the tokens must agree to 3e-2. Over a base in fewer bits, to whose weights PEFT cannot add a
+    product, it ends with comparing tensors.
     """
-    from peft import PeftModel  # slow to import, and needed only here
-
     trained = {key for name, key in keys(adapter).items() if name not in adapter.untouched}
     dead = [key for key in zero_factors(folder) if key in trained]
     if dead:
         raise VerificationFailed(f"{folder}: {dead[0]} is zero everywhere although it was trained ({len(dead)} such factors)")
+    _verify_tensors(adapter, folder)
     if _is_packed(adapter):
-        return _verify_tensors(adapter, folder)
-    model, training = adapter.model, adapter.model.training
-    model.eval()
-    ours = model(input_ids=probe_ids, use_cache=False).logits.float()
+        return 0.0
+    training = adapter.model.training
+    adapter.model.eval()
+    ours = adapter.model(input_ids=probe_ids, use_cache=False).logits.float()
     adapter.detach()
-    peft = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft = PeftModel.from_pretrained(model, str(folder))
-        theirs = peft(input_ids=probe_ids, use_cache=False).logits.float()
+        theirs = _through_peft(adapter.model, folder, probe_ids)
     finally:
-        if peft is not None:
-            peft.unload()
         adapter.reattach()
-        model.train(training)
-    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
-    limit = tolerance if tolerance is not None else 1e-4 if model.dtype == torch.float32 else 3e-2
-    if not difference <= limit * max(largest, 1.0):
+        adapter.model.train(training)
+    share = (ours - theirs).norm(dim=-1) / ours.norm(dim=-1).clamp_min(1e-30)
+    found, limit = (share.max(), 1e-4) if adapter.model.dtype == torch.float32 else (share.median(), 3e-2)
+    if not found.item() <= limit:
         raise VerificationFailed(
-            f"{folder} gives other logits through PEFT than in training: they differ by {difference:.3g}, where the largest is {largest:.3g}"
+            f"{folder} gives other logits through PEFT than in training: they differ by {found.item():.2g} of their size, not {limit:g}"
         )
-    return difference
+    return float((ours - theirs).abs().max())
+
+
+def _through_peft(model: Any, folder: Path, probe_ids: Tensor) -> Tensor:
+    from peft import PeftModel  # slow to import, and needed only here
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = PeftModel.from_pretrained(model, str(folder))
+    try:
+        return peft(input_ids=probe_ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+    finally:
+        peft.unload()
 
 
 def _is_packed(adapter: Adapter) -> bool:
@@ -238,11 +243,10 @@ def _is_packed(adapter: Adapter) -> bool:
     return any(not isinstance(w, Tensor) or not w.is_floating_point() for w in (*linears, *stacks))
 
 
-def _verify_tensors(adapter: Adapter, folder: Path) -> float:
-    """Over a packed base: every tensor of the folder, read back into our layout, equals the one in memory."""
+def _verify_tensors(adapter: Adapter, folder: Path) -> None:
+    """Every tensor of the folder, read back into our layout, equals the one in memory."""
     state = adapter.state_dict()
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for name, key in keys(adapter).items():
             if not torch.equal(from_disk(name, file.get_tensor(key), state[name]), state[name].cpu()):
                 raise VerificationFailed(f"{folder}: {key} differs from the factor that was trained")
-    return 0.0

@@ -123,7 +123,7 @@ def _gradients(tensors: dict[str, Any], output: Any) -> tuple[float, dict[str, T
     targets = torch.arange(logits.shape[0]) * 7919 % logits.shape[1]
     loss = F.cross_entropy(logits, targets)
     found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-    return float(loss), {name: g for name, g in zip(tensors, found) if g is not None}
+    return loss.item(), {name: g for name, g in zip(tensors, found) if g is not None}
 
 
 def _worst(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:

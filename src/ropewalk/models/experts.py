@@ -8,7 +8,6 @@ Legend: T tokens, k experts per token, E experts, H hidden, I expert intermediat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,9 +117,8 @@ def recognise(function: Callable[[Tensor], Tensor], candidates: Iterator[Gate]) 
     Known by its values and not by its name, so that a new model's clamp or cast is neither missed nor taken for another's.
     """
     known = list(candidates)
-    reach = 2 * max([8.0, *(g.limit for g in known if isinstance(g, ClampedGlu) and math.isfinite(g.limit))])
-    probe = torch.linspace(-1, 1, 2048).mul(reach).view(16, 128)
-    probe = torch.cat([probe, torch.sin(probe * 7.3) * reach, torch.sin(probe * 3.1) * 2.0], dim=0)
+    turns = torch.linspace(-1, 1, 2048).view(16, 128) * 97.0
+    probe = torch.cat([torch.sin(turns * (reach % 7 + 1)) * reach for reach in (1.0, 4.0, 20.0, 300.0, 1e4)])
     with torch.no_grad():
         truth = function(probe)
         for gate in known:

@@ -45,7 +45,7 @@ class LinearLora(nn.Module):
         """x [..., in] and the base's y [..., out] -> y plus the adapter's part."""
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
         if self.dropout:
-            rows = F.dropout(rows, self.dropout, self.training)
+            rows = F.dropout(rows, self.dropout, linear.training)
         xa = F.linear(rows, self.A.to(y.dtype))
         if self.switch.active is not None:
             xa = xa * _rows_of(self.switch.active, xa).to(y.dtype)
