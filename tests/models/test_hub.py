@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +165,10 @@ def test_a_model_with_a_tokenizer_keeps_it_and_one_without_is_an_error(tmp_path)
         ensure_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert ensure_tokenizer(tmp_path) == tmp_path
+
+
+def test_a_pull_works_in_a_process_that_has_imported_nothing_else(hub, tmp_path):
+    code = "from ropewalk.models.hub import pull; print(pull('org/tiny').commit)"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "other")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == COMMIT

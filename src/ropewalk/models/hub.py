@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import ModelError, OutputError
+from ropewalk.errors import ModelError, OutputError, RopewalkError
 from ropewalk.models.folder import check_folder
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "README.md")
@@ -141,10 +141,10 @@ def _repository_cache(name: str) -> Path:
 
 def _look_up(name: str, revision: str | None) -> Any:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     neither = f"'{name}' is neither a folder here nor"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{neither} in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it")
     try:
         return huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=20)
@@ -269,3 +269,18 @@ def _keep_if_right(part: Path, file: Any, digest: str) -> None:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e3:.0f} kB"
+
+
+def push(folder: Path, name: str, revision: str | None = None) -> str:
+    """Upload a result as a private hub repository and give its address; what is on disk stays whatever happens."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        address = str(api.create_repo(name, private=True, exist_ok=True))
+        if revision:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Upload by Ropewalk")
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalTokenNotFoundError, OSError) as error:
+        raise RopewalkError(f"hub_model_id {name}: the upload failed ({error}); the result is safe in {folder}") from error
+    return address

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ropewalk.errors import ConfigError, MissingExtra, ModelError
@@ -164,8 +164,14 @@ def _widest_head(config: PretrainedConfig) -> int:
     return max(getattr(text, name, None) or 0 for name in ("head_dim", "global_head_dim", "v_head_dim")) or width
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes a model that writes text; some (Mistral 4) are listed among those that also see."""
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
 def _model_class(config: PretrainedConfig) -> type | None:
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found: Any = auto_class(config)._model_mapping.get(type(config), None)
     chosen: type | None = found[0] if isinstance(found, tuple) else found
     return chosen
 
@@ -192,13 +198,13 @@ def _from_config(options: dict[str, Any]) -> PreTrainedModel:
     """The model with new random weights, as torch's seed gives them."""
     chosen = {name: options[name] for name in ("dtype", "attn_implementation", "experts_implementation") if name in options}
     with options["device_map"][""]:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(options["config"], **chosen)
+        model: PreTrainedModel = auto_class(options["config"]).from_config(options["config"], **chosen)
     return model
 
 
 def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, found = auto_class(options["config"]).from_pretrained(folder, **options)
     except ImportError as error:
         raise ModelError(f"{folder} needs a package that is not installed: {_first_line(error)}") from error
     except (ValueError, KeyError, OSError, RuntimeError) as error:

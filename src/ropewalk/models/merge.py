@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ropewalk.errors import ModelError, OutputError, VerificationFailed
 from ropewalk.models.changes import Changes, UnknownParameter
 from ropewalk.models.folder import check_folder, read_header
 from ropewalk.models.layout import Layout
-from ropewalk.models.load import load_base, load_config, text_prefixes
+from ropewalk.models.load import auto_class, load_base, load_config, text_prefixes
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -118,7 +118,8 @@ def _plan(base: Path, adapter: Path) -> _Plan:
 def _skeleton(config: Any) -> PreTrainedModel:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    return model
 
 
 def _make_room(temporary: Path, files: list[Path]) -> None:
@@ -191,5 +192,6 @@ def _verify(base: Path, adapter: Path, merged: Path, whole: bool) -> float:
 
 def _load(folder: Path, whole: bool) -> PreTrainedModel:
     if whole:
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+        model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, use_safetensors=True)
+        return model.eval()
     return load_base(folder, device="cpu", experts_implementation="eager")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
-from ropewalk.models.load import load_config, override, pick_device
+from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
 from ropewalk.models.memory import estimate, free
 from ropewalk.train.config import Run
@@ -43,7 +43,7 @@ def survey(folder: Path, run: Run) -> Survey:
     config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=run.trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=run.trust_remote_code)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(f"{folder}: no model can be built from its config.json: {str(error).splitlines()[0]}") from error
     text = config.get_text_config()
