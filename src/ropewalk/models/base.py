@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ropewalk.errors import ModelError, OutputError
-from ropewalk.models.load import quiet
+from ropewalk.models.load import auto_class, quiet
 from ropewalk.models.tiny import tiny_config
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -118,7 +118,7 @@ def _build(arch: str, size: str, tokenizer: Tokenizer, seed: int) -> PreTrainedM
     text = config.get_text_config(decoder=True)
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         config = text
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif type(config) not in auto_class(config)._model_mapping:
         raise ModelError(f"architecture '{arch}' is no causal language model")
     text.vocab_size = tokenizer.get_vocab_size()
     if getattr(text, "vocab_size_per_layer_input", 0):
@@ -131,7 +131,7 @@ def _build(arch: str, size: str, tokenizer: Tokenizer, seed: int) -> PreTrainedM
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config).eval()
+            model: PreTrainedModel = auto_class(config).from_config(config).eval()
             with torch.no_grad():
                 model(input_ids=torch.arange(RESERVED, RESERVED + 8).unsqueeze(0), use_cache=False)
     except (ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
@@ -151,6 +151,10 @@ def _enlarge(config: Any, size: Size) -> None:
             if isinstance(value, list) and len(value) == layers and name.endswith(("types", "type")):
                 setattr(config, name, value * size.layers)
         setattr(config, depth, layers * size.layers)
+        special = config.to_dict().get("per_layer_config")  # what single layers have of their own, by number
+        if special:
+            repeated = {int(i) + layers * turn: own for i, own in special.items() for turn in range(size.layers)}
+            config.per_layer_config = repeated
     for name in WIDTHS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, getattr(config, name) * size.width)
