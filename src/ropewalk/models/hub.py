@@ -274,6 +274,7 @@ def _gb(count: int) -> str:
 def push(folder: Path, name: str, revision: str | None = None) -> str:
     """Upload a result as a private hub repository and give its address; what is on disk stays whatever happens."""
     import huggingface_hub
+    from huggingface_hub import errors
 
     try:
         api = huggingface_hub.HfApi()
@@ -281,6 +282,6 @@ def push(folder: Path, name: str, revision: str | None = None) -> str:
         if revision:
             api.create_branch(name, branch=revision, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Upload by Ropewalk")
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalTokenNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, OSError) as error:
         raise RopewalkError(f"hub_model_id {name}: the upload failed ({error}); the result is safe in {folder}") from error
     return address
