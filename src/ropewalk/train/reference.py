@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ropewalk.train import axolotl
 from ropewalk.train.config import Run
@@ -99,7 +98,7 @@ def _plain(annotation: Any) -> str:
 
 
 def _default(info: FieldInfo) -> str:
-    if info.default is PydanticUndefined:
+    if info.is_required():
         return "**required**"
     if info.default is None:
         return ""
