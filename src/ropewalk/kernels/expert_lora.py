@@ -352,7 +352,7 @@ class _ExpertLora(torch.autograd.Function):
         out, kept = _forward(plan, m, x, way, keep=True)
         tensors = [t if isinstance(t, Tensor) else None for t in rest]
         ctx.save_for_backward(x, way.token, way.weight, way.order, way.place, way.ends, *kept, *tensors)
-        ctx.plan, ctx.k, ctx.tiles, ctx.weights_dtype = plan, way.k, way.tiles, weights.dtype
+        ctx.plan, ctx.k, ctx.weights_dtype = plan, way.k, weights.dtype
         return out
 
     @staticmethod
@@ -363,7 +363,7 @@ class _ExpertLora(torch.autograd.Function):
         x, token, weight, order, place, ends, gate_up, xa, ha, up, up_bias, down, down_bias, *others = saved
         up, down = (plan.experts.up if up is None else up), (plan.experts.down if down is None else down)
         factors, trained = others[:4], others[4:]
-        way = Route(token, weight, order, place, ends, ctx.k, ctx.tiles)
+        way = Route(token, weight, order, place, ends, ctx.k)
         m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
         need = ctx.needs_input_grad
         stacks = [

@@ -31,13 +31,20 @@ class Route:
     weight: Tensor  # [rows]
     order: Tensor  # [S] int64
     place: Tensor | None  # [rows without filling] int64; None: row i is slot order[i]
-    ends: Tensor  # [E] int32: where each expert's rows end, for grouped_mm
+    ends: Tensor  # [E] int32: where each expert's rows end, filling included
     k: int
-    tiles: tuple[tuple[int, int, int], ...]  # (expert, start, end); empty for grouped rows, which need no numbers on the host
 
     @property
     def grouped(self) -> bool:
         return self.place is None
+
+    def tiles(self) -> Iterator[tuple[int, int, int]]:
+        """(expert, start, end) of every tile, read from the device each time: a checkpointed layer may have routed anew."""
+        start = 0
+        for expert, end in enumerate(self.ends.tolist()):
+            for first in range(start, end, ROWS_PER_TILE):
+                yield expert, first, min(first + ROWS_PER_TILE, end)
+            start = end
 
     def to_slots(self, values: Tensor) -> Tensor:
         """values [rows] -> [T, k]; zero where a slot has no row."""
@@ -54,7 +61,7 @@ def route(ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype, gr
     # searchsorted and not bincount: the latter reads its length back from the device
     ends = torch.searchsorted(ordered, torch.arange(num_experts, device=ids.device, dtype=ordered.dtype), right=True)
     if grouped:
-        return Route(order // k, weight[order], order, None, ends.to(torch.int32), k, ())
+        return Route(order // k, weight[order], order, None, ends.to(torch.int32), k)
     return _tiled(order, weight, ends, k, STEP_16_BIT if dtype.itemsize == 2 else 1)
 
 
@@ -63,20 +70,11 @@ def _tiled(order: Tensor, weight: Tensor, ends: Tensor, k: int, step: int) -> Ro
     filled = (count + step - 1) // step * step
     filled_ends = filled.cumsum(0)
     shift = (filled_ends - filled) - (ends - count)  # how far an expert's rows moved to make room for filling
-    host = filled_ends.tolist()
-    used = order[: int(ends[-1])]
+    rows, used = int(filled_ends[-1]), order[: int(ends[-1])]
     place = torch.arange(used.numel(), device=order.device) + torch.repeat_interleave(shift, count)
-    token = order.new_zeros(host[-1]).index_copy_(0, place, used // k)
-    row_weight = weight.new_zeros(host[-1]).index_copy_(0, place, weight[used])
-    return Route(token, row_weight, order, place, ends.to(torch.int32), k, tuple(_tiles(host)))
-
-
-def _tiles(ends: list[int]) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for expert, end in enumerate(ends):
-        for first in range(start, end, ROWS_PER_TILE):
-            yield expert, first, min(first + ROWS_PER_TILE, end)
-        start = end
+    token = order.new_zeros(rows).index_copy_(0, place, used // k)
+    row_weight = weight.new_zeros(rows).index_copy_(0, place, weight[used])
+    return Route(token, row_weight, order, place, filled_ends.to(torch.int32), k)
 
 
 class Rows(Protocol):
@@ -203,7 +201,7 @@ def all_rows(way: Route, like: Tensor) -> Iterator[Rows]:
         yield Grouped(way.ends, way.order.numel())
         return
     scratch = Scratch(like.dtype, like.device)
-    for expert, start, end in way.tiles:
+    for expert, start, end in way.tiles():
         yield Tile(expert, start, end, scratch)
 
 
