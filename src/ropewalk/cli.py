@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ropewalk.errors import RopewalkError
+
+if TYPE_CHECKING:
+    from ropewalk.registry import Registry
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -204,9 +207,38 @@ def _models(verbs: Verbs) -> None:
     make.add_argument("--size", default="tiny", choices=["tiny", "small"], help="(default: %(default)s)")
     make.add_argument("--text", type=Path, nargs="*", help="text files to train the tokenizer on (default: text at hand)")
     make.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    models = _add(verbs, "models", "models of the hub and of this machine", "ropewalk models pull Qwen/Qwen3-30B-A3B", None)
+    models = _add(verbs, "models", "models of the hub and of this machine", "ropewalk models list", None)
+    inner = models.add_subparsers(metavar="VERB")
+    _add(inner, "list", "list what is published, and what each alias points at", "ropewalk models list", _run_models_list)
+    add = _add(
+        inner,
+        "add",
+        "publish a base, or an adapter over a published base",
+        "ropewalk models add house runs/qwen3-30b/adapter --base qwen3",
+        _run_models_add,
+    )
+    add.add_argument("name")
+    add.add_argument("folder", type=Path)
+    add.add_argument("--base", help="name of the base that an adapter goes over; leave out for a base")
+    ship = _add(inner, "ship", "point an alias at a published name", "ropewalk models ship answers house", _run_models_ship)
+    ship.add_argument("alias")
+    ship.add_argument("name")
+    back = _add(
+        inner,
+        "rollback",
+        "point an alias at what it pointed at before",
+        "ropewalk models rollback answers",
+        _run_models_rollback,
+    )
+    back.add_argument("alias")
+    chat = _add(
+        verbs, "chat", "ask a published model or alias", "ropewalk chat answers 'What is the capital of Peru?'", _run_chat
+    )
+    chat.add_argument("name", help="an alias, a base or an adapter; see `ropewalk models list`")
+    chat.add_argument("prompt", nargs="?", help="one question; without it, a conversation until end of input")
+    chat.add_argument("--max-tokens", type=int, default=512, help="(default: %(default)s)")
     pull = _add(
-        models.add_subparsers(metavar="VERB"),
+        inner,
         "pull",
         "fetch a model from the hub: resumed, checked for space, its licence shown",
         "ropewalk models pull Qwen/Qwen3-30B-A3B",
@@ -221,6 +253,59 @@ def _run_base_make(arguments: argparse.Namespace) -> int:
 
     make_base(arguments.folder, arguments.arch, size=arguments.size, text_files=arguments.text, seed=arguments.seed)
     print(arguments.folder)
+    return 0
+
+
+def _registry() -> Registry:
+    from ropewalk.files.store import home
+    from ropewalk.registry import Registry
+
+    return Registry(home() / "registry")
+
+
+def _run_models_list(arguments: argparse.Namespace) -> int:
+    registry = _registry()
+    for entry in registry.entries():
+        print(f"{entry.name}  {entry.kind}{f' over {entry.base}' if entry.base else ''}  {entry.path}")
+    for alias, name in registry.aliases().items():
+        print(f"{alias} -> {name}")
+    return 0
+
+
+def _run_models_add(arguments: argparse.Namespace) -> int:
+    if arguments.base:
+        _registry().publish_adapter(arguments.name, arguments.folder, arguments.base)
+    else:
+        _registry().publish_base(arguments.name, arguments.folder)
+    return 0
+
+
+def _run_models_ship(arguments: argparse.Namespace) -> int:
+    print(f"{arguments.alias} -> {_registry().ship(arguments.alias, arguments.name).name}")
+    return 0
+
+
+def _run_models_rollback(arguments: argparse.Namespace) -> int:
+    print(f"{arguments.alias} -> {_registry().rollback(arguments.alias).name}")
+    return 0
+
+
+def _run_chat(arguments: argparse.Namespace) -> int:
+    registry = _registry()
+    registry.resolve(arguments.name)  # an unknown name is told before torch is imported
+    from ropewalk.engine.reply import load_served, reply
+
+    served = load_served(registry, arguments.name)
+    if arguments.prompt is not None:
+        print(reply(served, [{"role": "user", "content": arguments.prompt}], arguments.max_tokens))
+        return 0
+    messages: list[dict[str, str]] = []
+    print("you: ", end="", flush=True)
+    for line in sys.stdin:
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        messages.append({"role": "assistant", "content": reply(served, messages, arguments.max_tokens)})
+        print(f"{arguments.name}: {messages[-1]['content']}\nyou: ", end="", flush=True)
+    print()
     return 0
 
 
