@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ropewalk.errors import ModelError, OutputError, VerificationFailed
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_RENAMED = (
+    "PEFT takes this architecture's keys for those of an old checkpoint, renames some and so loses them: "
+    "the saved adapter is right, but serve it merged, or with Ropewalk, until PEFT reads it"
+)
 _ONCE_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
@@ -89,7 +93,7 @@ def config(adapter: Adapter) -> dict[str, Any]:
             alphas.setdefault(name, spec.effective_alpha(name, expert=True))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if hasattr(adapter.model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": adapter.model.config._name_or_path or None,
         "inference_mode": True,
         "r": spec.r,
@@ -211,7 +215,7 @@ def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor) -> float:
     ours = adapter.model(input_ids=probe_ids, use_cache=False).logits.float()
     adapter.detach()
     try:
-        theirs = _through_peft(adapter.model, folder, probe_ids)
+        theirs = _through_peft(adapter, folder, probe_ids)
     finally:
         adapter.reattach()
         adapter.model.train(training)
@@ -224,13 +228,21 @@ def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-def _through_peft(model: Any, folder: Path, probe_ids: Tensor) -> Tensor:
+def _through_peft(adapter: Adapter, folder: Path, probe_ids: Tensor) -> Tensor:
+    """Logits through PEFT. Where its conversion of old checkpoints loses keys of this architecture, they are given to it by name and it is told."""
     from peft import PeftModel  # slow to import, and needed only here
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft = PeftModel.from_pretrained(model, str(folder))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft = PeftModel.from_pretrained(adapter.model, str(folder))
     try:
+        if any("missing adapter keys" in str(w.message) for w in caught):
+            theirs = dict(peft.named_parameters())
+            for key, tensor in load_file(folder / WEIGHTS).items():
+                layer, _, leaf = key.rpartition(".lora_")
+                if layer:
+                    theirs[f"{layer}.lora_{leaf.replace('.weight', '')}.default.weight"].copy_(tensor)
+            adapter.notes = (*adapter.notes, _RENAMED)
         return peft(input_ids=probe_ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
     finally:
         peft.unload()
