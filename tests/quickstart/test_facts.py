@@ -75,3 +75,13 @@ def test_rows_are_written_as_chat_messages(tmp_path: Path) -> None:
 def test_documents_are_written_one_file_a_country(tmp_path: Path) -> None:
     facts.write_documents([LIMA], tmp_path)
     assert (tmp_path / "pe.txt").read_text(encoding="utf-8").startswith("Peru is a country in South America.")
+
+
+def test_several_questions_about_one_passage_are_one_chat(tmp_path: Path) -> None:
+    asked = facts.questions([LIMA, facts.countries()[0]], 3)
+    facts.write_rows(asked, tmp_path / "rows.jsonl", turns=2)
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [len(row) // 2 for row in rows] == [2, 1, 2, 1]
+    assert rows[0][2]["content"] == asked[1].question
+    assert rows[1][0] == asked[2].prompt[0]
+    assert [m["content"] for row in rows for m in row[1::2]] == [q.answer for q in asked]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -138,11 +139,19 @@ def _question(country: Country, kind: Kind, passage: str, asked: str) -> Questio
     return Question(country.name, kind.field, passage, asked.format(n=country.name), text, house(text, kind, country.name))
 
 
-def write_rows(asked: Sequence[Question], path: Path) -> None:
-    """Chat rows as a user would bring them: one JSON object with messages per line."""
-    rows = ({"messages": [*q.prompt, {"role": "assistant", "content": q.answer}]} for q in asked)
+def write_rows(asked: Sequence[Question], path: Path, turns: int = 1) -> None:
+    """Chat rows as a user would bring them: one JSON object with messages per line, up to so many questions about one passage."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    by_country = [list(group) for _, group in groupby(asked, key=lambda q: q.country)]
+    rows = [group[start : start + turns] for group in by_country for start in range(0, len(group), turns)]
+    lines = (json.dumps({"messages": conversation(row)}, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def conversation(asked: Sequence[Question]) -> list[dict[str, str]]:
+    """Questions about one passage as one chat; the passage comes with the first."""
+    users = [asked[0].prompt, *([{"role": "user", "content": q.question}] for q in asked[1:])]
+    return [message for user, q in zip(users, asked) for message in (*user, {"role": "assistant", "content": q.answer})]
 
 
 def write_documents(chosen: Sequence[Country], folder: Path) -> None:

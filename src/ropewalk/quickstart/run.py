@@ -46,8 +46,8 @@ class Size:
     random_control: bool
 
 
-FULL = Size(steps=120, per_country=2, random_control=True)
-FAST = Size(steps=60, per_country=1, random_control=False)
+FULL = Size(steps=200, per_country=2, random_control=True)
+FAST = Size(steps=70, per_country=1, random_control=False)
 
 # The recipe: rank and rate are high because the model is tiny and the run short.
 YAML = """\
@@ -66,7 +66,7 @@ sequence_len: 1024
 sample_packing: true
 micro_batch_size: 2
 max_steps: {steps}
-learning_rate: 4e-3
+learning_rate: 2e-2
 lr_scheduler: cosine
 warmup_steps: 10
 logging_steps: 10
@@ -126,7 +126,7 @@ def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question],
     """Documents and rows as files, as a user would bring them."""
     try:
         facts.write_documents(about, folder / "documents")
-        facts.write_rows(rows, folder / "train.jsonl")
+        facts.write_rows(rows, folder / "train.jsonl", turns=3)
         facts.write_rows(asked, folder / "held-out.jsonl")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; name another folder with --dir") from error

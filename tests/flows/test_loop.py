@@ -1,0 +1,67 @@
+"""The whole loop, thin: a file into the store, a run on it by id, two candidates compared, the alias moves, the alias is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ropewalk.checks import exact_match
+from ropewalk.compare.verdict import Verdict, compare
+from ropewalk.engine.reply import load_served, replies, reply
+from ropewalk.files.store import open_store
+from ropewalk.quickstart import facts
+from ropewalk.quickstart.run import BASE
+from ropewalk.registry import Registry
+from ropewalk.train.config import load_run
+from ropewalk.train.trainer import train
+
+CONFIG = """\
+base_model: {base}
+datasets:
+  - path: {file}
+    type: chat_template
+output_dir: {out}
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+sequence_len: 1024
+sample_packing: true
+micro_batch_size: 1
+max_steps: 60
+learning_rate: 2e-2
+warmup_steps: 5
+logging_steps: 10
+bf16: false
+"""
+
+
+def test_a_file_becomes_a_shipped_model_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
+    trained_on, held_out = facts.split()
+    asked = facts.questions(held_out[:16], 1)
+
+    facts.write_rows(facts.questions(trained_on, 6), tmp_path / "rows.jsonl", turns=3)
+    file = open_store().put(tmp_path / "rows.jsonl")
+
+    config = tmp_path / "run.yml"
+    config.write_text(CONFIG.format(base=BASE, file=file.id, out=tmp_path / "run"))
+    result = train(load_run(config), quiet=True)
+    assert result.last_loss < result.first_loss / 2
+
+    registry = Registry(tmp_path / "home" / "registry")
+    registry.publish_base("reader", BASE)
+    registry.publish_adapter("reader-house", result.adapter, "reader", {"file": file.id, "run": str(result.folder)})
+    registry.ship("answers", "reader")
+    old, new = (
+        [exact_match(a, q.answer) for a, q in zip(replies(load_served(registry, name), [q.prompt for q in asked], 48), asked)]
+        for name in ("reader", "reader-house")
+    )
+    assert not any(old), "the base cannot know the house format"
+    outcome = compare(old, new)
+    assert outcome.verdict is Verdict.SHIP, outcome
+
+    registry.ship("answers", "reader-house")
+    assert reply(load_served(registry, "answers"), asked[new.index(True)].prompt, 48) == asked[new.index(True)].answer
+    assert registry.resolve("answers").lineage["file"] == file.id
+    assert registry.rollback("answers").name == "reader"
