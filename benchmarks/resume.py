@@ -104,11 +104,15 @@ def torture(work: Path, reference: Outcome, life: float, wanted: int, rng: rando
     while kills < wanted:
         folder = work / f"run-{len(runs)}"
         at: list[int] = []
-        while kills < wanted and not run_for(folder, rng.uniform(0, life)):
+        while kills < wanted:
+            if ended_after := run_for(folder, rng.uniform(0, life)):
+                # The machine may have become faster: later moments should not all fall after the end.
+                life = life if at else min(life, ended_after)
+                break
             at.append(steps_done(folder))
             kills += 1
             print(f"kill {kills} of {wanted}: after step {at[-1]}", file=sys.stderr, flush=True)
-        if kills == wanted:
+        else:
             run_to_end(folder)
         ended = outcome(folder)
         runs.append({"kills": at, "equal": ended == reference, "losses": [loss for _, loss in ended.losses]})
@@ -124,17 +128,18 @@ def run_to_end(folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def run_for(folder: Path, seconds: float) -> bool:
-    """The command, killed with all its processes after so long; whether it had ended by itself before."""
+def run_for(folder: Path, seconds: float) -> float | None:
+    """The command, killed with all its processes after so long; its seconds if it had ended by itself before."""
+    begun = time.perf_counter()
     process = start(folder)
     try:
         if process.wait(seconds):
             raise SystemExit(f"the run ended with {process.returncode}:\n{(folder / 'log.txt').read_text()[-2000:]}")
-        return True
+        return time.perf_counter() - begun
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return False
+        return None
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:

@@ -270,7 +270,8 @@ def check_gates(ours: list[Measured], missing: dict[str, str]) -> dict[str, dict
     if ran:
         command = [sys.executable, str(HERE / "peers/isolation.py"), str(HERE / "peers/axolotl.yml")]
         folder = RUNS / "isolation"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         variables = os.environ | OFFLINE | ONE_THREAD | {"ROPEWALK_HOME": str(folder / "home")}
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": done.stderr[-500:]}
@@ -328,28 +329,40 @@ def targets(contenders: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
 
 def report(result: dict[str, Any]) -> str:
     """The tables."""
-    found, repeats = result["contenders"], result["job"]["repeats"]
+    found = result["contenders"]
     titles = {c.name: c.title for c in (OURS, *PEERS)}
-    head = ("contender", "first loss s", "steps/s", "tokens/s", "CPU s/step", "peak RSS MB", "losses equal", "trained", "note")
-    keys = ("first_loss_s", "steps_per_s", "tokens_per_s", "cpu_s_per_step", "peak_rss_mb", "losses_equal", "trainable", "note")
-    rows = [[titles[name], *(c[k] for k in keys)] for name, c in found.items()]
-    rows += [[titles[name], *[None] * 7, reason.splitlines()[0][:80]] for name, reason in result["missing"].items()]
-    middles = [[titles[n], *(c["median"][k] for k in keys[:5])] for n, c in found.items()]
-    shares = [[f"Ropewalk / {titles[n]}", *(r[k] for k in keys[:5])] for n, r in result["ratios"].items()]
+    head = (
+        "contender",
+        "first loss s",
+        "CPU s to it",
+        "steps/s",
+        "tokens/s",
+        "CPU s/step",
+        "peak MB",
+        "losses equal",
+        "trained",
+        "note",
+    )
+    keys = ("first_loss_s", "first_loss_cpu_s", "steps_per_s", "tokens_per_s", "cpu_s_per_step", "peak_rss_mb")
+    more = ("losses_equal", "trainable", "note")
+    rows = [[titles[name], *(c[k] for k in (*keys, *more))] for name, c in found.items()]
+    rows += [[titles[name], *[None] * 8, reason.splitlines()[0][:80]] for name, reason in result["missing"].items()]
+    middles = [[titles[n], *(c["median"][k] for k in keys)] for n, c in found.items()]
+    shares = [[f"Ropewalk / {titles[n]}", *(r[k] for k in keys)] for n, r in result["ratios"].items()]
     box, job = result["machine"], result["job"]
     parts = [
         f"{box['cpu']}, {box['cores']} cores, load {box['load']}; {job['steps']} steps, {job['threads']} thread, "
         f"rates over steps {job['window'][0]} to {job['window'][1]}",
-        f"Best of {repeats} (memory: median)\n" + table(head, rows),
-        "Median\n" + table(head[:6], middles),
-        "Ratios of the best\n" + table(head[:6], shares),
+        "Best run of each (memory: median)\n" + table(head, rows),
+        "Median\n" + table(head[:7], middles),
+        *["Ratios of the best\n" + table(head[:7], shares)] * bool(shares),
         *(
             f"{'met    ' if met else 'not met' if met is not None else 'unknown'}  {text}"
             for text, met in result["targets"].items()
         ),
         *(f"gate {name}: {'passed' if gate['passed'] else 'FAILED'}  {gate}" for name, gate in result["gates"].items()),
     ]
-    return "\n\n".join(parts[:4]) + "\n\n" + "\n".join(parts[4:])
+    return "\n".join(part + "\n" if "\n" in part else part for part in parts)
 
 
 def plot(contenders: dict[str, dict[str, Any]], runs: dict[str, list[Measured]]) -> str:

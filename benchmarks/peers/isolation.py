@@ -12,11 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ropewalk.chat.template import Template
-from ropewalk.models.hub import resolve_base
 from ropewalk.train.config import load_run
-from ropewalk.train.data import open_data
 from ropewalk.train.packing import batches
+from ropewalk.train.prepare import prepare
 from ropewalk.train.pupil import Pupil
 
 TOLERANCE = 1e-5  # relative; the experts sum their rows in another order when other rows change
@@ -25,10 +23,9 @@ TOLERANCE = 1e-5  # relative; the experts sum their rows in another order when o
 def main() -> None:
     torch.set_num_threads(1)
     run = load_run(Path(sys.argv[1]))
-    base = resolve_base(run.base_model)
-    template = Template.load(base, run.chat_template)
-    batch = batches(open_data(run, template, quiet=True).train, run, seed=run.seed, epoch=0)[0]
-    pupil = Pupil.load(base, template, run, torch.device("cpu"))
+    prepared = prepare(run, restart=True, quiet=True)
+    batch = batches(prepared.data.train, run, seed=run.seed, epoch=0)[0]
+    pupil = Pupil.load(prepared, torch.device("cpu"))
     torch.manual_seed(0)
     with torch.no_grad():
         for _, parameter in pupil.trainable():
