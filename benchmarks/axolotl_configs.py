@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from ropewalk.config.run import load_run
 from ropewalk.errors import RopewalkError
-from ropewalk.train.config import load_run
 from ropewalk.train.plan import check
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "axolotl.md"

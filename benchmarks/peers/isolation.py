@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ropewalk.train.config import load_run
-from ropewalk.train.packing import batches
+from ropewalk.config.run import load_run
+from ropewalk.data.packing import batches
 from ropewalk.train.prepare import prepare
 from ropewalk.train.pupil import Pupil
 

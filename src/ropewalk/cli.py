@@ -162,7 +162,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
-    from ropewalk.train.config import load_run
+    from ropewalk.config.run import load_run
     from ropewalk.train.prepare import prepare
 
     run = load_run(arguments.config, arguments.overrides)
@@ -366,14 +366,14 @@ def _config(verbs: Verbs) -> None:
 def _run_config_schema(arguments: argparse.Namespace) -> int:
     import json
 
-    from ropewalk.train.reference import schema
+    from ropewalk.config.reference import schema
 
     print(json.dumps(schema(), indent=2))
     return 0
 
 
 def _run_config_docs(arguments: argparse.Namespace) -> int:
-    from ropewalk.train.reference import reference_page
+    from ropewalk.config.reference import reference_page
 
     print(reference_page(), end="")
     return 0

@@ -48,7 +48,9 @@ class ConfigError(BadInput):
 class DataError(BadInput):
     """A row, a column or a file of training data; names the file, the line (1-based) and the key where they are known."""
 
-    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, path: Path | str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
         self.path, self.line, self.key = path, line, key
         where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
         super().__init__(where + (f"key '{key}': " if key else "") + message)

@@ -41,7 +41,7 @@ def test_an_error_of_ours_is_the_last_line_and_has_its_exit_code(monkeypatch, ca
     def fail(path, overrides):
         raise BadInput("the value 7 is not a folder")
 
-    monkeypatch.setattr("ropewalk.train.config.load_run", fail)
+    monkeypatch.setattr("ropewalk.config.run.load_run", fail)
     assert main(["train", "x.yml"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "ropewalk: the value 7 is not a folder"
 

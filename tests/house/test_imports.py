@@ -11,8 +11,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "ropewalk"
 FOLDERS = {
     "server": {"compare", "jobs", "engine", "chat", "files", "registry", "database"},
     "compare": {"jobs", "engine", "chat", "files", "registry", "checks", "database"},
-    "jobs": {"registry", "files", "database"},
-    "train": {"engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
+    "jobs": {"config", "registry", "files", "database"},
+    "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
+    "data": {"config", "chat", "files"},
+    "config": {"chat"},
     "engine": {"models", "chat", "registry", "database"},
     "models": {"kernels", "registry"},
     "chat": {"files"},
@@ -33,15 +35,15 @@ LIGHT = [
     "ropewalk.files.store",
     "ropewalk.chat.template",
     "ropewalk.models.hub",
-    "ropewalk.train.config",
-    "ropewalk.train.axolotl",
-    "ropewalk.train.data",
+    "ropewalk.config.run",
+    "ropewalk.config.axolotl",
+    "ropewalk.data.dataset",
     "ropewalk.train.prepare",
 ]
 
 
 def room(module: str) -> str:
-    """ropewalk.train.data -> train; ropewalk.errors -> errors."""
+    """ropewalk.data.dataset -> train; ropewalk.errors -> errors."""
     return module.split(".")[1]
 
 

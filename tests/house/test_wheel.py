@@ -17,13 +17,24 @@ OPTIONAL = {"torchao", "liger_kernel", "wandb", "mlflow", "datasets", "pyarrow",
 
 def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path):
     """The dependencies are lent from this environment (installing torch again takes minutes); ropewalk is the wheel's alone."""
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", ROOT]
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path / "dist",
+        ROOT,
+    ]
     subprocess.run(wheel, check=True, capture_output=True)
     venv.create(tmp_path / "env", with_pip=False)
     site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "env/bin/python", "install", "--quiet", "--no-deps"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", tmp_path / "env/bin/python", "install", "--quiet", "--no-deps"]
-        + list((tmp_path / "dist").glob("*.whl")),
+        [*pip, *(tmp_path / "dist").glob("*.whl")],
         check=True,
         capture_output=True,
     )
@@ -33,7 +44,11 @@ def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path
     empty.mkdir()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ROPEWALK_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [tmp_path / "env/bin/ropewalk", "quickstart", "--fast", "--dir", "run"], cwd=empty, env=env, capture_output=True, text=True
+        [tmp_path / "env/bin/ropewalk", "quickstart", "--fast", "--dir", "run"],
+        cwd=empty,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((empty / "run" / "summary.json").read_text())

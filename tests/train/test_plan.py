@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ropewalk.config.run import Run, parse_run
 from ropewalk.errors import ConfigError, DataError, ModelError
-from ropewalk.train.config import Run, parse_run
 from ropewalk.train.plan import check, check_command, joined
 
 ROWS = [

@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
+from ropewalk.config.run import load_run
 from ropewalk.errors import ConfigError, ModelError, TrainingStopped
-from ropewalk.train.config import load_run
 from ropewalk.train.progress import read_events
 from ropewalk.train.trainer import train
 
@@ -66,10 +66,10 @@ def test_the_adapter_gives_the_same_answers_through_peft(config, base, tmp_path)
 
 def test_the_first_loss_is_that_of_the_untouched_base(config, base):
     from ropewalk.chat.template import Template
+    from ropewalk.data.dataset import open_data
+    from ropewalk.data.packing import batches
     from ropewalk.models.head import output_head
     from ropewalk.models.load import load_base
-    from ropewalk.train.data import open_data
-    from ropewalk.train.packing import batches
 
     path = config(max_steps=1)
     given = load_run(path)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.checks import contains, exact_match
 from ropewalk.compare.verdict import Outcome, Verdict, compare
+from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.errors import OutputError
 from ropewalk.files.store import File, Store, home
@@ -29,7 +30,6 @@ from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.registry import Registry
-from ropewalk.train.config import load_run
 from ropewalk.train.trainer import Result, train
 
 BASE = Path(__file__).parent / "base"

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ropewalk.config.run import DataSource, Run, ignored_keys, load_run
+from ropewalk.data.dataset import preview
+from ropewalk.data.formats import reader_of
+from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
-from ropewalk.train.config import DataSource, Run, ignored_keys, load_run
-from ropewalk.train.data import preview
-from ropewalk.train.formats import reader_of
 from ropewalk.train.prepare import load_template
-from ropewalk.train.sources import HubSet, locate
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"

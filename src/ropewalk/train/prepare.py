@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import Run
+from ropewalk.data.dataset import Data, open_data
 from ropewalk.models.hub import ensure_tokenizer, resolve_base
-from ropewalk.train.config import Run
-from ropewalk.train.data import Data, open_data
 from ropewalk.train.folder import RunFolder, open_folder
 
 

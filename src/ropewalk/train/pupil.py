@@ -16,11 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import Run
 from ropewalk.errors import ConfigError, ModelError, OutputError
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
-from ropewalk.train.config import Run
 from ropewalk.train.prepare import Prepared
 
 # What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ropewalk.config.run import Run
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
 from ropewalk.models.memory import estimate, free
-from ropewalk.train.config import Run
 from ropewalk.train.pupil import lora_spec
 
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k")

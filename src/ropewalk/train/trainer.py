@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ropewalk.config.run import Run
+from ropewalk.data.dataset import Batch
+from ropewalk.data.packing import batches
+from ropewalk.data.stream import Stream
+from ropewalk.data.streaming import StreamBatches
 from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
-from ropewalk.train.config import Run
-from ropewalk.train.data import Batch
 from ropewalk.train.distributed import World, join_world
 from ropewalk.train.folder import usable_cores
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
 from ropewalk.train.pace import Pace, Step
-from ropewalk.train.packing import batches
 from ropewalk.train.prepare import Prepared, prepare
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
-from ropewalk.train.stream import Stream
-from ropewalk.train.streaming import StreamBatches
 from ropewalk.train.trackers import Tracker, start_trackers
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ropewalk.train.config import parse_run
-from ropewalk.train.packing import batches, best_fit, lay_out, pack
+from ropewalk.config.run import parse_run
+from ropewalk.data.packing import batches, best_fit, lay_out, pack
 
 
 class FakeRows:

@@ -14,10 +14,10 @@ from typing import Literal
 
 from pydantic import PrivateAttr, ValidationError
 
-from ropewalk.train.document import Document, dump, parse_document, read_document
-from ropewalk.train.faults import names_of, sort_keys, told, wrong_values
-from ropewalk.train.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
-from ropewalk.train.rules import conflicts
+from ropewalk.config.document import Document, dump, parse_document, read_document
+from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
+from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
+from ropewalk.config.rules import conflicts
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ropewalk.config.run import DataSource, Run
 from ropewalk.errors import DataError
-from ropewalk.train.config import DataSource, Run
 
 OWN_ROLES = ("user", "assistant", "system", "tool", "developer", "ipython", "function")
 ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in OWN_ROLES}}

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ropewalk.train import axolotl
-from ropewalk.train.config import Run
-from ropewalk.train.keys import (
+from ropewalk.config import axolotl
+from ropewalk.config.keys import (
     AdapterKeys,
     DataKeys,
     DataSource,
@@ -20,6 +19,7 @@ from ropewalk.train.keys import (
     SpecialTokens,
     TrainingKeys,
 )
+from ropewalk.config.run import Run
 
 _HEAD = """# Configuration
 

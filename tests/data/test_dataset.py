@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import Run, parse_run
+from ropewalk.data import workers
+from ropewalk.data.cache import Growing
+from ropewalk.data.dataset import Rows, open_data
+from ropewalk.data.packing import batches
 from ropewalk.errors import ConfigError, DataError, OutputError
-from ropewalk.train import workers
-from ropewalk.train.cache import Growing
-from ropewalk.train.config import Run, parse_run
-from ropewalk.train.data import Rows, open_data
-from ropewalk.train.packing import batches
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_data_is_tokenised_once_for_its_content(template: Template, tmp_path: Pa
     first = open_data(a_run(path), template, quiet=True)
     cache = tmp_path / "home" / "cache" / "data"
     assert len([entry for entry in cache.iterdir() if entry.is_dir()]) == 1
-    monkeypatch.setattr("ropewalk.train.data.tokenise", lambda *a, **k: pytest.fail("tokenised again"))
+    monkeypatch.setattr("ropewalk.data.dataset.tokenise", lambda *a, **k: pytest.fail("tokenised again"))
     moved = path.rename(tmp_path / "moved.jsonl")
     again = open_data(a_run(moved, micro_batch_size=7, learning_rate=1.0, seed=3), template, quiet=True)
     assert texts(template, again.train) == texts(template, first.train)
@@ -130,8 +130,8 @@ CHILD = """
 import sys, json
 from pathlib import Path
 from ropewalk.chat.template import Template
-from ropewalk.train import cache, data, tokenise
-from ropewalk.train.config import parse_run
+from ropewalk.data import cache, dataset, tokenise
+from ropewalk.config.run import parse_run
 cache.SECONDS = 0.0
 whole = tokenise.Tokeniser.chunk
 def chunk(self, part):
@@ -139,7 +139,7 @@ def chunk(self, part):
     return whole(self, part)
 tokenise.Tokeniser.chunk = chunk
 run = parse_run(Path(sys.argv[1]).read_text())
-print(len(data.open_data(run, Template.load(Path(sys.argv[2]), "chatml"), quiet=True).train), flush=True)
+print(len(dataset.open_data(run, Template.load(Path(sys.argv[2]), "chatml"), quiet=True).train), flush=True)
 """
 
 
@@ -190,7 +190,7 @@ def test_bad_rows_are_told_within_two_seconds_and_before_torch(tokenizer_folder:
     (tmp_path / "run.yml").write_text(json.dumps(run.model_dump(mode="json", exclude_unset=True)))
     program = (
         "import sys; from pathlib import Path; from ropewalk.errors import DataError\n"
-        "from ropewalk.train.config import parse_run; from ropewalk.train.data import open_data\n"
+        "from ropewalk.config.run import parse_run; from ropewalk.data.dataset import open_data\n"
         "from ropewalk.chat.template import Template\n"
         "try: open_data(parse_run(Path(sys.argv[1]).read_text()), Template.load(Path(sys.argv[2]), 'chatml'))\n"
         "except DataError as error: print(error)\n"

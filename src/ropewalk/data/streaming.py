@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ropewalk.train.config import Run
-from ropewalk.train.data import Batch
-from ropewalk.train.packing import MULTIPLE, best_fit, lay_out
-from ropewalk.train.stream import Pair, Place, Stream
+from ropewalk.config.run import Run
+from ropewalk.data.dataset import Batch
+from ropewalk.data.packing import MULTIPLE, best_fit, lay_out
+from ropewalk.data.stream import Pair, Place, Stream
 
 
 class StreamBatches(Sequence[Batch]):

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import Run
+from ropewalk.data.rows import streamed_chunks
+from ropewalk.data.sources import locate
+from ropewalk.data.tokenise import Tokeniser
 from ropewalk.errors import DataError
-from ropewalk.train.config import Run
-from ropewalk.train.rows import streamed_chunks
-from ropewalk.train.sources import locate
-from ropewalk.train.tokenise import Tokeniser
 
 Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
 

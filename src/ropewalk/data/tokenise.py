@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import DataSource, Run
+from ropewalk.data.formats import Conversation, Example, Ids, Pieces, Text, reader_of
+from ropewalk.data.rows import Chunk
 from ropewalk.errors import DataError
-from ropewalk.train.config import DataSource, Run
-from ropewalk.train.formats import Conversation, Example, Ids, Pieces, Text, reader_of
-from ropewalk.train.rows import Chunk
 
 Ids32 = NDArray[np.int32]
 Mask = NDArray[np.bool_]

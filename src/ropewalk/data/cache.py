@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.data.tokenise import BadRow, Block
 from ropewalk.errors import BadInput, OutputError
-from ropewalk.train.tokenise import BadRow, Block
 
 COLUMNS = ("tokens", "mask", "lengths", "trained", "digests")
 LISTED = 1000  # bad rows kept by name; all are counted

@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import DataSource, Run
+from ropewalk.data.cache import Tokens, open_tokens
+from ropewalk.data.rows import Chunk, chunks, streamed_chunks
+from ropewalk.data.sources import content_digest, locate, size
+from ropewalk.data.stream import Stream
+from ropewalk.data.tokenise import BadRow, Block, Tokeniser
+from ropewalk.data.workers import Progress, shown, tokenise
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.files.store import home
-from ropewalk.train.cache import Tokens, open_tokens
-from ropewalk.train.config import DataSource, Run
-from ropewalk.train.rows import Chunk, chunks, streamed_chunks
-from ropewalk.train.sources import content_digest, locate, size
-from ropewalk.train.stream import Stream
-from ropewalk.train.tokenise import BadRow, Block, Tokeniser
-from ropewalk.train.workers import Progress, shown, tokenise
 
 VERSION = 1  # of what is cached; a change of meaning here or in formats makes a new one
 

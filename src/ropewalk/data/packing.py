@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.train.config import Run
-from ropewalk.train.data import Batch, Rows
-from ropewalk.train.stream import Pair, Stream
+from ropewalk.config.run import Run
+from ropewalk.data.dataset import Batch, Rows
+from ropewalk.data.stream import Pair, Stream
 
 WINDOW = 1 << 15  # rows packed together: enough for a tight fit, few enough for random neighbours
 MULTIPLE = 8  # row lengths that matrix units like
@@ -44,7 +44,7 @@ def batches(
 ) -> Sequence[Batch]:
     """The micro-batches of an epoch, for all processes together; a stream has one epoch without end."""
     if isinstance(rows, Stream):
-        from ropewalk.train.streaming import StreamBatches
+        from ropewalk.data.streaming import StreamBatches
 
         return StreamBatches(rows, run, seed=seed)
     ordered = not shuffle or run.curriculum_sampling or not run.shuffle_merged_datasets

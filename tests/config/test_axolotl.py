@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ropewalk.config import axolotl
+from ropewalk.config.faults import names_of
+from ropewalk.config.run import Run, ignored_keys, parse_run
 from ropewalk.errors import ConfigError
-from ropewalk.train import axolotl
-from ropewalk.train.config import Run, ignored_keys, parse_run
-from ropewalk.train.faults import names_of
 
 BASE = "base_model: b\nlearning_rate: 1e-4\ndatasets:\n  - path: rows.jsonl\n    type: alpaca\n"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ropewalk.chat.template import Template
+from ropewalk.config.run import Run, parse_run
+from ropewalk.data.dataset import open_data, preview
+from ropewalk.data.formats import WITH_INPUT, WITHOUT_INPUT
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.files.store import Store, home
-from ropewalk.train.config import Run, parse_run
-from ropewalk.train.data import open_data, preview
-from ropewalk.train.formats import WITH_INPUT, WITHOUT_INPUT
 
 CHAT = {"messages": [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "I am well"}]}
 SAID = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
@@ -211,8 +211,8 @@ def test_the_datasets_library_reads_and_streams_what_files_give(
 ) -> None:
     import datasets
 
-    from ropewalk.train import sources
-    from ropewalk.train.rows import chunks, streamed_chunks
+    from ropewalk.data import sources
+    from ropewalk.data.rows import chunks, streamed_chunks
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache" / "downloads"))

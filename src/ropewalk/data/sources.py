@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ropewalk.config.run import DataSource
 from ropewalk.errors import ConfigError, DataError, MissingExtra
 from ropewalk.files.store import Store, home, is_id
-from ropewalk.train.config import DataSource
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 ENDINGS: dict[str, Kind] = {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ropewalk.chat.families import SOURCES
 
 if TYPE_CHECKING:
-    from ropewalk.train.config import Run
-    from ropewalk.train.document import Place
+    from ropewalk.config.document import Place
+    from ropewalk.config.run import Run
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 EXPERTS = ("ropewalk", "scattermoe", "sonicmoe", "eager", "grouped_mm", "batched_mm")

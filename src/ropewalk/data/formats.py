@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ropewalk.chat.masking import Rules
+from ropewalk.config.run import DataSource, PromptFormat, Run
+from ropewalk.data.conversations import conversation_reader
 from ropewalk.errors import ConfigError, DataError
-from ropewalk.train.config import DataSource, PromptFormat, Run
-from ropewalk.train.conversations import conversation_reader
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ropewalk.data.sources import DataFile, Found, HubSet, Kind, load_hub_set
 from ropewalk.errors import DataError, MissingExtra
-from ropewalk.train.sources import DataFile, Found, HubSet, Kind, load_hub_set
 
 CHUNK_BYTES, CHUNK_ROWS = 1 << 18, 512
 

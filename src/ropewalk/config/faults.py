@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ropewalk.config import axolotl
+from ropewalk.config.document import Document, Place, dotted
+from ropewalk.config.keys import DataSource, Group
 from ropewalk.errors import ConfigError
-from ropewalk.train import axolotl
-from ropewalk.train.document import Document, Place, dotted
-from ropewalk.train.keys import DataSource, Group
 
 Problem = tuple[Place, str]
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context
 
-from ropewalk.train.rows import Chunk
-from ropewalk.train.tokenise import Block, Tokeniser
+from ropewalk.data.rows import Chunk
+from ropewalk.data.tokenise import Block, Tokeniser
 
 Progress = Callable[[int, int, int], None]  # bytes read, bytes in all, rows read
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from ropewalk.config.reference import reference_page, schema
+from ropewalk.config.run import Run, as_yaml, ignored_keys, load_run, parse_run
 from ropewalk.errors import ConfigError
-from ropewalk.train.config import Run, as_yaml, ignored_keys, load_run, parse_run
-from ropewalk.train.reference import reference_page, schema
 
 BASE = """\
 base_model: runs/tiny
@@ -60,7 +60,7 @@ def test_reading_a_configuration_imports_neither_torch_nor_transformers(tmp_path
     path = tmp_path / "run.yml"
     path.write_text(BASE)
     code = (
-        "import sys; from ropewalk.train.config import load_run; load_run(sys.argv[1]); "
+        "import sys; from ropewalk.config.run import load_run; load_run(sys.argv[1]); "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
