@@ -7,6 +7,7 @@ is random inside a step is drawn from (seed, step, rank), and weights and optimi
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import time
@@ -335,7 +336,8 @@ class Fit:
 def _set_threads(prepared: Prepared, world: World) -> None:
     """The same count on every start of a run: sums over threads are not associative, and a resumed run must give the same bits."""
     recorded = prepared.folder.record.get("threads")
-    threads = prepared.run.num_threads or recorded or max(1, usable_cores() // world.size)
+    asked = prepared.run.num_threads or recorded or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    threads = asked or max(1, usable_cores() // world.size)
     torch.set_num_threads(threads)
     if world.leads and not recorded:
         prepared.folder.write_record(threads=threads)
