@@ -98,7 +98,7 @@ def watch(
         code=process.returncode,
         seconds=seconds,
         cpu_seconds=max(used.ru_utime + used.ru_stime, tree.cpu_seconds),
-        peak_rss=max(tree.peak_rss, used.ru_maxrss * 1024),
+        peak_rss=tree.peak_rss,  # not ru_maxrss: that begins with the size of whoever forked
         marks=tuple(marks),
         log=log,
     )
