@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +93,11 @@ class Screen:
         if not self.quiet:
             self.console.print(text, markup=False)
 
+    def suggest(self, *commands: str) -> None:
+        """What a person may want to do next; said in a terminal only."""
+        if self.console.is_terminal:
+            self.say("next:\n" + "\n".join(f"  {command}" for command in commands))
+
     def step(self, values: Mapping[str, Any]) -> None:
         self._last = values
         if self._live:
@@ -130,7 +134,3 @@ class Screen:
         whole.add_row(grid)
         whole.add_row(ProgressBar(total=self.total, completed=values["step"], width=60))
         return Panel(whole, title=self.title, expand=False)
-
-
-def in_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -253,6 +253,13 @@ class Fit:
             f"done: loss {result.first_loss:.4f} -> {result.last_loss:.4f} in {result.steps} steps, {seconds:.0f} s; "
             f"the result is in {result.adapter}, its plots in {self.folder.plots}"
         )
+        if self.config.adapter and self.world.leads:
+            self.screen.suggest(
+                f"ropewalk merge {self.config.base_model} {result.adapter} {result.folder / 'merged'}",
+                f"ropewalk models add base {self.prepared.base}",
+                f"ropewalk models add {result.folder.name} {result.adapter} --base base",
+                f"ropewalk chat {result.folder.name}",
+            )
         self.world.wait()
         return result
 
