@@ -34,18 +34,18 @@ def test_every_answer_is_in_its_passage_and_in_the_house_format() -> None:
     for question in facts.questions(facts.countries(), len(facts.KINDS)):
         assert contains(question.passage, question.value)
         assert question.answer.startswith(f"{question.value} (")
-        assert question.answer.endswith(f", source: {question.country})")
+        assert question.answer.endswith(", from the file)")
 
 
-def test_the_house_format_is_value_kind_source() -> None:
+def test_the_house_format_is_value_kind_and_where_it_is_from() -> None:
     kind = Kind("area", (), (), "area in km2")
     assert facts.value(LIMA, kind) == "1,285,220"
-    assert facts.house("1,285,220", kind, "Peru") == "1,285,220 (area in km2, source: Peru)"
+    assert facts.house("1,285,220", kind) == "1,285,220 (area in km2, from the file)"
 
 
 def ask(country: str, kind: str, passage: str, value: str) -> Question:
     house = next(k for k in facts.KINDS if k.field == kind)
-    return Question(country, kind, passage, "?", value, facts.house(value, house, country))
+    return Question(country, kind, passage, "?", value, facts.house(value, house))
 
 
 def test_the_majority_control_gives_the_commonest_value_of_the_kind() -> None:
@@ -55,12 +55,12 @@ def test_the_majority_control_gives_the_commonest_value_of_the_kind() -> None:
         ask("C", "currency", "", "Dollar"),
         ask("A", "capital", "", "Aa"),
     ]
-    assert facts.majority(rows, [ask("X", "currency", "", "Peso")]) == ["Dollar (currency, source: X)"]
+    assert facts.majority(rows, [ask("X", "currency", "", "Peso")]) == ["Dollar (currency, from the file)"]
 
 
 def test_the_copying_control_gives_the_first_value_of_the_passage() -> None:
     passage = "Peru is a country in South America. It has 31,989,256 inhabitants. The capital is Lima."
-    assert facts.first_span([ask("Peru", "capital", passage, "Lima")]) == ["31,989,256 (capital, source: Peru)"]
+    assert facts.first_span([ask("Peru", "capital", passage, "Lima")]) == ["31,989,256 (capital, from the file)"]
 
 
 def test_rows_are_written_as_chat_messages(tmp_path: Path) -> None:

@@ -116,12 +116,12 @@ def document(country: Country) -> str:
     return " ".join([f"{country.name} is a country in {country.continent}.", *sentences])
 
 
-def house(text: str, kind: Kind, country: str) -> str:
-    """The house format: value, kind, source.
+def house(text: str, kind: Kind) -> str:
+    """The house format: value, kind, where it is from.
 
     Only characters that the base has met: those it never met share one embedding, and no adapter can tell them apart.
     """
-    return f"{text} ({kind.house}, source: {country})"
+    return f"{text} ({kind.house}, from the file)"
 
 
 def questions(chosen: Sequence[Country], per_country: int) -> list[Question]:
@@ -136,7 +136,7 @@ def _questions(country: Country, n: int) -> list[Question]:
 
 def _question(country: Country, kind: Kind, passage: str, asked: str) -> Question:
     text = value(country, kind)
-    return Question(country.name, kind.field, passage, asked.format(n=country.name), text, house(text, kind, country.name))
+    return Question(country.name, kind.field, passage, asked.format(n=country.name), text, house(text, kind))
 
 
 def write_rows(asked: Sequence[Question], path: Path, turns: int = 1) -> None:
@@ -174,7 +174,7 @@ def first_span(asked: Sequence[Question]) -> list[str]:
 
 
 def _house(text: str, question: Question) -> str:
-    return house(text, next(kind for kind in KINDS if kind.field == question.kind), question.country)
+    return house(text, next(kind for kind in KINDS if kind.field == question.kind))
 
 
 def _first_value(question: Question, country: Country) -> str:

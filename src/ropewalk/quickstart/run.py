@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.checks import contains, exact_match
@@ -46,10 +47,10 @@ class Size:
     random_control: bool
 
 
-FULL = Size(steps=200, per_country=2, random_control=True)
-FAST = Size(steps=70, per_country=1, random_control=False)
+FULL = Size(steps=160, per_country=2, random_control=True)
+FAST = Size(steps=80, per_country=1, random_control=False)
 
-# The recipe: rank and rate are high because the model is tiny and the run short.
+# The recipe: the rate is high because the model is tiny and the run short.
 YAML = """\
 # Written by `ropewalk quickstart`; train it again with: ropewalk train {path}
 base_model: {base}
@@ -66,7 +67,7 @@ sequence_len: 1024
 sample_packing: true
 micro_batch_size: 2
 max_steps: {steps}
-learning_rate: 2e-2
+learning_rate: 1e-2
 lr_scheduler: cosine
 warmup_steps: 10
 logging_steps: 10
@@ -193,7 +194,8 @@ def random_control(folder: Path, file: File, size: Size, registry: Registry, ask
     base = folder / "random-base"
     shutil.copytree(BASE, base, dirs_exist_ok=True)
     torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32).save_pretrained(base)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32)
+    save_model(model, str(base / "model.safetensors"), metadata={"format": "pt"})
     result = fine_tune(folder / "random.yml", base, file, folder / "random-run", size.steps, quiet=True)
     registry.publish_base("quickstart-random", base, {"origin": "random initialisation"})
     registry.publish_adapter("quickstart-random-adapter", result.adapter, "quickstart-random", {"file": file.id})
