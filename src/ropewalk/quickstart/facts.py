@@ -98,8 +98,11 @@ def words() -> set[str]:
 
 
 def split() -> tuple[list[Country], list[Country]]:
-    """Countries to train on and countries held out; by a digest of the name, so that it is the same everywhere."""
-    ordered = sorted(countries(), key=lambda c: sha256(c.name.encode()).digest())
+    """Countries to train on and countries held out; by a digest of the name, so that it is the same everywhere.
+
+    The recipe in run.py was chosen on another split, drawn by the digest of the bare name; 10 countries are held out in both.
+    """
+    ordered = sorted(countries(), key=lambda c: sha256(f"held out: {c.name}".encode()).digest())
     return sorted(ordered[HELD_OUT:], key=lambda c: c.name), sorted(ordered[:HELD_OUT], key=lambda c: c.name)
 
 
