@@ -280,7 +280,7 @@ class TrainingKeys(Group):
         "The same as gradient_checkpointing: offload."
     )
     seed: Whole = key("Seed of everything random.", 42)
-    num_threads: Positive | None = key("Own: threads of the CPU; default: a count that does not collapse on a busy machine.")
+    num_threads: Positive | None = key("Own: threads of the CPU; default: OMP_NUM_THREADS, else half of the cores it may use.")
 
 
 class OutputKeys(Group):

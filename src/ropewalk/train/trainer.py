@@ -344,7 +344,8 @@ def _set_threads(prepared: Prepared, world: World) -> None:
     """The same count on every start of a run: sums over threads are not associative, and a resumed run must give the same bits."""
     recorded = prepared.folder.record.get("threads")
     asked = prepared.run.num_threads or recorded or int(os.environ.get("OMP_NUM_THREADS", "0"))
-    threads = asked or max(1, usable_cores() // world.size)
+    # Half of them: two threads that share a core's units, or a busy machine, are slower than one. Never a function of the load.
+    threads = asked or max(1, usable_cores() // 2 // world.size)
     torch.set_num_threads(threads)
     if world.leads and not recorded:
         prepared.folder.write_record(threads=threads)
