@@ -168,7 +168,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
     run = load_run(arguments.config, arguments.overrides)
     trusted = arguments.trust_remote_code
     prepared = prepare(run, restart=arguments.restart, trust_remote_code=trusted)
-    if arguments.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if arguments.processes > 1 and "WORLD_SIZE" not in os.environ and not prepared.folder.finished:
         prepared.folder.close()
         from ropewalk.train.launch import launch
 

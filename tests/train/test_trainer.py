@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from ropewalk.cli import main
 from ropewalk.config.run import load_run
 from ropewalk.errors import ConfigError, ModelError, TrainingStopped
 from ropewalk.train.progress import read_events
@@ -171,11 +172,13 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch(config, monkeypatch):
         run(config())
 
 
-def test_a_finished_run_is_not_trained_again(config, tmp_path):
+def test_a_finished_run_is_not_trained_again(config, capsys):
     path = config()
     first = run(path)
-    again = run(path)
-    assert again == first
+    assert train(load_run(path)) == first
+    assert "finished; --restart moves it aside" in capsys.readouterr().err
+    assert main(["train", str(path), "--processes", "2"]) == 0
+    assert "finished; --restart moves it aside" in capsys.readouterr().err
 
 
 def test_another_configuration_in_the_same_folder_is_refused_and_restart_moves_the_old_run_aside(config, tmp_path):

@@ -88,6 +88,14 @@ def open_folder(path: Path, config: Mapping[str, Any], *, restart: bool = False)
     return folder
 
 
+def join_folder(path: Path) -> RunFolder:
+    """The folder as a process sees it that does not write there: what the writing one has recorded."""
+    folder = RunFolder(path)
+    if (path / "run.json").exists():
+        folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return folder
+
+
 def versions() -> dict[str, str]:
     """The packages that decide a run's numbers."""
     found = {"python": platform.python_version()}

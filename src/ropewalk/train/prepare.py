@@ -11,7 +11,7 @@ from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
 from ropewalk.data.dataset import Data, open_data
 from ropewalk.models.hub import ensure_tokenizer, resolve_base
-from ropewalk.train.folder import RunFolder, open_folder
+from ropewalk.train.folder import RunFolder, join_folder, open_folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Prepared:
 def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
     path = Path(run.output_dir)
-    folder = open_folder(path, run.model_dump(mode="json"), restart=restart or not run.resumes) if leads() else RunFolder(path)
+    folder = (
+        open_folder(path, run.model_dump(mode="json"), restart=restart or not run.resumes) if leads() else join_folder(path)
+    )
     try:
         told = None if quiet else tell
         base = resolve_base(run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=told)

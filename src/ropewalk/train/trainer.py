@@ -32,7 +32,7 @@ from ropewalk.train.distributed import World, join_world
 from ropewalk.train.folder import usable_cores
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
 from ropewalk.train.pace import Pace, Step
-from ropewalk.train.prepare import Prepared, prepare
+from ropewalk.train.prepare import Prepared, leads, prepare, tell
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.trackers import Tracker, start_trackers
@@ -63,6 +63,8 @@ def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
     """Trains what `prepare` made ready."""
     if prepared.folder.finished:
         prepared.folder.close()
+        if not quiet and leads():
+            tell(f"{prepared.folder.path} holds this run, finished; --restart moves it aside and trains anew")
         return Result(**prepared.folder.record["result"] | _paths(prepared))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with join_world(device) as world:
@@ -326,7 +328,7 @@ class Fit:
     def _open_logs(self) -> None:
         if self.world.leads:
             self.checkpoints.clear_unfinished()
-            self.log = EventLog(self.folder.events, keep_to_step=self.position.step)
+            self.log = EventLog(self.folder.events, keep_to_step=self.position.step or None)
             self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.model_dump(mode="json"))
             if self.position.step == 0:
                 self.log.write("start", step=0, steps=self.pace.total, rows=len(self.prepared.data.train))
