@@ -364,3 +364,7 @@ def test_rows_left_out_are_told_in_the_event_log(config, tmp_path, rows):
     (bad,) = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "bad_row"]
     assert bad["line"] == 25
     assert bad["path"].endswith("some.jsonl")
+
+
+def test_a_large_seed_is_a_seed(config):
+    assert run(config(seed=2**40 + 7, max_steps=1)).steps == 1

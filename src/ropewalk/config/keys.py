@@ -28,7 +28,6 @@ def _word(value: Any) -> Any:
     return "no" if value is False else value
 
 
-Whole = Annotated[int, BeforeValidator(_not_a_switch)]
 Count = Annotated[int, BeforeValidator(_not_a_switch), Field(ge=0)]
 Dropout = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, lt=1)]
 AboveZero = Annotated[float, BeforeValidator(_not_a_switch), Field(gt=0, allow_inf_nan=False)]
@@ -279,7 +278,7 @@ class TrainingKeys(Group):
     activation_offloading: bool | Literal["legacy", "hidden_states"] | None = key(
         "The same as gradient_checkpointing: offload."
     )
-    seed: Whole = key("Seed of everything random.", 42)
+    seed: Count = key("Seed of everything random.", 42)
     num_threads: Positive | None = key("Own: threads of the CPU; default: OMP_NUM_THREADS, else half of the cores it may use.")
 
 

@@ -6,6 +6,7 @@ is random inside a step is drawn from (seed, step, rank), and weights and optimi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import resource
@@ -66,7 +67,7 @@ def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
         if not quiet and leads():
             tell(f"{prepared.folder.path} holds this run, finished; --restart moves it aside and trains anew")
         return Result(**prepared.folder.record["result"] | _paths(prepared))
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     with join_world(device) as world:
         _set_threads(prepared, world)
         try:
@@ -133,10 +134,10 @@ class Fit:
         with self.screen, _asked_to_stop() as asked:
             self.screen.begin(self.position.step)
             for number in range(self.position.step, self.pace.total):
-                self._step(self.pace.at(number))
-                enough = self._after_step()
-                if enough:
+                if self._out_of_patience():
                     break
+                self._step(self.pace.at(number))
+                self._after_step()
                 if self.world.sum([len(asked)])[0]:
                     self._save()
                     total = self.pace.total
@@ -147,7 +148,7 @@ class Fit:
         """One optimizer step over this process's share of the step's micro-batches."""
         begun = time.perf_counter()
         self.pupil.choose_layers(step.number)
-        torch.manual_seed((self.config.seed << 40) + (step.number << 10) + self.world.rank)
+        torch.manual_seed(_seed(self.config.seed, step.number, self.world.rank))
         epoch = self.pace.batches(step.epoch)
         mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
         trained, tokens = self.world.sum([sum(b.trained for b in mine), sum(b.tokens for b in mine)])
@@ -178,23 +179,25 @@ class Fit:
         self._watch(loss)
         self._tell_step(loss, norm, factor, int(tokens), time.perf_counter() - begun)
 
-    def _after_step(self) -> bool:
-        """Evaluates and saves where due; whether early stopping says that it is enough."""
+    def _after_step(self) -> None:
+        """Evaluates and saves where due."""
         step, config = self.position.step, self.config
         last = step == self.pace.total
-        enough = False
         if self.prepared.data.evaluation is not None and (last or _due(step, self.evaluates_every)):
-            enough = self._evaluate()
+            self._evaluate()
         best = self.position.best_step == step
         wanted = best if config.save_strategy == "best" else _due(step, self.saves_every)
-        if last or enough or wanted or (step == 1 and config.save_first_step) or (best and self._takes_best()):
+        if last or self._out_of_patience() or wanted or (step == 1 and config.save_first_step) or (best and self._takes_best()):
             self._save()
-        return enough
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.position.bad_evaluations >= patience
 
     def _takes_best(self) -> bool:
         return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self) -> None:
         rows = self.prepared.data.evaluation
         assert rows is not None
         found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
@@ -214,8 +217,6 @@ class Fit:
         values = {"step": self.position.step, "loss": loss, "trained": int(trained), "best": best}
         self._tell("eval", values, {"eval/loss": loss})
         self.screen.evaluated(values)
-        patience = self.config.early_stopping_patience
-        return bool(patience) and self.position.bad_evaluations >= int(patience or 0)
 
     def _save(self) -> None:
         if self.world.leads:
@@ -342,6 +343,14 @@ class Fit:
             tracker.close()
 
 
+def _device() -> torch.device:
+    """This process's own GPU where there are any, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _set_threads(prepared: Prepared, world: World) -> None:
     """The same count on every start of a run: sums over threads are not associative, and a resumed run must give the same bits."""
     recorded = prepared.folder.record.get("threads")
@@ -351,6 +360,11 @@ def _set_threads(prepared: Prepared, world: World) -> None:
     torch.set_num_threads(threads)
     if world.leads and not recorded:
         prepared.folder.write_record(threads=threads)
+
+
+def _seed(*parts: int) -> int:
+    """One seed for what is random in a step of a process: 63 bits that no two of them share."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _due(step: int, every: int) -> bool:
