@@ -252,6 +252,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(config, tmp_path):
     command = [sys.executable, "-m", "ropewalk", "train", str(path)]
     worker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "events.jsonl").exists() or len(losses(tmp_path / "run")) < 3:
+        assert worker.poll() is None, worker.communicate()[1]
         time.sleep(0.02)
     worker.send_signal(signal.SIGINT)
     _, said = worker.communicate()

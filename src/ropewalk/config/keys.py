@@ -286,7 +286,9 @@ class OutputKeys(Group):
     """Evaluation, saving and logging"""
 
     output_dir: str = key("Where adapter, checkpoints, events and plots go.", "./model-out")
-    logging_steps: Positive | None = key("Write an event every so many steps; default every step.")
+    logging_steps: Positive | None = key(
+        "Outside a terminal, print a line every so many steps; default every step. events.jsonl holds them all."
+    )
     eval_strategy: Moment | None = key("no, steps or epoch; default from the keys below.", alias="evaluation_strategy")
     eval_steps: Number | None = key("Evaluate every so many steps, or below 1: share of all steps.")
     evals_per_epoch: Count | None = key("Evaluate so many times per epoch.")

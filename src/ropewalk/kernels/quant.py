@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-Format = Literal["nf4", "int8"]
 
 BLOCK = 64
 MAXIMA = 256  # block maxima that share one scale in double quantisation

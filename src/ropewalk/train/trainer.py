@@ -6,14 +6,8 @@ is random inside a step is drawn from (seed, step, rank), and weights and optimi
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +24,10 @@ from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
-from ropewalk.train.folder import usable_cores
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
 from ropewalk.train.pace import Pace, Step
 from ropewalk.train.prepare import Prepared, leads, prepare, tell
+from ropewalk.train.process import asked_to_stop, own_device, peak_memory, set_threads, step_seed
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.trackers import Tracker, start_trackers
@@ -67,9 +61,9 @@ def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
         if not quiet and leads():
             tell(f"{prepared.folder.path} holds this run, finished; --restart moves it aside and trains anew")
         return Result(**prepared.folder.record["result"] | _paths(prepared))
-    device = _device()
+    device = own_device()
     with join_world(device) as world:
-        _set_threads(prepared, world)
+        set_threads(prepared, world)
         try:
             return Fit(prepared, device, world, quiet=quiet or not world.leads).run()
         finally:
@@ -131,7 +125,7 @@ class Fit:
     def _train(self) -> Result:
         started = time.monotonic()
         tokens_before = self.position.tokens
-        with self.screen, _asked_to_stop() as asked:
+        with self.screen, asked_to_stop() as asked:
             self.screen.begin(self.position.step)
             for number in range(self.position.step, self.pace.total):
                 if self._out_of_patience():
@@ -148,7 +142,7 @@ class Fit:
         """One optimizer step over this process's share of the step's micro-batches."""
         begun = time.perf_counter()
         self.pupil.choose_layers(step.number)
-        torch.manual_seed(_seed(self.config.seed, step.number, self.world.rank))
+        torch.manual_seed(step_seed(self.config.seed, step.number, self.world.rank))
         epoch = self.pace.batches(step.epoch)
         mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
         trained, tokens = self.world.sum([sum(b.trained for b in mine), sum(b.tokens for b in mine)])
@@ -241,7 +235,7 @@ class Fit:
             tokens=self.position.tokens,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             seconds=seconds,
-            peak_memory=_peak_memory(self.device),
+            peak_memory=peak_memory(self.device),
             **_paths(self.prepared),
         )
         if self.world.leads:
@@ -313,7 +307,7 @@ class Fit:
             "tokens": self.position.tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
-            "memory": _peak_memory(self.device),
+            "memory": peak_memory(self.device),
         }
         numbers = {f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second")}
         self._tell("step", values, numbers)
@@ -343,30 +337,6 @@ class Fit:
             tracker.close()
 
 
-def _device() -> torch.device:
-    """This process's own GPU where there are any, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _set_threads(prepared: Prepared, world: World) -> None:
-    """The same count on every start of a run: sums over threads are not associative, and a resumed run must give the same bits."""
-    recorded = prepared.folder.record.get("threads")
-    asked = prepared.run.num_threads or recorded or int(os.environ.get("OMP_NUM_THREADS", "0"))
-    # Half of them: two threads that share a core's units, or a busy machine, are slower than one. Never a function of the load.
-    threads = asked or max(1, usable_cores() // 2 // world.size)
-    torch.set_num_threads(threads)
-    if world.leads and not recorded:
-        prepared.folder.write_record(threads=threads)
-
-
-def _seed(*parts: int) -> int:
-    """One seed for what is random in a step of a process: 63 bits that no two of them share."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -374,31 +344,3 @@ def _due(step: int, every: int) -> bool:
 def _paths(prepared: Prepared) -> dict[str, Path]:
     folder = prepared.folder.path
     return {"folder": folder, "adapter": folder / ("adapter" if prepared.run.adapter else "model")}
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives; the step under way is finished first. A second Ctrl-C ends at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
