@@ -6,8 +6,19 @@
     │   ├── DataError                                                  a row, a column or a file of training data
     │   ├── ModelError                                                 a base, a tokenizer or an adapter that cannot be used
     │   ├── OutputError                                                a folder that cannot be written
-    │   └── MissingExtra                                               an optional package that is not installed
+    │   ├── MissingExtra                                               an optional package that is not installed
+    │   ├── QuotaExceeded                                              no room left under a limit of bytes or files
+    │   ├── NotDownloadable                                            a file whose workspace keeps it from being downloaded
+    │   ├── DocumentError                                              a file that cannot be read as a document
+    │   └── SandboxFailed                                              work that ran past its limits of time or memory
+    ├── AuthenticationFailed      401 authentication_error    exit 2   no key, or one that opens nothing
+    ├── PermissionDenied          403 permission_error        exit 2   a key that may not do this
     ├── NotFound                  404 not_found_error         exit 2   an id or a name that nobody knows
+    │   └── FileExpired                                                a file whose hour has passed
+    ├── TooLarge                  413 request_too_large       exit 2   more bytes than may be sent
+    ├── RateLimited               429 rate_limit_error        exit 1   too many requests in a minute
+    ├── Overloaded                529 overloaded_error        exit 1   no room to work on this now
+    ├── DamagedContent            500 api_error               exit 1   stored bytes that are not those that were stored
     ├── TrainingStopped                                       exit 1   a run that cannot go on: a NaN, a dead worker
     └── VerificationFailed                                    exit 1   a result that differs from what it must equal
 
@@ -26,6 +37,7 @@ class RopewalkError(Exception):
     status = 500
     claude_type = "api_error"
     exit_code = 1
+    error_code: str | None = None  # `error.details.error_code`, by which the SDK chooses the class it raises
 
 
 class BadInput(RopewalkError):
@@ -71,12 +83,84 @@ class MissingExtra(BadInput):
         super().__init__(f"{why} needs the package '{package}', which is not installed: pip install 'ropewalk[{extra}]'")
 
 
+class QuotaExceeded(BadInput):
+    """No room left under a limit of bytes or files."""
+
+    error_code = "storage_quota_exceeded"
+
+
+class NotDownloadable(BadInput):
+    """A file whose workspace keeps it from being downloaded."""
+
+    error_code = "file_not_downloadable"
+
+
+class DocumentError(BadInput):
+    """A file that cannot be read as a document."""
+
+
+class SandboxFailed(BadInput):
+    """Work that ran past its limits of time or memory, or crashed."""
+
+
+class AuthenticationFailed(RopewalkError):
+    """No key, or one that opens nothing."""
+
+    status = 401
+    claude_type = "authentication_error"
+    exit_code = 2
+
+
+class PermissionDenied(RopewalkError):
+    """A key that may not do this."""
+
+    status = 403
+    claude_type = "permission_error"
+    exit_code = 2
+
+
 class NotFound(RopewalkError):
     """An id or a name that nobody knows."""
 
     status = 404
     claude_type = "not_found_error"
     exit_code = 2
+
+
+class FileExpired(NotFound):
+    """A file whose hour has passed."""
+
+    error_code = "file_expired"
+
+
+class TooLarge(RopewalkError):
+    """More bytes than may be sent."""
+
+    status = 413
+    claude_type = "request_too_large"
+    exit_code = 2
+
+
+class RateLimited(RopewalkError):
+    """Too many requests in a minute."""
+
+    status = 429
+    claude_type = "rate_limit_error"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
+class Overloaded(RopewalkError):
+    """No room to work on this now."""
+
+    status = 529
+    claude_type = "overloaded_error"
+
+
+class DamagedContent(RopewalkError):
+    """Stored bytes that are not those that were stored."""
 
 
 class TrainingStopped(RopewalkError):

@@ -1,0 +1,84 @@
+"""The tables of files: what is stored, under which name, who refers to it, and what is yet to be erased."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Index, LargeBinary, Table, Text, UniqueConstraint
+
+from ropewalk.database import metadata
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("id", Text, primary_key=True),  # its name in the blob store; never used twice
+    Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
+    Column("content_hmac", LargeBinary, nullable=False),  # of the SHA-256, under a key of the workspace
+    Column("size", BigInteger, nullable=False),
+    Column("sealed_key", LargeBinary, nullable=False),  # the data key, wrapped by the workspace's key
+    Column("refs", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("verified_at", BigInteger),
+    Column("damaged_at", BigInteger),
+    UniqueConstraint("workspace_id", "content_hmac"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
+    Column("user_id", Text),
+    Column("key_id", Text),
+    Column("blob_id", Text, ForeignKey("blobs.id")),  # null once expired
+    Column("filename", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("expired_at", BigInteger),  # when the bytes were given back
+    Index("files_workspace_created", "workspace_id", "created_at", "id"),
+    Index("files_blob", "blob_id"),
+    Index("files_expires", "expires_at"),
+)
+
+uploads = Table(  # uploads in flight: what they have reserved, and until when they are believed alive
+    "uploads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("organization_id", Text, nullable=False),
+    Column("workspace_id", Text, nullable=False),
+    Column("user_id", Text),
+    Column("key_id", Text),
+    Column("reserved_bytes", BigInteger, nullable=False),
+    Column("lease_until", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+derived = Table(  # everything made from a file; dies with it
+    "derived",
+    metadata,
+    Column("owner", Text, primary_key=True),  # a blob's id, or a file's
+    Column("kind", Text, primary_key=True),  # text, tokens, ...
+    Column("name", Text, primary_key=True),
+    Column("place", Text, nullable=False),  # blobs: a name in the blob store; path: a file or folder of this machine
+    Column("stored", Text, nullable=False),  # that name, or that path
+    Column("size", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+erasures = Table(  # bytes that no row refers to any more; erased after the commit, and by the sweep if that was cut short
+    "erasures",
+    metadata,
+    Column("place", Text, primary_key=True),
+    Column("stored", Text, primary_key=True),
+)
+
+deletions = Table(  # the chain of receipts
+    "deletions",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("workspace_id", Text, nullable=False),
+    Column("receipt", Text, nullable=False),  # canonical JSON, as signed
+    Column("created_at", BigInteger, nullable=False),
+)

@@ -1,0 +1,12 @@
+"""How Alembic runs here: on the connection it is given, in that connection's transaction."""
+
+from alembic import context
+
+import ropewalk.files.tables
+import ropewalk.tenants.tables  # noqa: F401  (both put their tables into `metadata`)
+from ropewalk.database import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True, transactional_ddl=False
+)
+context.run_migrations()

@@ -1,0 +1,91 @@
+"""The tables of who may ask: organisations, workspaces, keys, what they use, and what they did."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text
+
+from ropewalk.database import metadata
+
+organizations = Table(
+    "organizations",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+workspaces = Table(
+    "workspaces",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("organization_id", Text, ForeignKey("organizations.id"), nullable=False),
+    Column("name", Text, nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    Column("sealed_key", LargeBinary),  # the workspace's key, wrapped by the root key; gone when the workspace is deleted
+    Column("requests_per_minute", Integer),
+    Column("downloads", Text, nullable=False, server_default="owner"),  # owner | nobody: may uploads be downloaded
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("organization_id", Text, ForeignKey("organizations.id"), nullable=False),
+    Column("workspace_id", Text, ForeignKey("workspaces.id")),  # null: every workspace
+    Column("digest", LargeBinary, nullable=False, unique=True),  # HMAC-SHA-256 of the secret under the pepper
+    Column("hint", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("rights", Text, nullable=False),  # a JSON list
+    Column("user_id", Text),  # the one user it may act for
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("scope", Text, primary_key=True),  # organization | workspace | key | user
+    Column("id", Text, primary_key=True),  # a user's is WORKSPACE/USER
+    Column("used_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("reserved_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("used_files", BigInteger, nullable=False, server_default="0"),
+    Column("reserved_files", BigInteger, nullable=False, server_default="0"),
+    Column("limit_bytes", BigInteger),
+    Column("limit_files", BigInteger),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("organization_id", Text),
+    Column("workspace_id", Text),
+    Column("key_id", Text),
+    Column("user_id", Text),
+    Column("action", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("detail", Text, nullable=False),  # canonical JSON
+    Column("previous", LargeBinary, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Index("audit_workspace_at", "workspace_id", "at"),
+)
+
+chains = Table(
+    "chains",
+    metadata,
+    Column("name", Text, primary_key=True),  # audit | receipts
+    Column("seq", BigInteger, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", Text, primary_key=True),  # pepper | signing | cursor | check
+    Column("sealed", LargeBinary, nullable=False),
+)
