@@ -1,0 +1,234 @@
+"""Receipts of deletions: what was erased and when, signed with the server's Ed25519 key, each naming the one before it.
+
+A receipt holds the SHA-256 of the file's id and never the id or the file's name, so that the log of receipts, which outlives the
+files, tells a stranger nothing; the owner, who knows the id, can show which file a receipt is of. The commit that stores a
+receipt is the one that destroys the data key, so the content cannot be read again even where its sealed bytes are erased later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from sqlalchemy import insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ropewalk.database import now
+from ropewalk.errors import BadInput, NotFound, VerificationFailed
+from ropewalk.files.tables import deletions
+from ropewalk.tenants.tables import chains
+
+CHAIN = "receipts"
+FIRST = "0" * 64  # the digest before the first receipt's
+
+# erased: no other file held these bytes, their data key is destroyed; shared: other files of the workspace hold equal bytes, which
+# stay for them; expired: the bytes had been erased when the file expired.
+ContentFate: TypeAlias = Literal["erased", "shared", "expired"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One deletion."""
+
+    sequence: int
+    previous: str  # digest of the receipt before this one
+    file_id_sha256: str
+    workspace_id: str
+    sha256: str
+    size_bytes: int
+    created_at: str
+    deleted_at: str
+    content: ContentFate
+    shared_with: int  # other files of the workspace that hold equal bytes
+    derived: tuple[str, ...]  # kinds of what was made from the file and erased with it
+    adapters: tuple[str, ...]  # published adapters trained on the file; what they learnt cannot be erased
+    key_id: str
+    signature: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as its JSON object."""
+        return {"type": "deletion_receipt", **asdict(self), "derived": list(self.derived), "adapters": list(self.adapters)}
+
+    def as_json(self) -> str:
+        """The one text that stands for it: what is signed, chained and stored."""
+        return _canonical(self.as_dict()).decode()
+
+    def sign(self, key: Ed25519PrivateKey) -> Receipt:
+        """The same receipt with the key's id and signature."""
+        named = replace(self, key_id=key_id(key.public_key()), signature="")
+        return replace(named, signature=key.sign(_signed_bytes(named.as_dict())).hex())
+
+    def digest(self) -> str:
+        """What the next receipt names as its previous."""
+        return hashlib.sha256(self.as_json().encode()).hexdigest()
+
+    def is_of(self, file_id: str) -> bool:
+        """Whether this is the receipt of that file."""
+        return self.file_id_sha256 == id_digest(file_id)
+
+
+async def issue(
+    connection: AsyncConnection,
+    key: Ed25519PrivateKey,
+    *,
+    file_id: str,
+    workspace_id: str,
+    sha256: str,
+    size: int,
+    created_at: int,
+    content: ContentFate,
+    shared_with: int = 0,
+    derived: Iterable[str] = (),
+    adapters: Iterable[str] = (),
+) -> Receipt:
+    """Appends a receipt to the chain, inside the transaction that deletes the file."""
+    sequence, head = await _next_place(connection)
+    deleted_at = now()
+    receipt = Receipt(
+        sequence=sequence,
+        previous=head.hex(),
+        file_id_sha256=id_digest(file_id),
+        workspace_id=workspace_id,
+        sha256=sha256,
+        size_bytes=size,
+        created_at=timestamp(created_at),
+        deleted_at=timestamp(deleted_at),
+        content=content,
+        shared_with=shared_with,
+        derived=tuple(sorted(set(derived))),
+        adapters=tuple(sorted(set(adapters))),
+        key_id="",
+    ).sign(key)
+    row = {"seq": sequence, "workspace_id": workspace_id, "receipt": receipt.as_json(), "created_at": deleted_at}
+    await connection.execute(insert(deletions).values(row))
+    await connection.execute(update(chains).where(chains.c.name == CHAIN).values(head=bytes.fromhex(receipt.digest())))
+    return receipt
+
+
+async def _next_place(connection: AsyncConnection) -> tuple[int, bytes]:
+    """The next sequence number and the digest of the last receipt; whoever comes after waits until this transaction ends."""
+    advance = update(chains).where(chains.c.name == CHAIN).values(seq=chains.c.seq + 1).returning(chains.c.seq, chains.c.head)
+    row = (await connection.execute(advance)).one_or_none()
+    if row is None:
+        begin = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+        first = begin(chains).values(name=CHAIN, seq=0, head=bytes.fromhex(FIRST)).on_conflict_do_nothing()
+        await connection.execute(first)
+        row = (await connection.execute(advance)).one()
+    return row.seq, row.head
+
+
+async def issued(connection: AsyncConnection) -> list[Receipt]:
+    """All receipts in order, as they were signed."""
+    rows = await connection.execute(select(deletions.c.receipt).order_by(deletions.c.seq))
+    return [parse(json.loads(text)) for text in rows.scalars()]
+
+
+def id_digest(file_id: str) -> str:
+    """How a receipt names a file."""
+    return hashlib.sha256(file_id.encode()).hexdigest()
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """A short name for a public key: the beginning of its SHA-256."""
+    return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
+
+
+def verify(receipt: Mapping[str, Any], public_key: Ed25519PublicKey) -> Receipt:
+    """The receipt, if the key signed exactly this."""
+    named = receipt.get("key_id")
+    if named != key_id(public_key):
+        raise VerificationFailed(f"the receipt names the key '{named}', and the key at hand is '{key_id(public_key)}'")
+    signature = receipt.get("signature")
+    try:
+        raw = bytes.fromhex(signature) if isinstance(signature, str) else b""
+        if raw.hex() != signature:
+            raise ValueError(signature)
+        public_key.verify(raw, _signed_bytes(receipt))
+    except (ValueError, InvalidSignature):
+        raise VerificationFailed("the receipt's signature does not match: it was changed, or another key made it") from None
+    return parse(receipt)
+
+
+def verify_chain(receipts: Sequence[Receipt], public_key: Ed25519PublicKey) -> None:
+    """Every signature, and that each receipt follows the one before it; all receipts from the first on, in order."""
+    previous = FIRST
+    for number, receipt in enumerate(receipts, 1):
+        verify(receipt.as_dict(), public_key)
+        if (receipt.sequence, receipt.previous) != (number, previous):
+            raise VerificationFailed(
+                f"receipt {receipt.sequence} does not follow receipt {number - 1}: one was taken out or put in"
+            )
+        previous = receipt.digest()
+
+
+def parse(receipt: Mapping[str, Any]) -> Receipt:
+    """A JSON object as a receipt."""
+    expected = {"type", *(field.name for field in fields(Receipt))}
+    if set(receipt) != expected or receipt["type"] != "deletion_receipt":
+        wrong = sorted(set(receipt) ^ expected) or [f"type '{receipt['type']}'"]
+        raise VerificationFailed(f"this is no receipt of a deletion; missing or unknown: {', '.join(wrong)}")
+    values: dict[str, Any] = {name: value for name, value in receipt.items() if name != "type"}
+    for name in ("derived", "adapters"):
+        values[name] = tuple(values[name])
+    return Receipt(**values)
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """A receipt's file; two values under one key are refused, since only one of them would be looked at."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except OSError as error:
+        raise NotFound(f"cannot read the receipt '{path}': {error.strerror or error}") from error
+    except ValueError as error:  # malformed JSON or malformed UTF-8 too
+        raise VerificationFailed(f"'{path}' is no receipt: {error}") from error
+    if not isinstance(found, dict):
+        raise VerificationFailed(f"'{path}' is no receipt: expected one JSON object")
+    return found
+
+
+def public_pem(key: Ed25519PublicKey) -> str:
+    """A public key as text, as `ropewalk files receipt-key` prints it."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def read_public_key(path: Path) -> Ed25519PublicKey:
+    """The public key that `ropewalk files receipt-key` printed."""
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise NotFound(f"cannot read the key '{path}': {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInput(f"'{path}' holds no public key in PEM; `ropewalk files receipt-key` prints one") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise BadInput(f"the key in '{path}' is no Ed25519 key; `ropewalk files receipt-key` prints the one to use")
+    return key
+
+
+def timestamp(microseconds: int) -> str:
+    """A database time as RFC 3339, to the microsecond."""
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).strftime(f"%Y-%m-%dT%H:%M:%S.{rest:06d}Z")
+
+
+def _signed_bytes(receipt: Mapping[str, Any]) -> bytes:
+    return _canonical({name: value for name, value in receipt.items() if name != "signature"})
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    # All values are texts, whole numbers and lists of texts, for which sorted keys without blanks are one form only.
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
