@@ -31,6 +31,8 @@ class Environment:
     # Packages that pull in builds for another torch and that text training does not need, but that break on import.
     without: tuple[str, ...] = ()
     libraries_off: tuple[str, ...] = ()  # the same where the package must stay: only its compiled part is moved away
+    torch: bool = True
+    python: tuple[int, int] = (3, 11)  # the oldest it runs on
 
     @property
     def folder(self) -> Path:
@@ -47,7 +49,7 @@ class Environment:
     def ensure(self, *, install: bool) -> dict[str, str]:
         """The versions of what is there; installs what is missing, or raises NotInstalled with the reason."""
         stamp = self.folder / "ready.json"
-        key = json.dumps([TORCH, self.requirements, self.without, self.libraries_off])
+        key = json.dumps([TORCH if self.torch else "", self.requirements, self.without, self.libraries_off])
         if stamp.exists() and (found := json.loads(stamp.read_text()))["key"] == key:
             versions: dict[str, str] = found["versions"]
             return versions
@@ -63,17 +65,27 @@ class Environment:
         (FOLDER / ".gitignore").write_text("*\n")
         log = FOLDER / f"{self.name}.install.log"
         if not (self.folder / "bin" / "python").exists():
-            self._do([sys.executable, "-m", "venv", str(self.folder)], log)
+            self._do([self._interpreter(), "-m", "venv", str(self.folder)], log)
         pip = [self.program("python"), "-m", "pip", "--disable-pip-version-check"]
         # Older pips resolve the largest of these by downloading many versions.
         self._do([*pip, "install", "--upgrade", "pip"], log)
-        self._do([*pip, "install", TORCH, *self.requirements], log)
+        self._do([*pip, "install", *[TORCH] * self.torch, *self.requirements], log)
         if self.without:
             self._do([*pip, "uninstall", "--yes", *self.without], log)
         for name in self.libraries_off:
             for path in self.folder.glob(f"lib/python*/site-packages/{name}/lib"):
                 shutil.move(path, path.with_name("lib.off"))
         self._do(list(self.probe), log, more=self.variables | OFFLINE)
+
+    def _interpreter(self) -> str:
+        """A Python that is new enough: ours, one on PATH, or one that pyenv keeps."""
+        code = f"import sys, venv, ensurepip; sys.exit(sys.version_info < {self.python})"
+        kept = sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
+        for candidate in (sys.executable, "python3.12", "python3.13", *kept):
+            program = shutil.which(candidate)
+            if program and not subprocess.run([program, "-c", code], capture_output=True, check=False).returncode:
+                return program
+        raise NotInstalled(f"needs Python {self.python[0]}.{self.python[1]} or newer, and none was found")
 
     def _do(self, command: Sequence[str], log: Path, more: dict[str, str] | None = None) -> None:
         with log.open("ab") as file:
@@ -118,3 +130,4 @@ LLAMAFACTORY = Environment(
     without=("torchvision",),
     libraries_off=("torchaudio",),
 )
+OGX = Environment("ogx", ("ogx==1.5.0",), ("ogx", "--help"), ("ogx",), torch=False, python=(3, 12))
