@@ -257,7 +257,7 @@ def _run_base_make(arguments: argparse.Namespace) -> int:
 
 
 def _registry() -> Registry:
-    from ropewalk.files.store import home
+    from ropewalk.files.local import home
     from ropewalk.registry import Registry
 
     return Registry(home() / "registry")
@@ -330,14 +330,14 @@ def _files(verbs: Verbs) -> None:
 
 
 def _run_files_put(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.store import open_store
+    from ropewalk.files.local import open_store
 
     print(open_store().put(arguments.path).id)
     return 0
 
 
 def _run_files_list(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.store import open_store
+    from ropewalk.files.local import open_store
 
     for file in open_store().list():
         print(f"{file.id}  {file.size:>12}  {file.filename}")
@@ -345,7 +345,7 @@ def _run_files_list(arguments: argparse.Namespace) -> int:
 
 
 def _run_files_delete(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.store import open_store
+    from ropewalk.files.local import open_store
 
     open_store().delete(arguments.id)
     return 0

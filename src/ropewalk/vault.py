@@ -6,8 +6,8 @@
 
 Sealed bytes are chunks of CHUNK plain bytes, each AES-256-GCM under the data key (NIST SP 800-38D). The nonce of a chunk is its
 number and whether it is the last, so that no chunk can be moved, dropped or cut off unnoticed (the STREAM construction, Hoang et
-al., "Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance", 2015); a data key seals one name once, so that no
-nonce is used twice.
+al., "Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance", 2015). Each name is sealed under a key of its own, derived
+from the data key, and is written once, so that no nonce is used twice.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Sealer:
     """Seals one stream of bytes, chunk after chunk."""
 
     def __init__(self, key: bytes, name: str) -> None:
-        self._cipher, self._name, self._index = AESGCM(key), name.encode(), 0
+        self._cipher, self._name, self._index = AESGCM(derive(key, name)), name.encode(), 0
 
     def seal(self, plain: bytes | memoryview, last: bool) -> bytes:
         """The next chunk: CHUNK plain bytes, or fewer in the last."""
@@ -79,7 +79,7 @@ class Opener:
     """Opens chunks of one stream, in any order."""
 
     def __init__(self, key: bytes, name: str) -> None:
-        self._cipher, self._name = AESGCM(key), name
+        self._cipher, self._name = AESGCM(derive(key, name)), name
 
     def open(self, sealed: bytes, index: int, last: bool) -> bytes:
         """The plain bytes of a chunk, or DamagedContent: never other bytes than were sealed."""

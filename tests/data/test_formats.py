@@ -14,7 +14,7 @@ from ropewalk.config.run import Run, parse_run
 from ropewalk.data.dataset import open_data, preview
 from ropewalk.data.formats import WITH_INPUT, WITHOUT_INPUT
 from ropewalk.errors import ConfigError, DataError
-from ropewalk.files.store import Store, home
+from ropewalk.files.local import Store, home
 
 CHAT = {"messages": [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "I am well"}]}
 SAID = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"

@@ -10,7 +10,7 @@ from ropewalk.checks import exact_match
 from ropewalk.compare.verdict import Verdict, compare
 from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
-from ropewalk.files.store import open_store
+from ropewalk.files.local import open_store
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.run import BASE
 from ropewalk.registry import Registry

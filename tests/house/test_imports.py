@@ -37,7 +37,7 @@ LIGHT = [
     "ropewalk.errors",
     "ropewalk.registry",
     "ropewalk.checks",
-    "ropewalk.files.store",
+    "ropewalk.files.local",
     "ropewalk.files.documents",
     "ropewalk.server.app",
     "ropewalk.sandbox",

@@ -29,7 +29,7 @@ from ropewalk.data.stream import Stream
 from ropewalk.data.tokenise import BadRow, Block, Tokeniser
 from ropewalk.data.workers import Progress, shown, tokenise
 from ropewalk.errors import ConfigError, DataError
-from ropewalk.files.store import home
+from ropewalk.files.local import home
 
 VERSION = 1  # of what is cached; a change of meaning here or in formats makes a new one
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 from ropewalk.config.run import DataSource
 from ropewalk.errors import ConfigError, DataError, MissingExtra
-from ropewalk.files.store import Store, home, is_id
+from ropewalk.files.local import Store, home, is_id
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 ENDINGS: dict[str, Kind] = {

@@ -26,7 +26,7 @@ from ropewalk.compare.verdict import Outcome, Verdict, compare
 from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.errors import OutputError
-from ropewalk.files.store import File, Store, home
+from ropewalk.files.local import File, Store, home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ropewalk.errors import NotFound, OutputError
-from ropewalk.files import store as store_module
-from ropewalk.files.store import Store, is_id, resolve
+from ropewalk.files import local as store_module
+from ropewalk.files.local import Store, is_id, resolve
 
 
 def test_bytes_come_back_under_their_id_and_digest(tmp_path: Path) -> None:
