@@ -5,7 +5,7 @@
     │   ├── ConfigError                                                a key or value of a configuration file
     │   ├── DataError                                                  a row, a column or a file of training data
     │   ├── ModelError                                                 a base, a tokenizer or an adapter that cannot be used
-    │   ├── OutputError                                                a folder that cannot be written
+    │   ├── OutputError           500 api_error                        a folder or bucket that cannot be written or reached
     │   ├── MissingExtra                                               an optional package that is not installed
     │   ├── QuotaExceeded                                              no room left under a limit of bytes or files
     │   ├── NotDownloadable                                            a file whose workspace keeps it from being downloaded
@@ -73,7 +73,10 @@ class ModelError(BadInput):
 
 
 class OutputError(BadInput):
-    """A folder that cannot be written."""
+    """A folder or bucket that cannot be written or reached: whoever runs the program named it, not whoever sends a request."""
+
+    status = 500
+    claude_type = "api_error"
 
 
 class MissingExtra(BadInput):
