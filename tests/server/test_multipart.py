@@ -1,5 +1,8 @@
 """Parts of a body: the same whatever its chunks, exact in their bytes, bounded in what they may ask for."""
 
+import itertools
+from contextlib import suppress
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -28,7 +31,7 @@ def parts_of(body: bytes, cuts: list[int]) -> list[tuple[Begin, bytes]]:
     """The parts that come out when the body goes in cut at these places."""
     form, found = Multipart(CONTENT_TYPE), []
     edges = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
-    for start, end in zip(edges, edges[1:]):
+    for start, end in itertools.pairwise(edges):
         for event in form.feed(body[start:end]):
             match event:
                 case Begin():
@@ -63,18 +66,14 @@ def test_any_chunking_of_any_body_gives_the_same_parts(contents, cuts):
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=6))
 def test_no_body_raises_anything_but_bad_input(body, cuts):
-    try:
-        parts_of(body, cuts)
-    except BadInput as error:
-        assert str(error)
+    with suppress(BadInput):
+        assert parts_of(body, cuts)
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=80))  # headers are read as Latin-1
 def test_no_content_type_raises_anything_but_bad_input(content_type):
-    try:
-        Multipart(content_type)
-    except BadInput as error:
-        assert "multipart/form-data" in str(error)
+    with suppress(BadInput):
+        assert Multipart(content_type).feed(b"") == []
 
 
 def test_a_part_without_a_filename_is_a_part_like_any_other():
