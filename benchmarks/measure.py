@@ -130,7 +130,7 @@ class _Tree:
         """Notes the memory of this moment and gives the CPU seconds so far."""
         rss = 0
         ticks = 0
-        for pid in _descendants(self.root):
+        for pid in descendants(self.root):
             try:
                 rss += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
                 # utime, stime, and those of children that ended and were waited for: fields 14 to 17 of proc(5)
@@ -144,7 +144,7 @@ class _Tree:
 
     def kill(self) -> None:
         """Ends the whole tree at once, children first."""
-        for pid in reversed(_descendants(self.root)):
+        for pid in reversed(descendants(self.root)):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -159,7 +159,7 @@ class _Tree:
             self.sample()
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
     """The process and everything below it, parents first."""
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
