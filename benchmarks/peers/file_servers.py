@@ -94,6 +94,8 @@ def ropewalk(folder: Path) -> Iterator[Server]:
     """`ropewalk serve` as anybody starts it: SQLite and a folder, encryption on; only the rate limit is lifted."""
     port = free_port()
     environment = {"ROPEWALK_ROOT_KEY": ROOT_KEY}
+    if not folder.exists():
+        asyncio.run(_with_a_key(folder))
     command = [sys.executable, "-m", "ropewalk", "serve", "--port", str(port), "--data", str(folder)]
     with _running(command, folder, environment) as (process, log):
         wait_for(port, "/health", process, log)
