@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-pytest_plugins = ["report"]
+pytest_plugins = ["report", "services"]
 
 SPECIALS = [
     *(
