@@ -10,7 +10,8 @@
     │   ├── QuotaExceeded                                              no room left under a limit of bytes or files
     │   ├── NotDownloadable                                            a file whose workspace keeps it from being downloaded
     │   ├── DocumentError                                              a file that cannot be read as a document
-    │   └── SandboxFailed                                              work that ran past its limits of time or memory
+    │   ├── SandboxFailed                                              work that ran past its limits of time or memory
+    │   └── UnreadableBody                                             a request's body that came too slowly, or encoded otherwise
     ├── AuthenticationFailed      401 authentication_error    exit 2   no key, or one that opens nothing
     ├── PermissionDenied          403 permission_error        exit 2   a key that may not do this
     ├── NotFound                  404 not_found_error         exit 2   an id or a name that nobody knows
@@ -99,11 +100,27 @@ class NotDownloadable(BadInput):
 
 
 class DocumentError(BadInput):
-    """A file that cannot be read as a document."""
+    """A file that cannot be read as a document; `details` goes to `error.details` beside the code."""
+
+    def __init__(self, message: str, error_code: str | None = None, **details: int | str) -> None:
+        super().__init__(message)
+        self.error_code, self.details = error_code, details
 
 
 class SandboxFailed(BadInput):
-    """Work that ran past its limits of time or memory, or crashed."""
+    """Work that ran past its limits, or crashed; the reason is 'time', 'memory', 'result', 'crash', 'killed' or 'failure'."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnreadableBody(BadInput):
+    """A request's body that came too slowly, or encoded otherwise than can be read."""
+
+    def __init__(self, message: str, error_code: str) -> None:
+        super().__init__(message)
+        self.error_code = error_code
 
 
 class AuthenticationFailed(RopewalkError):
