@@ -1,6 +1,7 @@
 # make run    the quickstart: the whole loop on a small model, on CPU, in minutes (FAST=1: the short form)
 # make test   checks and tests
 # make check  lint, format, types
+# make test-sdk  the official SDKs against a running server; needs node for the TypeScript one
 # make bench  ours beside its peers, which are installed into environments of their own
 # Each sets up what it needs in .venv and starts at once the second time.
 
@@ -24,6 +25,9 @@ check: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+test-sdk: .venv/dev.stamp
+	.venv/bin/python tests/sdk/run.py
+
 bench: .venv/dev.stamp
 	.venv/bin/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
@@ -42,6 +46,6 @@ bench: .venv/dev.stamp
 	@touch $@
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .sdk runs build dist
 
-.PHONY: run test check bench clean
+.PHONY: run test test-sdk check bench clean
