@@ -84,7 +84,11 @@ class Database:
         if self.dialect == "sqlite":
             async with self._turn, self._engine.connect() as connection:
                 raw = await connection.get_raw_connection()
-                await raw.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
+                driver: Any = raw.driver_connection
+                # Readers at work keep parts of the log in use; the next sweep tries again, writers need not wait for them here.
+                await driver.execute("PRAGMA busy_timeout=200")
+                await driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                await driver.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
 
     async def _migrate(self) -> None:
         async with self._turn, self._engine.execution_options(writes=True).begin() as connection:

@@ -9,7 +9,7 @@ from ropewalk.database import metadata
 blobs = Table(
     "blobs",
     metadata,
-    Column("id", Text, primary_key=True),  # its name in the blob store; never used twice
+    Column("id", Text, primary_key=True),  # its name in the blob store: that of the upload, random, never used twice
     Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
     Column("content_hmac", LargeBinary, nullable=False),  # of the SHA-256, under a key of the workspace
     Column("size", BigInteger, nullable=False),

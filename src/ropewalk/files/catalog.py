@@ -1,0 +1,155 @@
+"""The rows of files: what a caller may see of them, page by page."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ropewalk.database import now
+from ropewalk.errors import FileExpired, NotFound
+from ropewalk.files.tables import blobs, files
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.tables import workspaces
+
+ALPHABET = string.digits + string.ascii_letters
+ID_CHARACTERS = 24  # 142 bits
+
+Place = tuple[int, str]  # (created_at, id): where a file stands in a list
+
+
+@dataclass(frozen=True)
+class File:
+    """What is known about a file. Times are microseconds since the epoch, UTC."""
+
+    id: str
+    workspace_id: str
+    user_id: str | None
+    key_id: str | None
+    blob_id: str | None  # None once the bytes have been given back
+    filename: str
+    mime_type: str
+    size: int
+    sha256: str
+    tags: tuple[str, ...]
+    created_at: int
+    expires_at: int | None
+    expired_at: int | None  # when the bytes were given back
+    downloadable: bool
+
+    @property
+    def expired(self) -> bool:
+        """Whether its hour has passed, whether or not the sweep has been there."""
+        return self.expired_at is not None or (self.expires_at is not None and self.expires_at <= now())
+
+    @property
+    def place(self) -> Place:
+        return self.created_at, self.id
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A page of files, newest first, and whether there are more in the direction asked for."""
+
+    files: list[File]
+    more: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file and what opens its bytes."""
+
+    file: File
+    sealed_data_key: bytes
+    sealed_workspace_key: bytes
+
+
+def new_id(prefix: str) -> str:
+    """A random id: file_..., wrkspc_..."""
+    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(ID_CHARACTERS))
+
+
+def visible(caller: Caller) -> ColumnElement[bool]:
+    """Files of the caller's workspace, and of its user if it stands for one."""
+    mine = files.c.workspace_id == caller.workspace_id
+    return mine if caller.user_id is None else and_(mine, files.c.user_id == caller.user_id)
+
+
+def missing(id: str) -> NotFound:
+    """The same for an id that never was, that is deleted, and that is another's."""
+    return NotFound(f"File `{id}` not found.")
+
+
+async def find(connection: AsyncConnection, caller: Caller, id: str) -> File:
+    """One file, or NotFound."""
+    row = (await connection.execute(_selected().where(files.c.id == id, visible(caller)))).first()
+    if row is None:
+        raise missing(id)
+    return as_file(row)
+
+
+async def find_stored(connection: AsyncConnection, caller: Caller, id: str) -> Stored:
+    """One file with the keys to its bytes; FileExpired when its hour has passed."""
+    query = _selected(blobs.c.sealed_key.label("data_key"), workspaces.c.sealed_key.label("workspace_key")).outerjoin(
+        blobs, blobs.c.id == files.c.blob_id
+    )
+    row = (await connection.execute(query.where(files.c.id == id, visible(caller)))).first()
+    if row is None:
+        raise missing(id)
+    file = as_file(row)
+    if file.expired or row.data_key is None or row.workspace_key is None:
+        raise FileExpired(f"File `{id}` has expired.")
+    return Stored(file, row.data_key, row.workspace_key)
+
+
+async def find_all(connection: AsyncConnection, caller: Caller, ids: Sequence[str]) -> list[File]:
+    """Those of these files that the caller may see, newest first."""
+    query = _selected().where(files.c.id.in_(ids), visible(caller))
+    rows = await connection.execute(query.order_by(files.c.created_at.desc(), files.c.id.desc()))
+    return [as_file(row) for row in rows]
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, limit: int, after: Place | None, before: Place | None, tag: str | None
+) -> Listing:
+    """Up to `limit` files older than `after`, or newer than `before` and next to it."""
+    key = tuple_(files.c.created_at, files.c.id)
+    query = _selected().where(visible(caller))
+    if tag is not None:
+        query = query.where(_has_tag(connection, tag))
+    if before is not None:
+        rows = (
+            await connection.execute(
+                query.where(key > before).order_by(files.c.created_at.asc(), files.c.id.asc()).limit(limit + 1)
+            )
+        ).all()
+        return Listing([as_file(row) for row in reversed(rows[:limit])], len(rows) > limit)
+    if after is not None:
+        query = query.where(key < after)
+    rows = (await connection.execute(query.order_by(files.c.created_at.desc(), files.c.id.desc()).limit(limit + 1))).all()
+    return Listing([as_file(row) for row in rows[:limit]], len(rows) > limit)
+
+
+def as_file(row: Row[Any]) -> File:
+    """A row of `_selected` as a File."""
+    values = row._mapping
+    return File(
+        **{name: values[name] for name in File.__dataclass_fields__ if name not in ("tags", "downloadable")},
+        tags=tuple(values["tags"]),
+        downloadable=values["downloads"] == "owner",
+    )
+
+
+def _selected(*more: Any) -> Select[Any]:
+    return select(files, workspaces.c.downloads, *more).join(workspaces, workspaces.c.id == files.c.workspace_id)
+
+
+def _has_tag(connection: AsyncConnection, tag: str) -> ColumnElement[bool]:
+    each = (func.json_each if connection.dialect.name == "sqlite" else func.json_array_elements_text)(files.c.tags)
+    values = each.table_valued("value")
+    return select(1).select_from(values).where(values.c.value == tag).exists()
