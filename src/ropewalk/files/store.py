@@ -17,7 +17,7 @@ from sqlalchemy import delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
-from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable
+from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable, OutputError
 from ropewalk.failpoints import failpoint
 from ropewalk.files import catalog
 from ropewalk.files.blobs import Blobs, open_blobs
@@ -221,8 +221,8 @@ class Store:
             try:
                 await asyncio.to_thread(_erase_path if place == "path" else self.blobs.erase, stored)
                 done.append((place, stored))
-            except OSError as error:  # the table still names them, and the sweep tries again
-                log.warning("cannot erase bytes of a deleted file yet: %s", error.strerror or type(error).__name__)
+            except (OSError, OutputError) as error:  # the table still names them, and the sweep tries again
+                log.warning("cannot erase bytes of a deleted file yet: %s", type(error).__name__)
         if done:
             async with self.database.writing() as connection:
                 await connection.execute(delete(erasures).where(tuple_(erasures.c.place, erasures.c.stored).in_(done)))
