@@ -29,7 +29,9 @@ FOLDERS = {
     "vault": set(),
     "home": set(),
     "failpoints": set(),
-    "sandbox": set(),
+    "sandbox": {"sandbox_child"},
+    "sandbox_child": {"confinement"},
+    "confinement": set(),
 }
 TOP = {"cli", "quickstart", "__main__"}  # may import everything
 LIGHT = [
