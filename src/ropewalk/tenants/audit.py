@@ -109,15 +109,15 @@ def entry_digest(entry: Mapping[str, Any]) -> bytes:
 async def entries(
     database: Database,
     *,
-    limit: int = BATCH,
+    limit: int | None = None,
     after: int = 0,
     before: int | None = None,
     workspace_id: str | None = None,
     action: str | None = None,
     newest: bool = False,
 ) -> list[dict[str, Any]]:
-    """Entries between two sequence numbers, as JSON objects."""
-    query = select(audit).where(audit.c.seq > after).limit(limit)
+    """Entries between two sequence numbers, as JSON objects; at most BATCH unless told otherwise."""
+    query = select(audit).where(audit.c.seq > after).limit(limit or BATCH)
     if before is not None:
         query = query.where(audit.c.seq < before)
     if workspace_id is not None:

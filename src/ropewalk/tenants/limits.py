@@ -39,6 +39,7 @@ class Limits:
     def __init__(self, default: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._default, self._clock = default, clock
         self._buckets: dict[str, _Bucket] = {}
+        self._room = MOST_BUCKETS
 
     def take(self, workspace_id: str, per_minute: int | None = None) -> Allowance:
         """Counts one request; raises RateLimited, with `retry_after`, when the bucket is empty."""
@@ -65,12 +66,13 @@ class Limits:
         return bucket.allowance() if bucket else Allowance()
 
     def _make_room(self, at: float) -> None:
-        if len(self._buckets) < MOST_BUCKETS:
+        if len(self._buckets) < self._room:
             return
         for bucket in self._buckets.values():
             bucket.refill(at)
         # A full bucket says no more than none does.
         self._buckets = {id: bucket for id, bucket in self._buckets.items() if bucket.tokens < bucket.limit}
+        self._room = max(MOST_BUCKETS, 2 * len(self._buckets))  # all busy: look again only when there are twice as many
 
 
 @dataclass
