@@ -15,10 +15,13 @@ from ropewalk.tenants.caller import Caller
 Body = Callable[[Store, Caller], Awaitable[None]]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """SQLite and a folder."""
-    return Settings(data=tmp_path / "data")
+@pytest.fixture(params=["here", "elsewhere"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """SQLite and a folder; PostgreSQL and a bucket."""
+    if request.param == "here":
+        return Settings(data=tmp_path / "data")
+    database_url, bucket_url = request.getfixturevalue("postgres_url"), request.getfixturevalue("bucket_url")
+    return Settings(data=tmp_path / "data", database_url=database_url, blobs=bucket_url)
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Files of all workspaces: bytes in, an id out; the id gives them back until it is deleted or its hour has passed."""
+"""Files of all workspaces: bytes in, an id out; the id gives them back until it is deleted or its hour has passed.
+
+A transaction that changes several tables takes their rows in the order files, blobs, usage, receipts, audit, so that no two wait
+for each other.
+"""
 
 from __future__ import annotations
 
@@ -170,10 +174,10 @@ class Store:
             gone = await connection.execute(delete(files).where(files.c.id == id))
             if not gone.rowcount:  # somebody else's DELETE was first
                 raise catalog.missing(id)
+            left = await self.release_content(connection, file)
             if file.expired_at is None:
                 owner = Caller(caller.organization_id, file.workspace_id, file.key_id, file.user_id)
                 await quotas.release(connection, owner, file.size)
-            left = await self.release_content(connection, file)
             receipt = await issue(
                 connection,
                 self.signing_key,
