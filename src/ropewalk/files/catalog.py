@@ -115,13 +115,21 @@ async def find_all(connection: AsyncConnection, caller: Caller, ids: Sequence[st
 
 
 async def page(
-    connection: AsyncConnection, caller: Caller, limit: int, after: Place | None, before: Place | None, tag: str | None
+    connection: AsyncConnection,
+    caller: Caller,
+    limit: int,
+    after: Place | None,
+    before: Place | None,
+    tag: str | None,
+    name: str | None = None,
 ) -> Listing:
     """Up to `limit` files older than `after`, or newer than `before` and next to it."""
     key = tuple_(files.c.created_at, files.c.id)
     query = _selected().where(visible(caller))
     if tag is not None:
         query = query.where(_has_tag(connection, tag))
+    if name is not None:
+        query = query.where(files.c.filename.istartswith(name, autoescape=True))
     if before is not None:
         rows = (
             await connection.execute(

@@ -125,12 +125,18 @@ class Store:
             return await catalog.find(connection, caller, id)
 
     async def list(
-        self, caller: Caller, limit: int, after: Place | None = None, before: Place | None = None, tag: str | None = None
+        self,
+        caller: Caller,
+        limit: int,
+        after: Place | None = None,
+        before: Place | None = None,
+        tag: str | None = None,
+        name: str | None = None,
     ) -> Listing:
-        """A page of files, newest first."""
+        """A page of files, newest first; `name` is how the names begin, in either case."""
         caller.needs("read")
         async with self.database.reading() as connection:
-            return await catalog.page(connection, caller, limit, after, before, tag)
+            return await catalog.page(connection, caller, limit, after, before, tag, name)
 
     async def find(self, caller: Caller, ids: Sequence[str]) -> Files:
         """Those of these files that there are, newest first."""
