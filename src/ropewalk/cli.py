@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     _quickstart(verbs)
     _training(verbs)
     _models(verbs)
+    _serve(verbs)
     _files(verbs)
     _config(verbs)
     return top
@@ -314,6 +315,60 @@ def _run_models_pull(arguments: argparse.Namespace) -> int:
 
     print(pull(arguments.name, arguments.revision, tell=lambda line: print(line, file=sys.stderr)).folder)
     return 0
+
+
+# -- serve -----------------------------------------------------------------------------------------------------------------------
+
+
+def _serve(verbs: Verbs) -> None:
+    serve = _add(verbs, "serve", "the API and its pages, on one port", "ropewalk serve --port 8700", _run_serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, for this machine only)")
+    serve.add_argument("--port", type=int, default=8700, help="0: any free one (default: %(default)s)")
+    serve.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
+    serve.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
+    serve.add_argument("--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)")
+    serve.add_argument("--max-file-mb", type=float, default=500, metavar="MB", help="largest file (default: %(default)s)")
+    serve.add_argument(
+        "--requests-per-minute", type=int, metavar="N", help="of each workspace without a limit of its own (default: no limit)"
+    )
+    serve.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate; with --tls-key, the server speaks HTTPS")
+    serve.add_argument("--tls-key", type=Path, metavar="PEM", help="key of the certificate")
+    serve.add_argument(
+        "--drain-seconds", type=float, default=30, metavar="S", help="time to finish when told to stop (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--drain-notice-seconds",
+        type=float,
+        default=0,
+        metavar="S",
+        help="/ready says no for so long before the server stops listening (default: %(default)s)",
+    )
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from ropewalk.files.settings import Settings
+    from ropewalk.home import home
+    from ropewalk.server.serve import serve
+    from ropewalk.server.settings import ServerSettings
+
+    store = Settings(
+        data=arguments.data or home(),
+        database_url=arguments.database_url,
+        blobs=arguments.blobs,
+        max_file_bytes=round(arguments.max_file_mb * 1_000_000),
+    )
+    return serve(
+        store,
+        ServerSettings(
+            host=arguments.host,
+            port=arguments.port,
+            tls_cert=arguments.tls_cert,
+            tls_key=arguments.tls_key,
+            requests_per_minute=arguments.requests_per_minute,
+            drain_seconds=arguments.drain_seconds,
+            drain_notice_seconds=arguments.drain_notice_seconds,
+        ),
+    )
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,210 @@
+"""The application: one table of routes, what happens around each request, and the one place where an error becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ropewalk.files.lifecycle import sweep
+from ropewalk.files.store import Store
+from ropewalk.registry import Registry
+from ropewalk.server import files, logs, models, openapi, operations
+from ropewalk.server.auth import admit, allowance_of
+from ropewalk.server.operations import Metrics
+from ropewalk.server.settings import ServerSettings
+from ropewalk.server.wire import JSON, Failure, failure, new_request_id
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.limits import Limits
+
+API = "/v1/"  # what lies under it needs a key
+DISCONNECTED = 499  # in the log only: the client went away before it was answered
+
+ROUTES: list[BaseRoute] = [
+    *files.routes,
+    *models.routes,
+    *operations.routes,
+    *openapi.routes,
+]
+
+
+def create_app(store: Store, settings: ServerSettings | None = None) -> Starlette:
+    """The server over an open store; closing the store is its opener's."""
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Front)],
+        exception_handlers={HTTPException: _raise},
+        lifespan=_lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.store = store
+    app.state.settings = settings = settings or ServerSettings()
+    app.state.registry = Registry(store.settings.data.expanduser() / "registry")
+    app.state.limits = Limits(settings.requests_per_minute)
+    app.state.metrics = Metrics()
+    app.state.draining = False
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    sweeping = asyncio.create_task(_sweep(app))
+    try:
+        yield
+    finally:
+        sweeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await sweeping
+
+
+async def _sweep(app: Starlette) -> None:
+    while True:
+        await asyncio.sleep(app.state.settings.sweep_seconds)
+        try:
+            await sweep(app.state.store)
+            app.state.metrics.sweeps.labels("ok").inc()
+        except Exception as error:  # the next round tries again
+            app.state.metrics.sweeps.labels("failed").inc()
+            logs.event("sweep_failed", logging.ERROR, error)
+
+
+async def _raise(request: Request, error: Exception) -> Any:
+    raise error
+
+
+class Front:
+    """Around each request: its id, its caller, its error if it has one, its log line and its numbers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        request = Request(scope, exchange.receive, exchange.send)
+        request.state.request_id = exchange.request_id
+        metrics: Metrics = scope["app"].state.metrics
+        metrics.in_progress.inc()
+        caught: BaseException | None = None
+        try:
+            if scope["path"].startswith(API):
+                await admit(request)
+            await self.app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            exchange.status = DISCONNECTED
+        except Exception as error:
+            caught = error
+            # An answer that has begun cannot be taken back: it is left incomplete, and the connection is closed.
+            if exchange.status is None:
+                await _answer(error, request, exchange)
+        finally:
+            metrics.in_progress.dec()
+            exchange.close(metrics, caught)
+
+
+async def _answer(error: Exception, request: Request, exchange: Exchange) -> None:
+    """The one error handler."""
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        shown = _of_router(error, request)
+        if error.status_code == 405:
+            headers["allow"] = ", ".join(_allowed(request))
+    else:
+        shown = failure(error)
+    if shown.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(shown.retry_after))
+    # The SDK repeats what failed with 409 or 5xx; where that cannot help, or would do the same thing twice, it is told so.
+    if shown.status == 409 or getattr(request.state, "committed", False):
+        headers["x-should-retry"] = "false"
+    response = JSON(shown.body(exchange.request_id), shown.status, headers | dict(getattr(error, "headers", None) or {}))
+    await response(request.scope, exchange.receive, exchange.send)
+
+
+def _of_router(error: HTTPException, request: Request) -> Failure:
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        return Failure(404, "not_found_error", f"There is no {where} here; /openapi.json lists what there is.")
+    if error.status_code == 405:
+        return Failure(405, "invalid_request_error", f"{where}: expected {' or '.join(_allowed(request))}.")
+    return Failure(error.status_code, "invalid_request_error", error.detail)
+
+
+def _allowed(request: Request) -> list[str]:
+    matching = [
+        route for route in request.app.routes if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE
+    ]
+    return sorted({method for route in matching for method in route.methods or ()})
+
+
+class Exchange:
+    """One request and its answer, as they are counted."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        self.request_id = new_request_id()
+        self.status: int | None = None
+        self.received = self.sent = 0
+        self._began = time.perf_counter()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.received += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message["headers"], *self._headers()]
+        else:
+            self.sent += len(message.get("body", b""))
+        await self._send(message)
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        values = {"request-id": self.request_id}
+        caller: Caller | None = self.scope["state"].get("caller")
+        if caller is not None:
+            values |= {"anthropic-organization-id": caller.organization_id, "anthropic-workspace-id": caller.workspace_id}
+        values |= allowance_of(Request(self.scope)).headers()
+        return [(name.encode(), value.encode("latin-1")) for name, value in values.items()]
+
+    def close(self, metrics: Metrics, error: BaseException | None) -> None:
+        """Counts the request and writes its line."""
+        seconds = time.perf_counter() - self._began
+        route = getattr(self.scope.get("route"), "path", None) or "none"
+        method = self.scope["method"] if route != "none" else "any"  # a stranger's words make no new counters
+        status = self.status or DISCONNECTED
+        metrics.requests.labels(method, route, str(status)).inc()
+        metrics.seconds.labels(method, route).observe(seconds)
+        metrics.received.labels(route).inc(self.received)
+        metrics.sent.labels(route).inc(self.sent)
+        caller: Caller | None = self.scope["state"].get("caller")
+        broken = error is not None and (status == 500 or status < 400)  # below 400: the answer had begun
+        logs.event(
+            "request",
+            logging.ERROR if broken else logging.INFO,
+            error if broken else None,
+            request_id=self.request_id,
+            workspace_id=caller.workspace_id if caller else None,
+            key_id=caller.key_id if caller else None,
+            method=method,
+            route=route,
+            status=status,
+            error_code=getattr(error, "error_code", None),
+            failed=type(error).__name__ if error is not None else None,
+            ms=round(seconds * 1000, 2),
+            received=self.received,
+            sent=self.sent,
+        )

@@ -1,0 +1,336 @@
+"""The Claude Files API: upload, list, metadata, content, delete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ropewalk.errors import BadInput, FileExpired, NotDownloadable
+from ropewalk.files.catalog import File, Listing, missing
+from ropewalk.files.incoming import Incoming, checked_expiry
+from ropewalk.files.names import stored_name
+from ropewalk.files.store import Store
+from ropewalk.server import body, download
+from ropewalk.server.auth import caller_of
+from ropewalk.server.multipart import Begin, Data, End, Multipart
+from ropewalk.server.openapi import STRING, header, named, operation, query
+from ropewalk.server.wire import FILES_BETA, JSON, Cursors, Dialect, dialect, file_deleted, file_list, file_metadata
+
+MAX_FIELD_BYTES = 16_384
+MAX_OVERHEAD_BYTES = 1 << 20  # of a body beyond its file: headers of parts, and fields
+MAX_IDS = 100
+DEFAULT_LIMIT, MAX_LIMIT = 20, 1000
+MAX_TAGS, MAX_TAG = 32, 64
+FIELDS = ("file", "expires_in_seconds", "tags", "tags[]")
+ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+TAG = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{MAX_TAG}}}")
+MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
+
+BETA = header("anthropic-beta", STRING, f"{FILES_BETA}: lists and files in the shape they had before general availability")
+UPLOAD_FORM = {
+    "type": "object",
+    "properties": {
+        "file": {
+            "type": "string",
+            "format": "binary",
+            "description": "the bytes; a filename and a Content-Type may be left out",
+        },
+        "expires_in_seconds": {"type": "integer", "minimum": 3600, "maximum": 7_776_000},
+        "tags": {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": MAX_TAG}, "maxItems": MAX_TAGS},
+    },
+    "required": ["file"],
+}
+
+
+# -- upload ----------------------------------------------------------------------------------------------------------------------
+
+
+@operation("upload a file", {200: named("File")}, media={"multipart/form-data": UPLOAD_FORM}, parameters=[BETA])
+async def upload(request: Request) -> JSON:
+    """POST /v1/files"""
+    spoken = dialect(request.headers)
+    async with AsyncExitStack() as stack:
+        form = UploadForm(request, spoken, stack)
+        async for chunk in body.read(request):
+            await form.feed(chunk)
+        file = await form.finish()
+        request.state.committed = True
+    return JSON(file_metadata(file, spoken))
+
+
+class UploadForm:
+    """The form of one upload on its way in: fields are gathered, the file goes on to the store as it comes."""
+
+    def __init__(self, request: Request, spoken: Dialect, stack: AsyncExitStack) -> None:
+        self._request, self._spoken, self._stack = request, spoken, stack
+        self._store: Store = request.app.state.store
+        self._caller = caller_of(request)
+        self._caller.needs("write")
+        self._multipart = Multipart(request.headers.get("content-type", ""))
+        self._expected = body.content_length(request)
+        self._received = 0
+        self._check_size(self._expected or 0)
+        self._fields: list[tuple[str, bytearray]] = []
+        self._part: Begin | None = None
+        self._file: Begin | None = None
+        self._incoming: Incoming | None = None
+
+    async def feed(self, chunk: bytes) -> None:
+        """More of the body."""
+        self._received += len(chunk)
+        self._check_size(self._received)
+        for event in self._multipart.feed(chunk):
+            match event:
+                case Begin():
+                    self._part = event
+                    if event.name == "file":
+                        await self._begin_file(event)
+                    else:
+                        self._begin_field(event.name)
+                case Data(data):
+                    assert self._part is not None
+                    if self._part.name == "file":
+                        assert self._incoming is not None
+                        await self._incoming.write(data)
+                    else:
+                        self._add(data)
+                case End():
+                    self._part = None
+
+    async def finish(self) -> File:
+        """The file, once the form is whole."""
+        self._multipart.close()
+        if self._incoming is None or self._file is None:
+            raise BadInput("file: there is no such part in the form; it holds the bytes to upload")
+        values = [(name, _decoded(name, value)) for name, value in self._fields]
+        return await self._incoming.finish(
+            self._file.filename,
+            self._file.media_type,
+            expires_in=_expiry([value for name, value in values if name == "expires_in_seconds"]),
+            tags=checked_tags([value for name, value in values if name in ("tags", "tags[]")]),
+            retried=self._request.headers.get("x-stainless-retry-count", "0") != "0",
+        )
+
+    async def _begin_file(self, part: Begin) -> None:
+        if self._file is not None:
+            raise BadInput("file: the form has two of them; one file is uploaded at a time")
+        if part.media_type is None and not self._spoken.new_lists:
+            raise BadInput(f"file: its part has no Content-Type, which anthropic-beta: {FILES_BETA} requires")
+        if part.media_type is not None and not MEDIA_TYPE.fullmatch(part.media_type):
+            raise BadInput(f"file: '{part.media_type[:100]}' is no media type; expected one such as application/pdf")
+        stored_name(part.filename, "")  # a name that cannot be kept is told before the bytes come
+        self._file = part
+        incoming = self._store.incoming(self._caller, self._at_most(part), self._request.state.request_id)
+        self._incoming = await self._stack.enter_async_context(incoming)
+
+    def _at_most(self, part: Begin) -> int | None:
+        """How many bytes the file has, if it is the last part, as it is when the SDK writes the form; else a little more."""
+        if part.offset is None:
+            return 0
+        if self._expected is None:
+            return None
+        most = max(0, self._expected - part.offset - self._multipart.closing)
+        # What exceeds the limit may still be fields that follow the file.
+        limit = self._store.max_file_bytes
+        return limit if limit < most <= limit + MAX_FIELD_BYTES else most
+
+    def _begin_field(self, name: str) -> None:
+        if name not in FIELDS:
+            raise BadInput(f"{name[:100]}: this is no field of an upload; expected {', '.join(FIELDS[:3])}")
+        self._fields.append((name, bytearray()))
+
+    def _add(self, data: bytes) -> None:
+        name, value = self._fields[-1]
+        value += data
+        if len(value) > MAX_FIELD_BYTES:
+            raise BadInput(f"{name}: more than {MAX_FIELD_BYTES:,} bytes")
+
+    def _check_size(self, size: int) -> None:
+        most = self._store.max_file_bytes
+        if size > most + MAX_OVERHEAD_BYTES:
+            raise body.too_large(
+                self._request, f"the body is larger than a file of {most:,} bytes, the most that is taken here"
+            )
+
+
+def _decoded(name: str, value: bytearray) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{name}: its value is not UTF-8") from None
+
+
+def _expiry(values: Sequence[str]) -> int | None:
+    if not values:
+        return None
+    if len(values) > 1 or not re.fullmatch(r"-?[0-9]{1,12}", values[0]):
+        raise BadInput(f"expires_in_seconds: {', '.join(values)[:100]!r} is not one whole number of seconds")
+    return checked_expiry(int(values[0]))
+
+
+def checked_tags(tags: Sequence[str]) -> tuple[str, ...]:
+    """Each tag once, in the order given."""
+    if len(tags) > MAX_TAGS:
+        raise BadInput(f"tags: {len(tags)} of them; at most {MAX_TAGS} are kept")
+    for tag in tags:
+        if not TAG.fullmatch(tag):
+            raise BadInput(f"tags: {tag[:100]!a} is no tag; expected 1 to {MAX_TAG} characters, no control characters")
+    return tuple(dict.fromkeys(tags))
+
+
+# -- list ------------------------------------------------------------------------------------------------------------------------
+
+
+@operation(
+    "list files, newest first",
+    {200: named("FileList")},
+    parameters=[
+        query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}, "files of a page"),
+        query("page", STRING, "the next_page of the page before"),
+        query("ids[]", {"type": "array", "items": STRING, "maxItems": MAX_IDS}, "only these; without page and limit"),
+        query("before_id", STRING, "only in the older shape: files newer than this one"),
+        query("after_id", STRING, "only in the older shape: files older than this one"),
+        query("tag", STRING, "only files with this tag"),
+        BETA,
+    ],
+)
+async def list_files(request: Request) -> JSON:
+    """GET /v1/files"""
+    store: Store = request.app.state.store
+    caller, spoken, asked = caller_of(request), dialect(request.headers), request.query_params
+    _check_paging(request, spoken)
+    ids = list(dict.fromkeys([*asked.getlist("ids[]"), *asked.getlist("ids")]))
+    if ids:
+        if len(ids) > MAX_IDS:
+            raise BadInput(f"ids[]: {len(ids)} of them; at most {MAX_IDS} can be asked for at a time")
+        return JSON(file_list(Listing(await store.find(caller, [id for id in ids if ID.fullmatch(id)]), False), spoken, None))
+    limit = limit_of(request)
+    if "scope_id" in asked:  # files made in a session; there are none here
+        return JSON(file_list(Listing([], False), spoken, None))
+    cursors, scope = Cursors(store.cursor_key), f"files {caller.workspace_id}/{caller.user_id or ''}"
+    after = before = None
+    if "page" in asked:
+        after = cursors.read(scope, asked["page"])
+    elif "after_id" in asked:
+        after = (await _named(request, "after_id")).place
+    elif "before_id" in asked:
+        before = (await _named(request, "before_id")).place
+    tag = asked.get("tag")
+    listing = await store.list(caller, limit, after, before, None if tag is None else checked_tags([tag])[0])
+    older = listing.files and (listing.more or before is not None)
+    return JSON(file_list(listing, spoken, cursors.write(scope, listing.files[-1].place) if older else None))
+
+
+def limit_of(request: Request) -> int:
+    """How many items a page shall have."""
+    text = request.query_params.get("limit", str(DEFAULT_LIMIT))
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_LIMIT:
+        raise BadInput(f"limit: '{text[:40]}' is not a whole number from 1 to {MAX_LIMIT}")
+    return int(text)
+
+
+def _check_paging(request: Request, spoken: Dialect) -> None:
+    asked = request.query_params
+    ways = [way for way in ("page", "ids[]", "ids", "before_id", "after_id") if way in asked]
+    for way in ways:
+        if way in ("before_id", "after_id") and not spoken.old_lists:
+            raise BadInput(f"{way}: lists are paged with page and next_page; {way} is of anthropic-beta: {FILES_BETA}")
+        if way in ("page", "ids[]", "ids") and not spoken.new_lists:
+            raise BadInput(f"{way}: anthropic-beta: {FILES_BETA} knows only before_id, after_id and limit")
+    if len({way.removesuffix("[]") for way in ways}) > 1:
+        raise BadInput(f"{' and '.join(ways)}: only one of them can be given")
+    if "limit" in asked and ("ids[]" in asked or "ids" in asked):
+        raise BadInput("limit: it cannot be given together with ids[], which is answered on one page")
+
+
+async def _named(request: Request, parameter: str) -> File:
+    id = request.query_params[parameter]
+    found = await request.app.state.store.find(caller_of(request), [id] if ID.fullmatch(id) else [])
+    if not found:
+        raise BadInput(f"{parameter}: File `{id[:128]}` not found.")
+    only: File = found[0]
+    return only
+
+
+# -- one file --------------------------------------------------------------------------------------------------------------------
+
+
+def id_of(request: Request) -> str:
+    """The id in the path; one that no file can have is not looked for."""
+    id: str = request.path_params["file_id"]
+    if not ID.fullmatch(id):
+        raise missing(id[:128])
+    return id
+
+
+@operation("what is known about a file", {200: named("File")}, parameters=[BETA])
+async def metadata(request: Request) -> JSON:
+    """GET /v1/files/{file_id}"""
+    spoken = dialect(request.headers)
+    return JSON(file_metadata(await request.app.state.store.show(caller_of(request), id_of(request)), spoken))
+
+
+@operation("delete a file, and all that was made from it", {200: named("DeletedFile")})
+async def delete(request: Request) -> JSON:
+    """DELETE /v1/files/{file_id}"""
+    spoken, id = dialect(request.headers), id_of(request)
+    receipt = await request.app.state.store.delete(caller_of(request), id, request.state.request_id)
+    return JSON(file_deleted(id, receipt.as_dict(), spoken))
+
+
+@operation(
+    "the bytes of a file",
+    {200: {"type": "string", "format": "binary"}, 206: {"type": "string", "format": "binary"}, 304: None},
+    parameters=[
+        header("range", STRING, "one range of bytes, such as bytes=0-99"),
+        header("if-none-match", STRING, "the ETag that the client has already"),
+    ],
+    answer_media="*/*",
+)
+async def content(request: Request) -> Response:
+    """GET /v1/files/{file_id}/content"""
+    store: Store = request.app.state.store
+    caller, id = caller_of(request), id_of(request)
+    dialect(request.headers)
+    if request.method == "HEAD" or "if-none-match" in request.headers:
+        caller.needs("download")
+        file = await store.show(caller, id)
+        if file.expired:
+            raise FileExpired(f"File `{id}` has expired.")
+        if not file.downloadable:
+            raise NotDownloadable(f"File `{id}` is not downloadable: its workspace does not give uploads back.")
+        if download.is_known(request, file):
+            return download.not_modified(file)
+        if request.method == "HEAD":
+            return download.head(file)
+    opened = await store.open_content(caller, id, download=True, request_id=request.state.request_id)
+    span = download.asked_span(request, opened.file)
+    chunks = opened.chunks(*span) if span else opened.chunks()
+    return await download.answer(opened.file, span, _reporting(store, opened.name, chunks))
+
+
+async def _reporting(store: Store, name: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same chunks; damage is written down before it is raised."""
+    from ropewalk.errors import DamagedContent
+
+    try:
+        async with aclosing(chunks) as opened:  # type: ignore[type-var]
+            async for chunk in opened:
+                yield chunk
+    except DamagedContent:
+        await store.mark_damaged(name)
+        raise
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/files", upload, methods=["POST"]),
+    Route("/v1/files", list_files),
+    Route("/v1/files/{file_id}", metadata),
+    Route("/v1/files/{file_id}", delete, methods=["DELETE"]),
+    Route("/v1/files/{file_id}/content", content),
+]

@@ -1,0 +1,29 @@
+"""What the server itself is told: where it listens, and what it takes from a client before it gives up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One process that answers requests; where files are kept is in files/settings.py."""
+
+    host: str = "127.0.0.1"
+    port: int = 8700
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    requests_per_minute: int | None = None  # of each workspace that has no limit of its own; None: as many as come
+    idle_seconds: float = 30.0  # a body of which nothing comes for so long is given up
+    slow_seconds: float = 120.0  # so long a body may take ...
+    slowest_bytes_per_second: int = 16_384  # ... and longer only as long as it comes at least at this rate
+    drain_seconds: float = 30.0  # requests in progress may finish for so long after the signal to stop
+    drain_notice_seconds: float = 0.0  # /ready says no for so long before the server stops listening
+    sweep_seconds: float = 60.0  # between two rounds that erase what nobody refers to any more
+    connections: int = 1000  # at once; more are answered 503
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{self.port}"
