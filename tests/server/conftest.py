@@ -119,6 +119,6 @@ def server(root_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def start(root_key: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def start(root_key: None, tmp_path: Path) -> Callable[..., Any]:
     """Starts a server with other settings: `with start(settings=ServerSettings(...)) as found:`."""
-    yield lambda **settings: running(tmp_path / "data", **settings)
+    return lambda **settings: running(tmp_path / "data", **settings)
