@@ -1,0 +1,293 @@
+"""The pages that people use: sign in, files, a file, its deletion. Each works without scripts, and shows one dataclass of views.py.
+
+A page asks the same modules as the API does, with the rights of the key that the session was opened with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import func, select
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from ropewalk.errors import BadInput, NotFound, PermissionDenied, RopewalkError
+from ropewalk.files import receipts
+from ropewalk.files.catalog import File, Listing
+from ropewalk.files.documents import document
+from ropewalk.files.store import Store
+from ropewalk.files.tables import derived
+from ropewalk.server import body, download, forms, sessions, views, wire
+from ropewalk.server.sessions import Session
+from ropewalk.server.visitors import (
+    Visitor,
+    address,
+    anyone,
+    read_form,
+    request_id_of,
+    show,
+    signed_in,
+    store_of,
+    visitor_of,
+    wants_json,
+)
+from ropewalk.tenants.keys import authenticate
+from ropewalk.tenants.quotas import usage
+
+ROWS = 50  # of a list
+
+
+# -- signing in and out
+
+
+async def home(request: Request) -> Response:
+    return RedirectResponse("/files", 303)
+
+
+async def login_form(request: Request) -> Response:
+    session = sessions.read(request, store_of(request).vault) or sessions.begin()
+    return await _login_page(request, session, _inside(request.query_params.get("next")))
+
+
+async def login(request: Request) -> Response:
+    """A key for a session; the answer to a wrong key says no more than that."""
+    store = store_of(request)
+    session = sessions.read(request, store.vault)
+    if session is None:
+        return await _login_page(
+            request, sessions.begin(), "/files", "The page had been open for too long, or cookies are off. Again:"
+        )
+    form = await read_form(request, session)
+    target = _inside(form.get("next"))
+    async with store.database.reading() as connection:
+        key = await authenticate(connection, store.pepper, form.get("key", "").strip())
+    if key is None:
+        problem = "This key opens nothing here: it is mistyped, revoked or expired, or another server’s."
+        return await _login_page(request, session, target, problem)
+    response = RedirectResponse(target, 303)
+    sessions.write(response, request, store.vault, sessions.begin(key.id))
+    return response
+
+
+async def logout(request: Request, visitor: Visitor) -> Response:
+    await read_form(request, visitor.session)
+    response = RedirectResponse("/login", 303)
+    sessions.end(response, request)
+    return response
+
+
+async def switch_workspace(request: Request, visitor: Visitor) -> Response:
+    form = await read_form(request, visitor.session)
+    chosen = sessions.in_workspace(visitor.session, form.get("workspace_id", ""))
+    if await visitor_of(request, chosen) is None:
+        raise NotFound(f"Workspace `{chosen.workspace_id}` not found.")
+    response = RedirectResponse("/files", 303)
+    sessions.write(response, request, store_of(request).vault, chosen)
+    return response
+
+
+# -- files
+
+
+async def list_files(request: Request, visitor: Visitor) -> Response:
+    store, asked = store_of(request), request.query_params
+    name = asked.get("name", "").replace("\0", "")[:255]
+    listing, newer, older = await _listed(request, visitor, name)
+    stored = await store.find(visitor.caller, asked.getlist("stored")[:64]) if "stored" in asked else []
+    tokens = await _tokens(store, listing.files)
+    async with store.database.reading() as connection:
+        used = await usage(connection, *_scope(visitor))
+    page = views.FilesPage(
+        rows=[views.row(file, tokens.get(file.id)) for file in listing.files],
+        quota=views.quota(used),
+        name=name,
+        here=address("/files", {key: value for key, value in asked.items() if key in ("name", "page", "before")}),
+        newer=newer,
+        older=older,
+        uploaded=[views.Stored(file.id, views.parts(file.filename)) for file in reversed(stored)],
+        may_write=visitor.may("write"),
+        max_bytes=store.max_file_bytes,
+        max_size=views.size(store.max_file_bytes),
+    )
+    return await show(request, visitor, "files.html", "Files", page)
+
+
+async def upload(request: Request, visitor: Visitor) -> Response:
+    """The files of a form, or the one of a script, each durable before the next begins."""
+    sessions.check_origin(request)
+    visitor.caller.needs("write")
+    chunks, stored = body.read(request), list[File]()
+    try:
+        await forms.receive(request, visitor, chunks, stored)
+    except RopewalkError as error:
+        if not isinstance(error, PermissionDenied):
+            async for _ in chunks:  # a browser that still sends hears no answer
+                pass
+        if stored:
+            said = "the file before it is stored" if len(stored) == 1 else f"the {len(stored)} files before it are stored"
+            error.args = (f"{error} ({said})",)
+        raise
+    if not stored:
+        raise BadInput("no file was chosen: choose one or more, then upload")
+    if wants_json(request):
+        return wire.JSON({"data": [wire.file_metadata(file, wire.Dialect()) for file in stored]})
+    return RedirectResponse(address("/files", {"stored": [file.id for file in stored]}), 303)
+
+
+async def show_file(request: Request, visitor: Visitor) -> Response:
+    """One file with its text: at once if it has been read before or is asked for, else fetched once the page is shown."""
+    store, id = store_of(request), request.path_params["id"]
+    found = await store.show(visitor.caller, id)
+    tokens = (await _tokens(store, [found])).get(id)
+    preview, later = views.Preview(), None
+    if found.expired:
+        preview = views.Preview(problem="The content is erased.")
+    elif "from" not in request.query_params and tokens is None:
+        later = f"/files/{id}?from=0#preview"
+    else:
+        try:
+            preview = views.preview(await document(store, visitor.caller, id), f"/files/{id}", _offset(request))
+            tokens = (await _tokens(store, [found])).get(id)
+        except BadInput as error:
+            preview = views.Preview(problem=str(error))
+    page = views.file_page(
+        found,
+        tokens,
+        preview,
+        later,
+        may_download=found.downloadable and not found.expired and visitor.may("download"),
+        may_write=visitor.may("write"),
+    )
+    return await show(request, visitor, "file.html", found.filename, page)
+
+
+async def download_file(request: Request, visitor: Visitor) -> Response:
+    store, id = store_of(request), request.path_params["id"]
+    content = await store.open_content(visitor.caller, id, download=True, request_id=request_id_of(request))
+    span = download.asked_span(request, content.file)
+    return await download.answer(content.file, span, content.chunks(*span) if span else content.chunks())
+
+
+async def delete_form(request: Request, visitor: Visitor) -> Response:
+    visitor.caller.needs("write")
+    found = await store_of(request).show(visitor.caller, request.path_params["id"])
+    page = views.DeletePage(found.id, views.parts(found.filename), views.size(found.size), views.moment(found.created_at))
+    return await show(request, visitor, "delete.html", "Delete", page)
+
+
+async def delete_file(request: Request, visitor: Visitor) -> Response:
+    await read_form(request, visitor.session)
+    id = request.path_params["id"]
+    receipt = await store_of(request).delete(visitor.caller, id, request_id=request_id_of(request))
+    return RedirectResponse(f"/files/{id}/receipt/{receipt.sequence}", 303)
+
+
+async def show_receipt(request: Request, visitor: Visitor) -> Response:
+    receipt = await _receipt(request, visitor)
+    return await show(request, visitor, "receipt.html", "Receipt", views.receipt_page(receipt, f"{request.url.path}/json"))
+
+
+async def download_receipt(request: Request, visitor: Visitor) -> Response:
+    receipt = await _receipt(request, visitor)
+    named = f'attachment; filename="receipt-{receipt.sequence}.json"'
+    return Response(receipt.as_json(), media_type="application/json", headers={"content-disposition": named})
+
+
+# -- what they share
+
+
+async def _login_page(request: Request, session: Session, target: str, problem: str | None = None) -> Response:
+    page = views.LoginPage(target, sessions.HOURS, problem)
+    response = await show(request, None, "login.html", "Sign in", page, session.token)
+    sessions.write(response, request, store_of(request).vault, session)
+    return response
+
+
+def _inside(target: str | None) -> str:
+    """A path of this server: a link from elsewhere must not lead elsewhere."""
+    ours = target is not None and target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable()
+    return target if ours and target is not None else "/files"
+
+
+async def _listed(request: Request, visitor: Visitor, name: str) -> tuple[Listing, str | None, str | None]:
+    """A page of the list, and the addresses of the pages before and after it."""
+    store, asked = store_of(request), request.query_params
+    cursors, scope = wire.Cursors(store.cursor_key), f"pages {visitor.caller.workspace_id} {visitor.caller.user_id or ''}"
+    named = {"name": name} if name else {}
+    if "before" in asked:
+        listing = await store.list(visitor.caller, ROWS, before=cursors.read(scope, asked["before"]), name=name or None)
+        newer, older = listing.more, True
+    else:
+        after = cursors.read(scope, asked["page"]) if "page" in asked else None
+        listing = await store.list(visitor.caller, ROWS, after=after, name=name or None)
+        newer, older = after is not None, listing.more
+    if not listing.files:
+        return listing, address("/files", named) if newer or "before" in asked else None, None
+    first, last = (cursors.write(scope, file.place) for file in (listing.files[0], listing.files[-1]))
+    return (
+        listing,
+        address("/files", named | {"before": first}) if newer else None,
+        address("/files", named | {"page": last}) if older else None,
+    )
+
+
+async def _receipt(request: Request, visitor: Visitor) -> receipts.Receipt:
+    async with store_of(request).database.reading() as connection:
+        return await receipts.find(
+            connection, visitor.caller.workspace_id, request.path_params["id"], request.path_params["sequence"]
+        )
+
+
+def _scope(visitor: Visitor) -> tuple[str, str]:
+    caller = visitor.caller
+    return ("user", f"{caller.workspace_id}/{caller.user_id}") if caller.user_id else ("workspace", caller.workspace_id)
+
+
+def _offset(request: Request) -> int:
+    text = request.query_params.get("from", "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise BadInput(f"from: '{text[:20]}' is no place in a text; expected a number of characters")
+    return int(text)
+
+
+async def _tokens(store: Store, files: Sequence[File]) -> dict[str, int]:
+    """About how many tokens each of these files has, of those whose text has been read."""
+    of_blob = select(derived.c.owner, func.max(derived.c.size)).where(
+        derived.c.owner.in_([file.blob_id for file in files if file.blob_id]), derived.c.kind == "text"
+    )
+    async with store.database.reading() as connection:
+        sizes = dict((await connection.execute(of_blob.group_by(derived.c.owner))).tuples().all())
+    return {file.id: views.tokens_in(sizes[file.blob_id]) for file in files if file.blob_id in sizes}
+
+
+class Static(StaticFiles):
+    """Files of this package, asked for again after an upgrade."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update({"cache-control": "no-cache", "x-content-type-options": "nosniff"})
+        return response
+
+
+_ID = "/files/{id:str}"
+
+routes: list[BaseRoute] = [
+    Route("/", anyone(home)),
+    Route("/login", anyone(login_form), methods=["GET"]),
+    Route("/login", anyone(login), methods=["POST"]),
+    Route("/logout", signed_in(logout), methods=["POST"]),
+    Route("/workspace", signed_in(switch_workspace), methods=["POST"]),
+    Route("/files", signed_in(list_files), methods=["GET"]),
+    Route("/files", signed_in(upload), methods=["POST"]),
+    Route(_ID, signed_in(show_file), methods=["GET"]),
+    Route(f"{_ID}/content", signed_in(download_file), methods=["GET"]),
+    Route(f"{_ID}/delete", signed_in(delete_form), methods=["GET"]),
+    Route(f"{_ID}/delete", signed_in(delete_file), methods=["POST"]),
+    Route(f"{_ID}/receipt/{{sequence:int}}", signed_in(show_receipt), methods=["GET"]),
+    Route(f"{_ID}/receipt/{{sequence:int}}/json", signed_in(download_receipt), methods=["GET"]),
+    Mount("/static", Static(directory=Path(__file__).parent / "static")),
+]
