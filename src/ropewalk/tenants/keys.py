@@ -27,7 +27,7 @@ from ropewalk.vault import Vault
 USUAL_RIGHTS = frozenset({"read", "write", "download"})
 STATUSES = ("active", "expired", "archived")
 _USER = re.compile(r"[A-Za-z0-9._@:+=-]{1,128}")
-_KEY_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,500}")
+_KEY_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,500}")
 
 
 @dataclass(frozen=True)

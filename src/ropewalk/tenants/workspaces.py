@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +27,8 @@ DOWNLOADS = ("owner", "nobody")
 PAGE = 1000  # the most that a list gives at once
 Item = TypeVar("Item")
 _ALPHABET = string.digits + string.ascii_letters
-_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
+_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
+_MOST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ async def create_workspace(
 ) -> Workspace:
     """A new workspace with a new key; a limit that is not given is the one that the organisation has set for new workspaces."""
     check_settings({"name": name, "requests_per_minute": requests_per_minute, "downloads": downloads})
+    check_limit("limit_bytes", limit_bytes)
+    check_limit("limit_files", limit_files)
     async with database.writing() as connection:
         await check_root(connection, vault)
         organization_id, _ = await organization(connection)
@@ -130,9 +133,15 @@ async def list_workspaces(
     after_id: str | None = None,
     before_id: str | None = None,
     archived: bool = False,
+    default: bool = True,
+    ids: Sequence[str] | None = None,
 ) -> Page[Workspace]:
     """Workspaces, newest first; archived ones only when asked for."""
     query = select(*COLUMNS)
+    if not default:
+        query = query.where(workspaces.c.name != DEFAULT)
+    if ids is not None:
+        query = query.where(workspaces.c.id.in_(ids))
     if not archived:
         query = query.where(workspaces.c.archived_at.is_(None))
     async with database.reading() as connection:
@@ -223,6 +232,12 @@ def check_settings(changes: Mapping[str, Any]) -> None:
             good, expected = False, "one of name, requests_per_minute, downloads as the setting's name"
         if not good:
             raise BadInput(f"{setting}: {value!r} is not a setting of a workspace; expected {expected}")
+
+
+def check_limit(name: str, value: Any) -> None:
+    """Raises BadInput for what cannot be a limit."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST):
+        raise BadInput(f"{name}: {value!r} is no limit; expected a whole number from 0, or null for none")
 
 
 async def page_of(
