@@ -22,10 +22,12 @@ from ropewalk.files.store import Store
 from ropewalk.registry import Registry
 from ropewalk.server import files, logs, models, openapi, operations
 from ropewalk.server.auth import admit, allowance_of
+from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
 from ropewalk.server.settings import ServerSettings
 from ropewalk.server.wire import JSON, Failure, failure, new_request_id
 from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
 
 API = "/v1/"  # what lies under it needs a key
@@ -52,6 +54,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.settings = settings = settings or ServerSettings()
     app.state.registry = Registry(store.settings.data.expanduser() / "registry")
     app.state.limits = Limits(settings.requests_per_minute)
+    app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
     app.state.draining = False
     return app
@@ -110,6 +113,7 @@ class Front:
             # An answer that has begun cannot be taken back: it is left incomplete, and the connection is closed.
             if exchange.status is None:
                 await _answer(error, request, exchange)
+            await write_down(request, error)
         finally:
             metrics.in_progress.dec()
             exchange.close(metrics, caught)
