@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, MetaData, Table, event, text
+from sqlalchemy import Connection, CursorResult, Engine, MetaData, ScalarResult, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
@@ -37,18 +37,20 @@ def now() -> int:
 class Database:
     """A pool of connections to a database whose tables are those of this version."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: Engine | AsyncEngine) -> None:
         self._engine = engine
         self.dialect = engine.dialect.name
-        # SQLite has one writer: waiting here costs nothing, waiting there is polling.
-        self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if self.dialect == "sqlite" else nullcontext()
+        self._turn = asyncio.Lock()  # SQLite has one writer: waiting here costs nothing, waiting there is polling
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connects, and brings the tables to this version: `sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://...`."""
+        """Connects, and brings the tables to this version: `sqlite:///PATH` or `postgresql+asyncpg://...`."""
         database = cls(_engine(url))
         try:
-            await database._migrate()
+            async with database.writing() as connection:
+                if database.dialect == "postgresql":  # servers that start at once take turns
+                    await connection.execute(text("SELECT pg_advisory_xact_lock(7263451)"))
+                await connection.run_sync(upgrade)
         except OSError as error:
             await database.close()
             raise BadInput(f"cannot reach the database {_shown(url)}: {error}") from error
@@ -63,17 +65,31 @@ class Database:
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only looks: one moment in time, and no waiting for writers."""
-        async with self._engine.connect() as connection:
-            yield connection
+        if isinstance(self._engine, Engine):
+            with self._engine.connect() as here:
+                yield cast(AsyncConnection, _Immediate(here))
+        else:
+            async with self._engine.connect() as connection:
+                yield connection
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that is durable when the block ends, and undone when the block raises."""
-        async with self._turn, self._engine.execution_options(writes=True).begin() as connection:
-            yield connection
+        if isinstance(self._engine, Engine):
+            async with self._turn:
+                with self._engine.execution_options(writes=True).connect() as here:
+                    await _in_thread(here.begin)  # waits for other processes
+                    yield cast(AsyncConnection, _Immediate(here))
+                    await _in_thread(here.commit)  # waits for the disk
+        else:
+            async with self._engine.begin() as connection:
+                yield connection
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        if isinstance(self._engine, Engine):
+            self._engine.dispose()
+        else:
+            await self._engine.dispose()
 
     def upsert(self, table: Table) -> Any:
         """An INSERT that knows `on_conflict_do_update` and `on_conflict_do_nothing`."""
@@ -81,20 +97,51 @@ class Database:
 
     async def forget(self) -> None:
         """Erases what deleted rows may have left beside the tables: SQLite's log of changes."""
-        if self.dialect == "sqlite":
-            async with self._turn, self._engine.connect() as connection:
-                raw = await connection.get_raw_connection()
-                driver: Any = raw.driver_connection
-                # Readers at work keep parts of the log in use; the next sweep tries again, writers need not wait for them here.
-                await driver.execute("PRAGMA busy_timeout=200")
-                await driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                await driver.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        if isinstance(self._engine, Engine):
+            async with self._turn:
+                await _in_thread(self._forget)
 
-    async def _migrate(self) -> None:
-        async with self._turn, self._engine.execution_options(writes=True).begin() as connection:
-            if self.dialect == "postgresql":  # servers that start at once take turns
-                await connection.execute(text("SELECT pg_advisory_xact_lock(7263451)"))
-            await connection.run_sync(upgrade)
+    def _forget(self) -> None:
+        assert isinstance(self._engine, Engine)
+        raw = self._engine.raw_connection()
+        try:
+            cursor = raw.cursor()
+            # Readers at work keep parts of the log in use; the next sweep tries again, writers need not wait for them here.
+            for pragma in ("busy_timeout=200", "wal_checkpoint(TRUNCATE)", f"busy_timeout={BUSY_MILLISECONDS}"):
+                cursor.execute(f"PRAGMA {pragma}")
+                cursor.fetchall()
+            cursor.close()
+        finally:
+            raw.close()
+
+
+class _Immediate:
+    """What we need of an AsyncConnection, on this thread: SQLite has answered before another thread would have had its turn."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self.dialect = connection, connection.dialect
+
+    async def execute(self, *statement: Any) -> CursorResult[Any]:
+        return self._connection.execute(*statement)
+
+    async def scalar(self, *statement: Any) -> Any:
+        return self._connection.scalar(*statement)
+
+    async def scalars(self, *statement: Any) -> ScalarResult[Any]:
+        return self._connection.scalars(*statement)
+
+    async def run_sync(self, function: Callable[[Connection], Any]) -> Any:
+        return function(self._connection)
+
+
+async def _in_thread(work: Callable[[], Any]) -> None:
+    """Runs in a thread, to its end even if nobody waits for it any more: half a commit is none of ours to leave."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
@@ -118,13 +165,13 @@ def _version(connection: Connection) -> str | None:
     return found
 
 
-def _engine(url: str) -> AsyncEngine:
+def _engine(url: str) -> Engine | AsyncEngine:
     try:
         parsed = make_url(url)
-        if parsed.drivername == "sqlite+aiosqlite":
-            if parsed.database:
-                _private_folder(Path(parsed.database).parent)
-            engine = create_async_engine(parsed, pool_size=POOL, max_overflow=0, pool_timeout=60)
+        if parsed.drivername == "sqlite" and parsed.database:
+            _private_folder(Path(parsed.database).parent)
+            # Never waits for a connection of the pool: that would stop the loop that is to give one back.
+            engine = create_engine(parsed, pool_size=POOL, max_overflow=-1, connect_args={"check_same_thread": False})
             _prepare_sqlite(engine)
             return engine
         if parsed.drivername == "postgresql+asyncpg":
@@ -136,12 +183,12 @@ def _engine(url: str) -> AsyncEngine:
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "asyncpg", "postgres", f"the database {_shown(url)}") from error
     raise BadInput(
-        f"'{_shown(url)}' is no URL of a database that can be used; expected sqlite+aiosqlite:///PATH or postgresql+asyncpg://HOST/NAME"
+        f"'{_shown(url)}' is no URL of a database that can be used; expected sqlite:///PATH or postgresql+asyncpg://HOST/NAME"
     )
 
 
-def _prepare_sqlite(engine: AsyncEngine) -> None:
-    @event.listens_for(engine.sync_engine, "connect")
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
     def connected(connection: Any, _: Any) -> None:
         # Transactions are begun below; the driver's own would be begun too late, at the first change.
         connection.isolation_level = None
@@ -156,7 +203,7 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 

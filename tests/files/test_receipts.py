@@ -16,6 +16,7 @@ from ropewalk.database import Database
 from ropewalk.errors import BadInput, NotFound, VerificationFailed
 from ropewalk.files import receipts
 from ropewalk.files.receipts import FIRST, Receipt, read_public_key, read_receipt, verify, verify_chain
+from ropewalk.files.settings import Settings
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 UNSIGNED = Receipt(
@@ -96,7 +97,7 @@ def test_a_chain_with_a_receipt_taken_out_or_swapped_is_refused() -> None:
 
 def test_receipts_issued_at_once_form_one_chain(tmp_path: Path) -> None:
     async def issue_all() -> list[Receipt]:
-        database = await Database.open(f"sqlite+aiosqlite:///{tmp_path}/ropewalk.db")
+        database = await Database.open(Settings(data=tmp_path).database)
 
         async def issue(number: int, undone: bool = False) -> None:
             async with database.writing() as connection:
@@ -120,7 +121,7 @@ def test_receipts_issued_at_once_form_one_chain(tmp_path: Path) -> None:
             await issue(9, undone=True)
         await issue(5)
         async with database.reading() as connection:
-            found = await receipts.issued(connection)
+            found = await receipts.issued(connection, 6)
         await database.close()
         return found
 

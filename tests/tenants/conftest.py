@@ -34,7 +34,7 @@ def postgres_server() -> Iterator[Any]:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path / 'ropewalk.db'}"
+        return f"sqlite:///{tmp_path / 'ropewalk.db'}"
     return request.getfixturevalue("postgres_server").new_database()
 
 

@@ -91,7 +91,7 @@ def test_a_key_ends_at_its_instant(tell):
 
 def test_the_database_holds_no_secret_in_the_clear(tmp_path):
     vault = Vault(bytes(32))
-    url = f"sqlite+aiosqlite:///{tmp_path / 'ropewalk.db'}"
+    url = f"sqlite:///{tmp_path / 'ropewalk.db'}"
 
     async def story():
         database = await Database.open(url)

@@ -86,7 +86,7 @@ def test_a_rotation_leaves_no_key_wrapped_by_the_old_root_in_the_files(tmp_path)
     vault = Vault(bytes(32))
 
     async def story():
-        database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'ropewalk.db'}")
+        database = await Database.open(f"sqlite:///{tmp_path / 'ropewalk.db'}")
         await ensure_default(database, vault)
         async with database.reading() as connection:
             before = (await connection.exec_driver_sql("SELECT sealed FROM secrets")).scalars().all()

@@ -22,7 +22,7 @@ class Settings:
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite+aiosqlite:///{self.data.expanduser().resolve() / 'ropewalk.db'}"
+        return self.database_url or f"sqlite:///{self.data.expanduser().resolve() / 'ropewalk.db'}"
 
     @property
     def blobs_at(self) -> str:
