@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select, tuple_
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
@@ -58,6 +58,15 @@ class Listing:
 
     files: list[File]
     more: bool
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is known of a file's content, as far as the caller may know it."""
+
+    shared_with: int  # other files of the caller's with equal bytes
+    verified_at: int | None
+    damaged_at: int | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,28 @@ async def find_all(connection: AsyncConnection, caller: Caller, ids: Sequence[st
     query = _selected().where(files.c.id.in_(ids), visible(caller))
     rows = await connection.execute(query.order_by(files.c.created_at.desc(), files.c.id.desc()))
     return [as_file(row) for row in rows]
+
+
+async def sharing(connection: AsyncConnection, blob_id: str) -> list[File]:
+    """Every file of this content."""
+    return [as_file(row) for row in await connection.execute(_selected().where(files.c.blob_id == blob_id))]
+
+
+async def replace_tags(connection: AsyncConnection, caller: Caller, id: str, tags: Sequence[str]) -> File:
+    """The file with other tags."""
+    changed = await connection.execute(update(files).where(files.c.id == id, visible(caller)).values(tags=list(tags)))
+    if not changed.rowcount:
+        raise missing(id)
+    return await find(connection, caller, id)
+
+
+async def details(connection: AsyncConnection, caller: Caller, file: File) -> Details:
+    """What its content has been through."""
+    row = (await connection.execute(select(blobs).where(blobs.c.id == file.blob_id))).first()
+    if row is None:
+        return Details(0, None, None)
+    mine = select(func.count()).select_from(files).where(files.c.blob_id == file.blob_id, visible(caller))
+    return Details((await connection.execute(mine)).scalar_one() - 1, row.verified_at, row.damaged_at)
 
 
 async def page(

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import ColumnElement, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
@@ -136,7 +136,7 @@ class Incoming:
 
     async def _begin(self) -> None:
         async with self._store.database.writing() as connection:
-            await quotas.reserve(connection, self._caller, self._reserved)
+            await self._set_aside(connection)
             await connection.execute(
                 insert(uploads).values(
                     id=self.id,
@@ -149,6 +149,9 @@ class Incoming:
                     created_at=now(),
                 )
             )
+
+    async def _set_aside(self, connection: AsyncConnection) -> None:
+        await quotas.reserve(connection, self._caller, self._reserved)
 
     async def _record(
         self, connection: AsyncConnection, name: str, media: str, sha256: str, expires_in: int | None, tags: Sequence[str]
@@ -195,15 +198,14 @@ class Incoming:
 
     async def _forget(self, connection: AsyncConnection, size: int | None = None) -> None:
         """The upload is no more; its reservation becomes use, or is given back."""
-        gone = await connection.execute(delete(uploads).where(uploads.c.id == self.id))
-        if not gone.rowcount:
-            raise Overloaded(
-                f"the upload was silent for more than {self._store.lease_seconds:g} s and was given up; send it again"
-            )
+        # What the row says is what was reserved, also when a cancelled task never heard that it was.
+        reserved = (await connection.execute(delete(uploads).where(self._row).returning(uploads.c.reserved_bytes))).scalar()
+        if reserved is None:
+            raise self._given_up()
         if size is None:
-            await quotas.release(connection, self._caller, self._reserved, reserved=True)
+            await quotas.release(connection, self._caller, reserved, reserved=True)
         else:
-            await quotas.settle(connection, self._caller, self._reserved, size)
+            await quotas.settle(connection, self._caller, reserved, size)
 
     async def _sent_before(self, connection: AsyncConnection, name: str, sha256: str) -> File | None:
         """The file that an earlier attempt of this upload made, whose answer the client may not have heard."""
@@ -229,25 +231,37 @@ class Incoming:
         if self._staged is not None:
             await asyncio.to_thread(self._staged.discard)
         async with self._store.database.writing() as connection:
-            ours = (await connection.execute(delete(uploads).where(uploads.c.id == self.id))).rowcount == 1
-            if ours:
-                await quotas.release(connection, self._caller, self._reserved, reserved=True)
+            reserved = (await connection.execute(delete(uploads).where(self._row).returning(uploads.c.reserved_bytes))).scalar()
+            if reserved is not None:
+                await quotas.release(connection, self._caller, reserved, reserved=True)
         # If the upload's row was gone, the last transaction may have been committed although it raised; the sweep will know.
-        if ours:
+        if reserved is not None:
             await asyncio.to_thread(self._store.blobs.erase, self.id)
 
     async def _reserve_more(self) -> None:
         step = max(RESERVE_STEP, self.size - self._reserved)
         async with self._store.database.writing() as connection:
+            await self._change(connection, reserved_bytes=uploads.c.reserved_bytes + step)
             await quotas.reserve(connection, self._caller, step, files=0)
-            await connection.execute(
-                update(uploads).where(uploads.c.id == self.id).values(reserved_bytes=uploads.c.reserved_bytes + step)
-            )
         self._reserved += step
 
     async def _renew(self) -> None:
         async with self._store.database.writing() as connection:
-            await connection.execute(update(uploads).where(uploads.c.id == self.id).values(lease_until=self._lease()))
+            await self._change(connection, lease_until=self._lease())
+
+    async def _change(self, connection: AsyncConnection, **values: Any) -> None:
+        if not (await connection.execute(update(uploads).where(self._row).values(**values))).rowcount:
+            raise self._given_up()
+
+    @property
+    def _row(self) -> ColumnElement[bool]:
+        return uploads.c.id == self.id
+
+    def _given_up(self) -> Overloaded:
+        """The sweep has taken this upload for dead, and given back what it had reserved."""
+        return Overloaded(
+            f"the upload was silent for more than {self._store.lease_seconds:g} s and was given up; send it again"
+        )
 
     def _lease(self) -> int:
         self._heard = time.monotonic()

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from sqlalchemy import insert, select, update
@@ -25,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ropewalk.database import now
 from ropewalk.errors import BadInput, NotFound, VerificationFailed
 from ropewalk.files.tables import deletions
+from ropewalk.tenants.signing import canonical, check_signature, sign
 from ropewalk.tenants.tables import chains
 
 CHAIN = "receipts"
@@ -60,12 +60,12 @@ class Receipt:
 
     def as_json(self) -> str:
         """The one text that stands for it: what is signed, chained and stored."""
-        return _canonical(self.as_dict()).decode()
+        return canonical(self.as_dict())
 
     def sign(self, key: Ed25519PrivateKey) -> Receipt:
         """The same receipt with the key's id and signature."""
-        named = replace(self, key_id=key_id(key.public_key()), signature="")
-        return replace(named, signature=key.sign(_signed_bytes(named.as_dict())).hex())
+        unsigned = {name: value for name, value in self.as_dict().items() if name != "signature"}
+        return parse(sign(unsigned, key))
 
     def digest(self) -> str:
         """What the next receipt names as its previous."""
@@ -126,10 +126,21 @@ async def _next_place(connection: AsyncConnection) -> tuple[int, bytes]:
     return row.seq, row.head
 
 
-async def issued(connection: AsyncConnection) -> list[Receipt]:
-    """All receipts in order, as they were signed."""
-    rows = await connection.execute(select(deletions.c.receipt).order_by(deletions.c.seq))
+async def issued(connection: AsyncConnection, up_to: int) -> list[Receipt]:
+    """The receipts up to a sequence number in order, as they were signed."""
+    query = select(deletions.c.receipt).where(deletions.c.seq <= up_to)
+    rows = await connection.execute(query.order_by(deletions.c.seq))
     return [parse(json.loads(text)) for text in rows.scalars()]
+
+
+async def find(connection: AsyncConnection, workspace_id: str, file_id: str, sequence: int) -> Receipt:
+    """A receipt of a workspace, for who knows the id of the file it is of."""
+    here = (deletions.c.seq == sequence, deletions.c.workspace_id == workspace_id)
+    text = (await connection.execute(select(deletions.c.receipt).where(*here))).scalar()
+    receipt = None if text is None else parse(json.loads(text))
+    if receipt is None or not receipt.is_of(file_id):
+        raise NotFound(f"There is no receipt {sequence} of a file `{file_id}`.")
+    return receipt
 
 
 def id_digest(file_id: str) -> str:
@@ -137,24 +148,9 @@ def id_digest(file_id: str) -> str:
     return hashlib.sha256(file_id.encode()).hexdigest()
 
 
-def key_id(key: Ed25519PublicKey) -> str:
-    """A short name for a public key: the beginning of its SHA-256."""
-    return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
-
-
 def verify(receipt: Mapping[str, Any], public_key: Ed25519PublicKey) -> Receipt:
     """The receipt, if the key signed exactly this."""
-    named = receipt.get("key_id")
-    if named != key_id(public_key):
-        raise VerificationFailed(f"the receipt names the key '{named}', and the key at hand is '{key_id(public_key)}'")
-    signature = receipt.get("signature")
-    try:
-        raw = bytes.fromhex(signature) if isinstance(signature, str) else b""
-        if raw.hex() != signature:
-            raise ValueError(signature)
-        public_key.verify(raw, _signed_bytes(receipt))
-    except (ValueError, InvalidSignature):
-        raise VerificationFailed("the receipt's signature does not match: it was changed, or another key made it") from None
+    check_signature(receipt, public_key)
     return parse(receipt)
 
 
@@ -223,12 +219,3 @@ def timestamp(microseconds: int) -> str:
     """A database time as RFC 3339, to the microsecond."""
     seconds, rest = divmod(microseconds, 1_000_000)
     return datetime.fromtimestamp(seconds, UTC).strftime(f"%Y-%m-%dT%H:%M:%S.{rest:06d}Z")
-
-
-def _signed_bytes(receipt: Mapping[str, Any]) -> bytes:
-    return _canonical({name: value for name, value in receipt.items() if name != "signature"})
-
-
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    # All values are texts, whole numbers and lists of texts, for which sorted keys without blanks are one form only.
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

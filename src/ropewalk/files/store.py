@@ -176,6 +176,8 @@ class Store:
         caller.needs("write")
         adapters = list(self.adapters_of(id))
         async with self.database.writing() as connection:
+            # Locked first: a file that expires, or is deleted by another, between the look and the DELETE would be given back twice.
+            await connection.execute(select(files.c.id).where(files.c.id == id, catalog.visible(caller)).with_for_update())
             file = await catalog.find(connection, caller, id)
             gone = await connection.execute(delete(files).where(files.c.id == id))
             if not gone.rowcount:  # somebody else's DELETE was first
