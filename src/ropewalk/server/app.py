@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.server import files, logs, models, openapi, operations
+from ropewalk.server import admin, extensions, files, logs, models, openapi, operations
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -34,8 +34,10 @@ API = "/v1/"  # what lies under it needs a key
 DISCONNECTED = 499  # in the log only: the client went away before it was answered
 
 ROUTES: list[BaseRoute] = [
+    *extensions.routes,
     *files.routes,
     *models.routes,
+    *admin.routes,
     *operations.routes,
     *openapi.routes,
 ]
