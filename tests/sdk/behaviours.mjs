@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { createHash, randomBytes } from "node:crypto";
-import { createReadStream, mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { appendFileSync, createReadStream, mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
@@ -232,6 +232,29 @@ test("models are those of the registry", async () => {
   await ask("model", { name: "ours-1" });
   assert.equal((await client.models.retrieve("ours-1")).id, "ours-1");
   assert.ok((await ids(client.models.list())).includes("ours-1"));
+});
+
+test("500 MB go up from a stream and come down whole", async () => {
+  const { client } = await fresh();
+  const folder = mkdtempSync(join(tmpdir(), "sdk-"));
+  try {
+    const path = join(folder, "huge.bin");
+    const block = randomBytes(1_000_000);
+    const sent = createHash("sha256");
+    for (let n = 0; n < 500; n++) {
+      block.writeUInt32BE(n);
+      appendFileSync(path, block);
+      sent.update(block);
+    }
+    const file = await client.files.upload({ file: createReadStream(path) });
+    assert.equal(file.size_bytes, 500_000_000);
+    const got = createHash("sha256");
+    for await (const chunk of (await client.files.download(file.id)).body) got.update(chunk);
+    assert.equal(got.digest("hex"), sent.digest("hex"));
+    await client.files.delete(file.id);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
 });
 
 test("a byte more than 500 MB is too large", async () => {

@@ -31,7 +31,6 @@ Connect = Callable[..., Anthropic]
 
 ga_only = pytest.mark.skipif(OLD, reason="this version has only the beta shape")
 old_only = pytest.mark.skipif(not OLD, reason="this version's list has the GA shape")
-huge = pytest.mark.skipif(os.environ.get("ROPEWALK_TEST_HUGE") != "1", reason="500 MB once, with the newest version")
 
 
 def files(client: Anthropic) -> Any:
@@ -158,7 +157,7 @@ def test_2500_files_are_walked_once_each(seeder, connect):
     assert seen == many["ids"]
 
 
-@pytest.mark.skipif(VERSION < (2, 0), reason="an hour of walking in small steps is walked once")
+@pytest.mark.skipif(VERSION < (2, 0), reason="walked in small pages with one version")
 def test_2500_files_are_walked_in_small_pages_too(seeder, connect):
     many = seeder.ask("many", count=2_500)
     assert [file.id for file in files(connect(many["secret"])).list(limit=77)] == many["ids"]
@@ -398,7 +397,6 @@ def digest(blocks: Iterator[bytes]) -> str:
     return found.hexdigest()
 
 
-@huge
 def test_500_mb_go_up_and_come_down_whole(client):
     size = 500_000_000
     file = files(client).upload(file=("huge.bin", io.BufferedReader(Endless(size)), "application/octet-stream"), timeout=600)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import anthropic
 import pytest
 from anthropic import Anthropic
 
@@ -13,8 +12,6 @@ try:
     from seeder_client import Seeder
 except ImportError:  # imported from the tests' root, as our own suite does
     from sdk.seeder_client import Seeder
-
-VERSION = tuple(int(part) for part in anthropic.__version__.split("."))
 
 
 @pytest.fixture(scope="session")
