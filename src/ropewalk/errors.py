@@ -9,6 +9,7 @@
     │   ├── MissingExtra                                               an optional package that is not installed
     │   ├── QuotaExceeded                                              no room left under a limit of bytes or files
     │   ├── NotDownloadable                                            a file whose workspace keeps it from being downloaded
+    │   ├── ResumeFailed          409 412 415 460                      a step of a resumable upload that does not fit
     │   ├── DocumentError                                              a file that cannot be read as a document
     │   ├── SandboxFailed                                              work that ran past its limits of time or memory
     │   └── UnreadableBody                                             a request's body that came too slowly, or encoded otherwise
@@ -108,7 +109,7 @@ class DocumentError(BadInput):
 
 
 class SandboxFailed(BadInput):
-    """Work that ran past its limits, or crashed; the reason is 'time', 'memory', 'result', 'crash', 'killed' or 'failure'."""
+    """Work that ran past its limits, or crashed; the reason is 'time', 'cpu', 'memory', 'result', 'crash', 'killed' or 'failure'."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -121,6 +122,15 @@ class UnreadableBody(BadInput):
     def __init__(self, message: str, error_code: str) -> None:
         super().__init__(message)
         self.error_code = error_code
+
+
+class ResumeFailed(BadInput):
+    """A step of a resumable upload that does not fit; the status is the one that tus 1.0 gives it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers: dict[str, str] = {}  # that the answer carries
 
 
 class AuthenticationFailed(RopewalkError):

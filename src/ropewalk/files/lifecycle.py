@@ -14,9 +14,9 @@ from sqlalchemy import delete, select, tuple_, update
 
 from ropewalk.database import now
 from ropewalk.failpoints import failpoint
-from ropewalk.files import catalog
+from ropewalk.files import catalog, resumable
 from ropewalk.files.store import Doomed, Store
-from ropewalk.files.tables import blobs, derived, erasures, files, uploads
+from ropewalk.files.tables import blobs, derived, erasures, files, parts, uploads
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -29,7 +29,7 @@ DAY = 24 * 3600 * 1_000_000
 DERIVING = 600 * 1_000_000  # a derived thing whose bytes are not there after so long was given up
 
 # The columns that name stored bytes, in the order in which bytes can go from one to the next between two looks.
-NAMED_BY = (uploads.c.id, blobs.c.id, derived.c.stored, erasures.c.stored)
+NAMED_BY = (uploads.c.id, blobs.c.id, parts.c.name, derived.c.stored, erasures.c.stored)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class SweepReport:
     """How many there were of each."""
 
     expired: int = 0  # files whose hour had passed
-    abandoned: int = 0  # uploads not heard of for too long
+    abandoned: int = 0  # uploads not heard of for too long, and resumable ones whose time was over
     orphans: int = 0  # stored bytes that no row refers to
     erased: int = 0  # bytes whose erasure had been cut short
     purged: int = 0  # rows of files that expired long ago
@@ -94,7 +94,7 @@ async def _expire_some(store: Store) -> int:
 
 async def sweep(store: Store, *, look_for_missing: bool = True) -> SweepReport:
     """Expires what is due and sets right what crashes left; `look_for_missing` asks for the size of every stored content."""
-    report = SweepReport(expired=await expire(store), abandoned=await _abandon(store))
+    report = SweepReport(expired=await expire(store), abandoned=await _abandon(store) + await resumable.expire(store))
     report.orphans = await _sweep_staged(store) + await _sweep_published(store)
     report.erased = await _erase_again(store)
     report.purged = await _purge(store)
@@ -125,6 +125,7 @@ async def _sweep_staged(store: Store) -> int:
             alive = set((await connection.execute(select(uploads.c.id).where(uploads.c.id.in_(names)))).scalars())
             young = (derived.c.stored.in_(names), derived.c.created_at > now() - DERIVING)
             alive |= set((await connection.execute(select(derived.c.stored).where(*young))).scalars())
+            alive |= set((await connection.execute(select(parts.c.name).where(parts.c.name.in_(names)))).scalars())
         for name in names - alive:
             await asyncio.to_thread(store.blobs.discard, name)
             count += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Index, LargeBinary, Table, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Boolean, Column, ForeignKey, Index, LargeBinary, Table, Text, UniqueConstraint
 
 from ropewalk.database import metadata
 
@@ -81,4 +81,36 @@ deletions = Table(  # the chain of receipts
     Column("workspace_id", Text, nullable=False),
     Column("receipt", Text, nullable=False),  # canonical JSON, as signed
     Column("created_at", BigInteger, nullable=False),
+)
+
+resumables = Table(  # uploads that come in several requests
+    "resumables",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("organization_id", Text, nullable=False),
+    Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
+    Column("user_id", Text),
+    Column("key_id", Text),
+    Column("filename", Text),
+    Column("mime_type", Text),
+    Column("expires_in", BigInteger),  # seconds that the file shall live
+    Column("tags", JSON, nullable=False),
+    Column("length", BigInteger, nullable=False),
+    Column("received", BigInteger, nullable=False),  # how many bytes are on the disk
+    Column("reserved", Boolean, nullable=False),  # whether the length is set aside under the quotas
+    Column("sealed_key", LargeBinary),  # wrapped by the workspace's key; null once the parts have become a file
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("file_id", Text),
+    Index("resumables_expires", "expires_at"),
+)
+
+parts = Table(  # what has come of them
+    "parts",
+    metadata,
+    Column("name", Text, primary_key=True),  # in the blob store; never used twice
+    Column("resumable_id", Text, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("size", BigInteger),  # null while it is on its way
+    Index("parts_resumable", "resumable_id", "start"),
 )

@@ -55,6 +55,9 @@ def dialect(headers: Mapping[str, str]) -> Dialect:
     )
 
 
+EXTENDED = Dialect(extensions=True)
+
+
 class JSON(Response):
     """An answer in JSON."""
 
