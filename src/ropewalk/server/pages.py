@@ -5,10 +5,8 @@ A page asks the same modules as the API does, with the rights of the key that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -18,10 +16,9 @@ from starlette.types import Scope
 from ropewalk.errors import BadInput, NotFound, PermissionDenied, RopewalkError
 from ropewalk.files import receipts
 from ropewalk.files.catalog import File, Listing
-from ropewalk.files.documents import document
-from ropewalk.files.store import Store
-from ropewalk.files.tables import derived
-from ropewalk.server import body, download, forms, sessions, views, wire
+from ropewalk.files.documents import document, page_image
+from ropewalk.server import body, download, forms, sessions, texts, views, wire, words
+from ropewalk.server.previews import Preview, preview_of
 from ropewalk.server.sessions import Session
 from ropewalk.server.visitors import (
     Visitor,
@@ -98,20 +95,28 @@ async def list_files(request: Request, visitor: Visitor) -> Response:
     name = asked.get("name", "").replace("\0", "")[:255]
     listing, newer, older = await _listed(request, visitor, name)
     stored = await store.find(visitor.caller, asked.getlist("stored")[:64]) if "stored" in asked else []
-    tokens = await _tokens(store, listing.files)
+    tokens = await texts.tokens(store, listing.files)
+    unread = texts.unread(listing.files, tokens)
+    if "read" in asked:
+        tokens |= await texts.count_some(store, visitor.caller, unread)
+        still = texts.unread(listing.files, tokens)
+        unread = still if len(still) < len(unread) else []  # what cannot be read now is asked for when the page is next opened
     async with store.database.reading() as connection:
         used = await usage(connection, *_scope(visitor))
+    here = {key: value for key, value in asked.items() if key in ("name", "page", "before")}
     page = views.FilesPage(
         rows=[views.row(file, tokens.get(file.id)) for file in listing.files],
         quota=views.quota(used),
         name=name,
-        here=address("/files", {key: value for key, value in asked.items() if key in ("name", "page", "before")}),
+        here=address("/files", here),
+        unread=[file.id for file in unread],
+        unread_at=address("/files", here | {"read": "1"}),
         newer=newer,
         older=older,
-        uploaded=[views.Stored(file.id, views.parts(file.filename)) for file in reversed(stored)],
+        uploaded=[views.Stored(file.id, words.parts(file.filename)) for file in reversed(stored)],
         may_write=visitor.may("write"),
         max_bytes=store.max_file_bytes,
-        max_size=views.size(store.max_file_bytes),
+        max_size=words.size(store.max_file_bytes),
     )
     return await show(request, visitor, "files.html", "Files", page)
 
@@ -142,21 +147,21 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
     """One file with its text: at once if it has been read before or is asked for, else fetched once the page is shown."""
     store, id = store_of(request), request.path_params["id"]
     found = await store.show(visitor.caller, id)
-    tokens = (await _tokens(store, [found])).get(id)
-    preview, later = views.Preview(), None
+    known = await texts.tokens(store, [found])
+    preview, later = Preview(), None
     if found.expired:
-        preview = views.Preview(problem="The content is erased.")
-    elif "from" not in request.query_params and tokens is None:
-        later = f"/files/{id}?from=0#preview"
+        preview = Preview(problem="The content is erased.")
+    elif "from" not in request.query_params and not known:
+        later = f"/files/{id}?from=0"
     else:
+        known |= await texts.count_some(store, visitor.caller, [] if known else [found])
         try:
-            preview = views.preview(await document(store, visitor.caller, id), f"/files/{id}", _offset(request))
-            tokens = (await _tokens(store, [found])).get(id)
+            preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", _offset(request))
         except BadInput as error:
-            preview = views.Preview(problem=str(error))
+            preview = Preview(problem=str(error))
     page = views.file_page(
         found,
-        tokens,
+        known.get(id),
         preview,
         later,
         may_download=found.downloadable and not found.expired and visitor.may("download"),
@@ -172,10 +177,16 @@ async def download_file(request: Request, visitor: Visitor) -> Response:
     return await download.answer(content.file, span, content.chunks(*span) if span else content.chunks())
 
 
+async def show_picture(request: Request, visitor: Visitor) -> Response:
+    """A page of a PDF, or a picture, drawn anew in the confined process: no byte of the file itself reaches the browser."""
+    png = await page_image(store_of(request), visitor.caller, request.path_params["id"], request.path_params["number"])
+    return Response(png, media_type="image/png")
+
+
 async def delete_form(request: Request, visitor: Visitor) -> Response:
     visitor.caller.needs("write")
     found = await store_of(request).show(visitor.caller, request.path_params["id"])
-    page = views.DeletePage(found.id, views.parts(found.filename), views.size(found.size), views.moment(found.created_at))
+    page = views.DeletePage(found.id, words.parts(found.filename), words.size(found.size), words.moment(found.created_at))
     return await show(request, visitor, "delete.html", "Delete", page)
 
 
@@ -254,16 +265,6 @@ def _offset(request: Request) -> int:
     return int(text)
 
 
-async def _tokens(store: Store, files: Sequence[File]) -> dict[str, int]:
-    """About how many tokens each of these files has, of those whose text has been read."""
-    of_blob = select(derived.c.owner, func.max(derived.c.size)).where(
-        derived.c.owner.in_([file.blob_id for file in files if file.blob_id]), derived.c.kind == "text"
-    )
-    async with store.database.reading() as connection:
-        sizes = dict((await connection.execute(of_blob.group_by(derived.c.owner))).tuples().all())
-    return {file.id: views.tokens_in(sizes[file.blob_id]) for file in files if file.blob_id in sizes}
-
-
 class Static(StaticFiles):
     """Files of this package, asked for again after an upgrade."""
 
@@ -285,6 +286,7 @@ routes: list[BaseRoute] = [
     Route("/files", signed_in(upload), methods=["POST"]),
     Route(_ID, signed_in(show_file), methods=["GET"]),
     Route(f"{_ID}/content", signed_in(download_file), methods=["GET"]),
+    Route(f"{_ID}/pages/{{number:int}}", signed_in(show_picture), methods=["GET"]),
     Route(f"{_ID}/delete", signed_in(delete_form), methods=["GET"]),
     Route(f"{_ID}/delete", signed_in(delete_file), methods=["POST"]),
     Route(f"{_ID}/receipt/{{sequence:int}}", signed_in(show_receipt), methods=["GET"]),

@@ -1,20 +1,16 @@
-"""What each page shows: one dataclass per page, and how sizes, times, names and kinds are put into words."""
+"""What each page shows: one dataclass per page."""
 
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ropewalk.database import now
 from ropewalk.files.catalog import File
-from ropewalk.files.documents import Document, Section
 from ropewalk.files.receipts import Receipt
+from ropewalk.server.previews import Preview
+from ropewalk.server.words import Moment, Part, estimate, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
 LINKS = (("/files", "Files"),)
@@ -26,29 +22,6 @@ KEEP = (
     (2_592_000, "30 days"),
     (7_776_000, "90 days"),
 )
-PREVIEW = 30_000  # characters of text on one page
-BYTES_PER_TOKEN = 4  # of English text, with the tokenizers of current models; other languages and code have more tokens
-# What joins letters in Persian and emoji is no disguise.
-SHOWN_AS_THEY_ARE = {"\u200c", "\u200d"}
-KINDS = {
-    "application/pdf": ("PDF", "PDF"),
-    "application/json": ("JSON", "JSON"),
-    "application/jsonl": ("JSONL", "JSON lines"),
-    "application/x-ndjson": ("JSONL", "JSON lines"),
-    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": ("DOCX", "Word document"),
-    "application/vnd.openxmlformats-officedocument.presentationml.presentation": ("PPTX", "Presentation"),
-    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": ("XLSX", "Spreadsheet"),
-    "application/zip": ("ZIP", "ZIP archive"),
-    "application/octet-stream": ("BIN", "Binary"),
-    "text/plain": ("TXT", "Plain text"),
-    "text/markdown": ("MD", "Markdown"),
-    "text/html": ("HTML", "HTML"),
-    "text/csv": ("CSV", "CSV table"),
-    "image/png": ("PNG", "Image"),
-    "image/jpeg": ("JPEG", "Image"),
-    "image/gif": ("GIF", "Image"),
-    "image/webp": ("WEBP", "Image"),
-}
 FATES = {
     "erased": "Its content is erased: no other file held the same bytes, and the key that could open them is destroyed.",
     "shared": "The id is gone. Other files of this workspace hold the same bytes; these stay until the last of them is deleted.",
@@ -95,22 +68,6 @@ class Frame:
     @property
     def links(self) -> list[Link]:
         return [Link(href, label, self.path.startswith(href)) for href, label in LINKS]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a name; `unseen` where it stands for a character that has no shape."""
-
-    text: str
-    unseen: bool
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A time, exactly and in words."""
-
-    exact: str
-    words: str
 
 
 @dataclass(frozen=True)
@@ -162,6 +119,8 @@ class FilesPage:
     quota: Quota
     name: str
     here: str
+    unread: list[str]  # files whose texts are still to be read, when scripts are on
+    unread_at: str
     newer: str | None
     older: str | None
     uploaded: list[Stored]
@@ -169,25 +128,6 @@ class FilesPage:
     max_bytes: int
     max_size: str
     keep: tuple[Keep, ...] = tuple(Keep(seconds or "", label) for seconds, label in KEEP)
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A page, slide, sheet or section of the text, or the part of it that is on this page."""
-
-    heading: str | None
-    text: str
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Part of a file's text, or the sentence that says why there is none."""
-
-    sheets: tuple[Sheet, ...] = ()
-    extent: str = ""
-    earlier: str | None = None
-    later: str | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -310,27 +250,6 @@ def file_page(
     )
 
 
-def preview(document: Document, path: str, start: int) -> Preview:
-    """The part of a document's text that begins at `start`, divided where the document is."""
-    start = min(max(0, start), len(document.text))
-    end = min(start + PREVIEW, len(document.text))
-    sheets = tuple(
-        Sheet(_heading(section, start), document.text[max(section.start, start) : min(section.end, end)].strip("\n"))
-        for section in document.sections
-        if (section.start < end and section.end > start) or (section.start == section.end and start <= section.start <= end)
-    )
-    problem = None
-    if not document.text.strip():
-        problem = "This file holds no text." + (" Its images are read by the model itself." if document.images else "")
-    return Preview(
-        sheets=() if problem else sheets,
-        extent=_extent(document),
-        earlier=f"{path}?{urlencode({'from': max(0, start - PREVIEW)})}#preview" if start else None,
-        later=f"{path}?{urlencode({'from': end})}#preview" if end < len(document.text) else None,
-        problem=problem,
-    )
-
-
 def receipt_page(receipt: Receipt, download: str) -> ReceiptPage:
     """A receipt in words and as it was signed."""
     facts = [
@@ -357,100 +276,3 @@ def quota(usage: Usage) -> Quota:
     )
     limit = None if usage.limit_bytes is None else size(usage.limit_bytes)
     return Quota(size(used), limit, min(100.0, max(shares)) if shares else None, counted)
-
-
-def parts(name: str) -> tuple[Part, ...]:
-    """A name in which nothing hides: what turns the direction of text or has no shape is spelt out."""
-    found: list[Part] = []
-    for character in name:
-        unseen = (
-            unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character not in SHOWN_AS_THEY_ARE
-        )
-        if unseen:
-            found.append(Part(f"U+{ord(character):04X}", True))
-        elif found and not found[-1].unseen:
-            found[-1] = Part(found[-1].text + character, False)
-        else:
-            found.append(Part(character, False))
-    return tuple(found)
-
-
-def kind_of(mime_type: str) -> tuple[str, str]:
-    """A media type as a badge and in words."""
-    if known := KINDS.get(mime_type):
-        return known
-    kind, _, sub = mime_type.partition("/")
-    sub = sub.removeprefix("x-").removeprefix("vnd.")
-    if kind == "text":
-        return sub[:6].upper(), f"Code ({sub})" if sub.isalpha() else mime_type
-    return (sub[:6].upper() if sub.isalnum() else "FILE"), mime_type
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that fits, as disks are sold: 1 MB is 1,000,000 bytes."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{count} B" if unit == "B" else f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
-
-
-def moment(microseconds: int) -> Moment:
-    """A time of the database."""
-    at = datetime.fromtimestamp(microseconds // 1_000_000, UTC)
-    return Moment(f"{at:%Y-%m-%d %H:%M} UTC", _distance((microseconds - now()) / 1e6, at))
-
-
-def estimate(tokens: int | None) -> str | None:
-    """About how many tokens: two figures that mean something."""
-    if tokens is None:
-        return None
-    if tokens < 1000:
-        return f"~{tokens}"
-    return (
-        f"~{tokens / 1000:.1f} k"
-        if tokens < 99_950
-        else f"~{tokens / 1000:.0f} k"
-        if tokens < 999_500
-        else f"~{tokens / 1e6:.1f} M"
-    )
-
-
-def tokens_in(count: int) -> int:
-    """About how many tokens so many bytes of text are."""
-    return -(-count // BYTES_PER_TOKEN)
-
-
-def _distance(seconds: float, at: datetime) -> str:
-    away = abs(seconds)
-    if away >= 30 * 86400 and seconds < 0:
-        return f"{at.day} {at:%b %Y}"
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if away >= length:
-            count = int(away // length)
-            words = f"{count} {unit}{'' if count == 1 else 's'}"
-            return f"in {words}" if seconds > 0 else f"{words} ago"
-    return "in less than a minute" if seconds > 0 else "just now"
-
-
-def _heading(section: Section, start: int) -> str | None:
-    label = f"{section.kind.capitalize()} {section.number}" if section.kind != "section" else ""
-    words = ": ".join(word for word in (label, section.title or "") if word)
-    return (words + (", continued" if section.start < start else "")) or None
-
-
-def _extent(document: Document) -> str:
-    kinds: Iterable[str] = {section.kind for section in document.sections}
-    if set(kinds) == {"section"} or not document.sections:
-        return f"{len(document.text):,} characters"
-    return ", ".join(f"{n:,} {kind}{'' if n == 1 else 's'}" for kind, n in _counted(document.sections)) + (
-        f" · {len(document.text):,} characters"
-    )
-
-
-def _counted(sections: Sequence[Section]) -> list[tuple[str, int]]:
-    counts: dict[str, int] = {}
-    for section in sections:
-        counts[section.kind] = counts.get(section.kind, 0) + 1
-    return list(counts.items())

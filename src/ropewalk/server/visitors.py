@@ -103,11 +103,11 @@ async def show(
     who = None
     if visitor is not None:
         token = visitor.session.token
-        spaces = (views.Choice(visitor.workspace.id, visitor.workspace.name),)
+        spaces = [visitor.workspace]
         if visitor.key.workspace_id is None:
-            found = await list_workspaces(store_of(request).database)
-            spaces = tuple(sorted((views.Choice(w.id, w.name) for w in found.items), key=lambda w: w.name.casefold()))
-        who = views.Who(visitor.key.name, visitor.workspace.id, visitor.workspace.name, spaces)
+            spaces = sorted((await list_workspaces(store_of(request).database)).items, key=lambda found: found.name.casefold())
+        choices = tuple(views.Choice(found.id, found.name) for found in spaces)
+        who = views.Who(visitor.key.name, visitor.workspace.id, visitor.workspace.name, choices)
     return HTMLResponse(views.render(template, views.Frame(title, token, who, request.url.path), page))
 
 

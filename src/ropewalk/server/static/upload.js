@@ -22,42 +22,44 @@
     return bytes + " B";
   };
 
+  // As the server shows names: what has no shape, or turns the direction of text, is spelt out.
+  const shown = (name) => name.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => "[U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
+
   const row = (file) => {
     const item = list.appendChild(document.createElement("li"));
-    item.className = "card";
     const parts = {};
     for (const [name, tag] of [["name", "span"], ["state", "span"], ["stop", "button"], ["bar", "progress"]]) {
       parts[name] = item.appendChild(document.createElement(tag));
       parts[name].className = name;
     }
-    parts.name.textContent = file.name;
+    parts.name.textContent = shown(file.name);
     parts.name.dir = "auto";
     parts.state.textContent = "waiting";
     parts.stop.type = "button";
     parts.stop.className = "small-button";
     parts.stop.textContent = "Cancel";
-    parts.stop.setAttribute("aria-label", "Cancel the upload of " + file.name);
+    parts.stop.setAttribute("aria-label", "Cancel the upload of " + parts.name.textContent);
     parts.bar.max = 100;
     parts.bar.value = 0;
-    parts.bar.setAttribute("aria-label", "Upload of " + file.name);
+    parts.bar.setAttribute("aria-label", "Upload of " + parts.name.textContent);
     return { item, ...parts };
   };
 
-  const finish = (shown, kind, words) => {
-    shown.item.classList.add(kind);
-    shown.state.textContent = words;
-    shown.stop.textContent = "Dismiss";
-    shown.stop.setAttribute("aria-label", "Dismiss " + shown.name.textContent);
-    shown.stop.onclick = () => { shown.item.remove(); form.querySelector("#choose").focus(); };
-    said.textContent = shown.name.textContent + ": " + words;
+  const finish = (line, kind, words) => {
+    line.item.classList.add(kind);
+    line.state.textContent = words;
+    line.stop.textContent = "Dismiss";
+    line.stop.setAttribute("aria-label", "Dismiss " + line.name.textContent);
+    line.stop.onclick = () => { line.item.remove(); form.querySelector("#choose").focus(); };
+    said.textContent = line.name.textContent + ": " + words;
   };
 
-  const start = ({ file, keep, shown }) => {
+  const start = ({ file, keep, line }) => {
     running += 1;
     const request = new XMLHttpRequest();
     const ended = (kind, words) => {
       running -= 1;
-      finish(shown, kind, words);
+      finish(line, kind, words);
       if (kind === "done") document.body.dispatchEvent(new CustomEvent("files-changed"));
       next();
     };
@@ -66,8 +68,8 @@
     request.setRequestHeader("X-CSRF-Token", form.elements.csrf.value);
     request.upload.onprogress = (event) => {
       const share = event.total ? (100 * event.loaded) / event.total : 0;
-      shown.bar.value = share;
-      shown.state.textContent = share < 100 ? Math.floor(share) + "% of " + size(file.size) : "storing";
+      line.bar.value = share;
+      line.state.textContent = share < 100 ? Math.floor(share) + "% of " + size(file.size) : "storing";
     };
     request.onload = () => {
       let answer = {};
@@ -77,7 +79,7 @@
     };
     request.onerror = () => ended("failed", "the connection was cut; nothing was stored, try again");
     request.onabort = () => ended("failed", "cancelled; nothing was stored");
-    shown.stop.onclick = () => request.abort();
+    line.stop.onclick = () => request.abort();
     const body = new FormData();
     if (keep) body.append("expires_in_seconds", keep);
     body.append("file", file, file.name);
@@ -88,10 +90,10 @@
 
   const add = (files) => {
     for (const file of files) {
-      const shown = row(file);
-      if (file.size > limit) { finish(shown, "failed", size(file.size) + " is more than the " + size(limit) + " that a file may have"); continue; }
-      const entry = { file, keep: form.elements.expires_in_seconds.value, shown };
-      shown.stop.onclick = () => { waiting.splice(waiting.indexOf(entry), 1); finish(shown, "failed", "cancelled; nothing was stored"); };
+      const line = row(file);
+      if (file.size > limit) { finish(line, "failed", size(file.size) + " is more than the " + size(limit) + " that a file may have"); continue; }
+      const entry = { file, keep: form.elements.expires_in_seconds.value, line };
+      line.stop.onclick = () => { waiting.splice(waiting.indexOf(entry), 1); finish(line, "failed", "cancelled; nothing was stored"); };
       waiting.push(entry);
     }
     next();
