@@ -127,6 +127,7 @@ def test_each_limit_gives_its_reason():
     for expression, limits, reason in (
         ("__import__('time').sleep(30)", {"seconds": 0.3}, "time"),
         ("sum(range(10**12))", {"seconds": 0.3}, "time"),
+        ("sum(range(10**12))", {"seconds": 30, "cpu_seconds": 1}, "cpu"),
         ("len(bytes(1 << 30))", {"memory_bytes": 1 << 28}, "memory"),
         ("'x' * 2000", {"result_bytes": 1000}, "result"),
         ("__import__('os').abort()", {}, "crash"),

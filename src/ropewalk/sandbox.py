@@ -55,15 +55,19 @@ def call(
     *,
     data: bytes | None = None,
     seconds: float = SECONDS,
+    cpu_seconds: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     result_bytes: int = RESULT_BYTES,
 ) -> Any:
-    """What 'module:function' returns, from a confined process; its BadInput errors are raised here, its other ends are SandboxFailed."""
+    """What 'module:function' returns, from a confined process; its BadInput errors are raised here, its other ends are SandboxFailed.
+
+    `seconds` go by the clock, `cpu_seconds` (as many, if not given) by what it used of a processor, whatever else the machine does.
+    """
     with _memory_file("data") if data is not None else contextlib.nullcontext(-1) as file:
         if data is not None:
             _write(file, data)
             _seal(file)
-        return _Child(function, arguments, file, seconds, memory_bytes, result_bytes).run()
+        return _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes).run()
 
 
 async def call_async(
@@ -72,6 +76,7 @@ async def call_async(
     *,
     data: bytes | AsyncIterable[bytes] | None = None,
     seconds: float = SECONDS,
+    cpu_seconds: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     result_bytes: int = RESULT_BYTES,
 ) -> Any:
@@ -82,7 +87,7 @@ async def call_async(
                 async for piece in _pieces(data):
                     _write(file, piece)
                 _seal(file)
-            child = _Child(function, arguments, file, seconds, memory_bytes, result_bytes)
+            child = _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes)
             running = asyncio.ensure_future(asyncio.to_thread(child.run))
             try:
                 return await asyncio.shield(running)
@@ -104,10 +109,18 @@ class _Child:
     """One process, one call."""
 
     def __init__(
-        self, function: str, arguments: Sequence[Any], data: int, seconds: float, memory_bytes: int, result_bytes: int
+        self,
+        function: str,
+        arguments: Sequence[Any],
+        data: int,
+        seconds: float,
+        cpu_seconds: int | None,
+        memory_bytes: int,
+        result_bytes: int,
     ) -> None:
         self.function, self.arguments, self.data = function, tuple(arguments), data
-        self.seconds, self.memory_bytes, self.result_bytes = seconds, memory_bytes, result_bytes
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds or max(1, round(seconds + 0.5))
+        self.memory_bytes, self.result_bytes = memory_bytes, result_bytes
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.lock = threading.Lock()
@@ -137,7 +150,7 @@ class _Child:
                 self.process.wait()
 
     def _request(self) -> dict[str, Any]:
-        limits = {"cpu_seconds": max(1, round(self.seconds + 0.5)), "memory_bytes": self.memory_bytes, **_visible()}
+        limits = {"cpu_seconds": self.cpu_seconds, "memory_bytes": self.memory_bytes, **_visible()}
         said = {"function": self.function, "arguments": pickle.dumps(self.arguments), "limits": limits}
         return {**said, "path": _import_path(), "parent": os.getpid()}
 
@@ -216,7 +229,7 @@ class _Child:
         if self.stopped or code == -signal.SIGKILL:
             return SandboxFailed(f"{self.function} was killed from outside, most likely for memory; try again", "killed")
         if code == -signal.SIGXCPU:
-            return self._out_of_time()
+            return SandboxFailed(f"{self.function} needed more than {self.cpu_seconds} seconds of a processor", "cpu")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not begun:  # nothing that was given to the function has been looked at
             return RopewalkError(f"a confined process could not start ({how}): {sys.executable} must find its standard library")

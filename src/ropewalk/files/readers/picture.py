@@ -1,0 +1,49 @@
+"""PNG, JPEG, GIF, WebP: no text, one picture; of an animation the first frame."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from ropewalk.errors import DocumentError
+from ropewalk.files.readers.draft import Draft
+
+MAX_SIDE = 8000  # pixels; as the Claude API has it
+LONGEST_SIDE = 1568  # of what is drawn: what models take without scaling it down themselves
+
+
+def read(data: bytes, draft: Draft) -> None:
+    """Decoded whole, so that a picture that is kept is one that can be shown."""
+    draft.image(*_open(data, draft.media_type).size)
+
+
+def render(data: bytes, number: int) -> bytes:
+    """The picture as PNG, no larger than a page would be drawn."""
+    if number != 1:
+        raise DocumentError(f"there is no picture {number}; this file is picture 1", "document_no_such_page")
+    picture = _open(data, "a picture")
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    output = io.BytesIO()
+    picture.save(output, "PNG")
+    return output.getvalue()
+
+
+def _open(data: bytes, media_type: str) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # the side is checked below, before any pixel is decoded
+    picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP"))
+    width, height = picture.size
+    if max(width, height) > MAX_SIDE:
+        raise DocumentError(
+            f"this picture is {width:,} by {height:,} pixels; at most {MAX_SIDE:,} on a side are allowed: scale it down",
+            "image_dimensions_too_large",
+            max_side_length_pixels=MAX_SIDE,
+        )
+    declared = media_type.partition(";")[0].removeprefix("image/").upper()
+    if media_type.startswith("image/") and declared != picture.format:
+        raise DocumentError(
+            f"this file is declared as {media_type}, and is {picture.format}; declare it so", "document_damaged"
+        )
+    picture.load()
+    return picture
