@@ -19,7 +19,7 @@ class Seeder:
         request = urllib.request.Request(
             f"{self.url}/{verb}", json.dumps(arguments).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=300) as response:
+        with urllib.request.urlopen(request, timeout=900) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
