@@ -34,7 +34,7 @@ from ropewalk.files import tables
 from ropewalk.files.store import Store
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
-from sites import Site, site
+from sites import BACKENDS, Site, site
 
 UPLOADS = 200
 RACES = (("local", 1), ("local", 4), ("postgres-s3", 1), ("postgres-s3", 4))  # backend, processes
@@ -62,11 +62,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="60 uploads instead of 200")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--backend", choices=BACKENDS, help="only there (default: both)")
     parser.add_argument("--seed", type=int, default=0, help="of the sizes (default: %(default)s)")
     arguments = parser.parse_args()
     uploads = 60 if arguments.quick else UPLOADS
-    rng, rows = random.Random(arguments.seed), []
+    rng = random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = []
     for backend, processes in RACES:
+        if arguments.backend not in (None, backend):
+            continue
         for what in ("bytes", "files"):
             sizes = [rng.randrange(50_000) for _ in range(uploads)]
             limit = Limit(sum(sizes) // 3, None) if what == "bytes" else Limit(None, uploads // 3)

@@ -1,0 +1,230 @@
+"""Kills a process that uploads, deletes and expires files, again and again, and checks the store after each kill.
+
+    python benchmarks/crash_files.py [--kills N] [--backend local|postgres-s3] [--quick] [--json FILE] [--seed S]
+
+A worker process does mixed work on a store through its public interface; after each call has returned it writes an
+acknowledgement into a pipe. It dies by SIGKILL: two times of three at an injected point (the failpoints of the store, each at its
+first to third pass), else at a random moment. A new process then opens the store, sweeps, and compares:
+
+    lost           a file that was acknowledged and is not there whole; bytes that a row refers to and that are gone or cut short
+    ghosts         a file that is visible, or can be read, although its upload was not acknowledged, or its deletion was, or its hour has passed
+    quota_errors   a counter of bytes or files, of an organization, workspace, key or user, that differs from the sum over the rows
+    orphans        bytes without a row, published or staged; a wrong count of references
+
+An operation that was in flight when the process died has one of two outcomes, wholly there or wholly absent, and the check
+accepts either and holds the store to it from then on: the commit may have happened and the answer been lost (`late` counts
+those). Where the worker did one thing at a time and died at a failpoint, the outcome is known, and only that one is accepted.
+Exits 1 when anything is lost, visible that should not be, miscounted or left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from crash_work import Known, Report, check, emitter, prepare, sweep_once, verify_chains, work
+from forks import fork, forked, reap
+from measure import machine, table, write_json
+from sites import BACKENDS, Site, site
+
+ABSENT = (
+    "upload.reserved",
+    "blob.synced",
+    "blob.renamed",
+    "upload.staged",
+    "upload.published",
+)  # an upload killed there is not there
+COMMITTED = ("upload.committed",)
+DELETED = ("delete.committed", "delete.erased")
+FAILPOINTS = (*ABSENT, *COMMITTED, *DELETED, "expire.committed")
+PATIENCE = 3.0  # seconds until a worker that did not reach its failpoint is killed where it is
+
+
+@dataclass
+class Totals:
+    """What all kills together showed."""
+
+    kills: int = 0
+    late: int = 0
+    acknowledged: int = 0
+    faults: dict[str, list[str]] = field(default_factory=lambda: {k: [] for k in ("lost", "ghosts", "quota_errors", "orphans")})
+    places: Counter[str] = field(default_factory=Counter)
+
+    def add(self, report: Report) -> None:
+        self.late += len(report.late)
+        for kind, found in self.faults.items():
+            found += getattr(report, kind)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=None, metavar="N", help="default: 1000, with --quick 100")
+    parser.add_argument("--backend", choices=BACKENDS, default="local", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="100 kills")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--seed", type=int, default=0, help="of the work and the moments (default: %(default)s)")
+    arguments = parser.parse_args()
+    wanted = arguments.kills or (100 if arguments.quick else 1000)
+    begun = time.perf_counter()
+    with site(arguments.backend) as place:
+        place = replace(place, callers=tuple(forked(prepare, place)))
+        gc.freeze()  # what every forked process shares is not to be copied by its garbage collector
+        totals = torture(place, wanted, random.Random(arguments.seed))
+        entries = forked(verify_chains, place)
+    result = summary(totals, arguments.backend, arguments.seed, entries, time.perf_counter() - begun)
+    print(table(["killed at", "kills"], sorted(totals.places.items())), end="\n\n")
+    shown = ("kills", "lost", "ghosts", "quota_errors", "orphans", "late", "acknowledged", "seconds")
+    print(table(["backend", *shown], [[arguments.backend, *(result[key] for key in shown)]]))
+    for kind, found in totals.faults.items():
+        for text in found[:20]:
+            print(f"{kind}: {text}")
+    write_json(arguments.json, result)
+    return int(any(totals.faults.values()))
+
+
+def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
+    """Kill, check, kill again; the store and what is known of it go on from one to the next."""
+    totals = Totals()
+    live: dict[str, Known] = {}
+    dead: list[str] = []
+    turns = itertools.cycle(FAILPOINTS)
+    while totals.kills < wanted and not any(totals.faults.values()):
+        failpoint = next(turns) if rng.random() < 2 / 3 else None
+        at_once = rng.choice([1, 4])
+        died = kill_worker(place, rng, {id: known.caller for id, known in live.items()}, failpoint, at_once)
+        totals.kills += 1
+        totals.places[died.at] += 1
+        totals.acknowledged += remember(died.events, live, dead)
+        if rng.random() < 0.15 and totals.kills < wanted and kill_sweeper(place, rng):
+            totals.kills += 1
+            totals.places["sweep.erased, or within a sweep"] += 1
+        flying = in_flight(died.events)
+        report = forked(check, place, live, dead, flying)
+        if at_once == 1:
+            demand(report, died.at, flying)
+        totals.add(report)
+        for file in report.late:
+            live[file["id"]] = Known(**file)
+        for id in report.deleted:
+            del live[id]
+            dead.append(id)
+        if totals.kills % 50 < 2:
+            print(f"{totals.kills} kills, {len(live)} files", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+    return totals
+
+
+def remember(events: list[dict[str, Any]], live: dict[str, Known], dead: list[str]) -> int:
+    """Notes what was acknowledged, and returns how many operations were."""
+    begun = {event["begin"]: event for event in events if "begin" in event}
+    ended = [event for event in events if "end" in event]
+    for event in ended:
+        start = begun[event["end"]]
+        if start["operation"] == "upload" and event["result"] == "ok":
+            live[event["id"]] = Known(**start["file"] | {"id": event["id"], "expires_at": event["expires_at"]})
+        elif start["operation"] == "delete":
+            del live[start["id"]]
+            dead.append(start["id"])
+    return len(ended)
+
+
+def in_flight(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What had begun and was not acknowledged."""
+    ended = {event["end"] for event in events if "end" in event}
+    return [event for event in events if "begin" in event and event["begin"] not in ended]
+
+
+def demand(report: Report, died_at: str, flying: list[dict[str, Any]]) -> None:
+    """Where one thing was done at a time, the failpoint says what must have become of it."""
+    for event in flying:
+        if event["operation"] == "upload":
+            if died_at in ABSENT and report.late:
+                report.ghosts.append(f"{event['file']['name']} is visible; its upload died at {died_at}, before its commit")
+            if died_at in COMMITTED and not report.late:
+                report.lost.append(f"{event['file']['name']} is absent; its upload died at {died_at}, after its commit")
+        if event["operation"] == "delete" and died_at in DELETED and not report.deleted:
+            report.ghosts.append(f"{event['id']} is visible; its deletion died at {died_at}, after its commit")
+
+
+# -- processes
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker's end: at a failpoint, or at a random moment; and what it had said until then."""
+
+    at: str
+    events: list[dict[str, Any]]
+
+
+def kill_worker(place: Site, rng: random.Random, live: dict[str, int], failpoint: str | None, at_once: int) -> Died:
+    """One worker from its birth to its SIGKILL."""
+    seed, wanted = rng.getrandbits(60), f"{failpoint}:{rng.choice([1, 1, 2, 3])}"
+    leaning = failpoint.partition(".")[0] if failpoint else ""
+    ours, theirs = os.pipe()
+
+    def run() -> None:
+        if failpoint:
+            os.environ["ROPEWALK_FAILPOINT"] = wanted
+        asyncio.run(work(place, emitter(theirs), seed, live, at_once, leaning))
+
+    child = fork(run)
+    os.close(theirs)
+    # Most lives are short, so that the moments of opening the store are met as well.
+    moment = time.monotonic() + (PATIENCE if failpoint else rng.choice([0.1, 0.3, 0.6]) * rng.random())
+    told = bytearray()
+    while (left := moment - time.monotonic()) > 0 and select.select([ours], [], [], left)[0]:
+        piece = os.read(ours, 1 << 16)
+        if not piece:
+            break
+        told += piece
+    else:
+        os.kill(child, signal.SIGKILL)
+        failpoint = None
+        while piece := os.read(ours, 1 << 16):
+            told += piece
+    os.close(ours)
+    reap(child, killed=True)
+    return Died(failpoint or "a random moment", [json.loads(line) for line in told.splitlines()])
+
+
+def kill_sweeper(place: Site, rng: random.Random) -> bool:
+    """Starts a sweep that is to die at its work; whether it did."""
+
+    def run() -> None:
+        os.environ["ROPEWALK_FAILPOINT"] = f"sweep.erased:{rng.choice([1, 1, 2])}"
+        asyncio.run(sweep_once(place))
+
+    return reap(fork(run), killed=None)
+
+
+def summary(totals: Totals, backend: str, seed: int, entries: int, seconds: float) -> dict[str, Any]:
+    return {
+        "kills": totals.kills,
+        **{kind: len(found) for kind, found in totals.faults.items()},
+        "late": totals.late,
+        "acknowledged": totals.acknowledged,
+        "audit_entries": entries,
+        "backend": backend,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "places": dict(sorted(totals.places.items())),
+        "faults": {kind: found[:20] for kind, found in totals.faults.items() if found},
+        "machine": machine(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
