@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ropewalk.tenants.tables import workspaces
 
 ALPHABET = string.digits + string.ascii_letters
 ID_CHARACTERS = 24  # 142 bits
+ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what is none is not looked for: not every database can be asked for every text
 
 Place = tuple[int, str]  # (created_at, id): where a file stands in a list
 
@@ -91,11 +93,13 @@ def visible(caller: Caller) -> ColumnElement[bool]:
 
 def missing(id: str) -> NotFound:
     """The same for an id that never was, that is deleted, and that is another's."""
-    return NotFound(f"File `{id}` not found.")
+    return NotFound(f"File `{id[:128]}` not found.")
 
 
 async def find(connection: AsyncConnection, caller: Caller, id: str) -> File:
     """One file, or NotFound."""
+    if not ID.fullmatch(id):
+        raise missing(id)
     row = (await connection.execute(_selected().where(files.c.id == id, visible(caller)))).first()
     if row is None:
         raise missing(id)
@@ -107,6 +111,8 @@ async def find_stored(connection: AsyncConnection, caller: Caller, id: str) -> S
     query = _selected(blobs.c.sealed_key.label("data_key"), workspaces.c.sealed_key.label("workspace_key")).outerjoin(
         blobs, blobs.c.id == files.c.blob_id
     )
+    if not ID.fullmatch(id):
+        raise missing(id)
     row = (await connection.execute(query.where(files.c.id == id, visible(caller)))).first()
     if row is None:
         raise missing(id)
@@ -118,7 +124,7 @@ async def find_stored(connection: AsyncConnection, caller: Caller, id: str) -> S
 
 async def find_all(connection: AsyncConnection, caller: Caller, ids: Sequence[str]) -> list[File]:
     """Those of these files that the caller may see, newest first."""
-    query = _selected().where(files.c.id.in_(ids), visible(caller))
+    query = _selected().where(files.c.id.in_([id for id in ids if ID.fullmatch(id)]), visible(caller))
     rows = await connection.execute(query.order_by(files.c.created_at.desc(), files.c.id.desc()))
     return [as_file(row) for row in rows]
 
@@ -130,6 +136,8 @@ async def sharing(connection: AsyncConnection, blob_id: str) -> list[File]:
 
 async def replace_tags(connection: AsyncConnection, caller: Caller, id: str, tags: Sequence[str]) -> File:
     """The file with other tags."""
+    if not ID.fullmatch(id):
+        raise missing(id)
     changed = await connection.execute(update(files).where(files.c.id == id, visible(caller)).values(tags=list(tags)))
     if not changed.rowcount:
         raise missing(id)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.server import admin, extensions, files, logs, models, openapi, operations
+from ropewalk.server import admin, extensions, files, logs, models, openapi, operations, pages
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -40,6 +40,7 @@ ROUTES: list[BaseRoute] = [
     *admin.routes,
     *operations.routes,
     *openapi.routes,
+    *pages.routes,
 ]
 
 
@@ -54,7 +55,8 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.router.redirect_slashes = False
     app.state.store = store
     app.state.settings = settings = settings or ServerSettings()
-    app.state.registry = Registry(store.settings.data.expanduser() / "registry")
+    app.state.registry = registry = Registry(store.settings.data.expanduser() / "registry")
+    store.adapters_of = lambda id: [entry.name for entry in registry.entries() if id in entry.lineage.values()]
     app.state.limits = Limits(settings.requests_per_minute)
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ropewalk.errors import BadInput, FileExpired, NotDownloadable
-from ropewalk.files.catalog import File, Listing, missing
+from ropewalk.errors import BadInput, DamagedContent, FileExpired, NotDownloadable
+from ropewalk.files.catalog import File, Listing
 from ropewalk.files.incoming import Incoming, checked_expiry
 from ropewalk.files.names import stored_name
 from ropewalk.files.store import Store
@@ -27,7 +27,6 @@ MAX_IDS = 100
 DEFAULT_LIMIT, MAX_LIMIT = 20, 1000
 MAX_TAGS, MAX_TAG = 32, 64
 FIELDS = ("file", "expires_in_seconds", "tags", "tags[]")
-ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TAG = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{MAX_TAG}}}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
 
@@ -208,7 +207,7 @@ async def list_files(request: Request) -> JSON:
     if ids:
         if len(ids) > MAX_IDS:
             raise BadInput(f"ids[]: {len(ids)} of them; at most {MAX_IDS} can be asked for at a time")
-        return JSON(file_list(Listing(await store.find(caller, [id for id in ids if ID.fullmatch(id)]), False), spoken, None))
+        return JSON(file_list(Listing(await store.find(caller, ids), False), spoken, None))
     limit = limit_of(request)
     if "scope_id" in asked:  # files made in a session; there are none here
         return JSON(file_list(Listing([], False), spoken, None))
@@ -250,7 +249,7 @@ def _check_paging(request: Request, spoken: Dialect) -> None:
 
 async def _named(request: Request, parameter: str) -> File:
     id = request.query_params[parameter]
-    found = await request.app.state.store.find(caller_of(request), [id] if ID.fullmatch(id) else [])
+    found = await request.app.state.store.find(caller_of(request), [id])
     if not found:
         raise BadInput(f"{parameter}: File `{id[:128]}` not found.")
     only: File = found[0]
@@ -260,25 +259,17 @@ async def _named(request: Request, parameter: str) -> File:
 # -- one file --------------------------------------------------------------------------------------------------------------------
 
 
-def id_of(request: Request) -> str:
-    """The id in the path; one that no file can have is not looked for."""
-    id: str = request.path_params["file_id"]
-    if not ID.fullmatch(id):
-        raise missing(id[:128])
-    return id
-
-
 @operation("what is known about a file", {200: named("File")}, parameters=[BETA])
 async def metadata(request: Request) -> JSON:
     """GET /v1/files/{file_id}"""
     spoken = dialect(request.headers)
-    return JSON(file_metadata(await request.app.state.store.show(caller_of(request), id_of(request)), spoken))
+    return JSON(file_metadata(await request.app.state.store.show(caller_of(request), request.path_params["file_id"]), spoken))
 
 
 @operation("delete a file, and all that was made from it", {200: named("DeletedFile")})
 async def delete(request: Request) -> JSON:
     """DELETE /v1/files/{file_id}"""
-    spoken, id = dialect(request.headers), id_of(request)
+    spoken, id = dialect(request.headers), request.path_params["file_id"]
     receipt = await request.app.state.store.delete(caller_of(request), id, request.state.request_id)
     return JSON(file_deleted(id, receipt.as_dict(), spoken))
 
@@ -295,7 +286,7 @@ async def delete(request: Request) -> JSON:
 async def content(request: Request) -> Response:
     """GET /v1/files/{file_id}/content"""
     store: Store = request.app.state.store
-    caller, id = caller_of(request), id_of(request)
+    caller, id = caller_of(request), request.path_params["file_id"]
     dialect(request.headers)
     if request.method == "HEAD" or "if-none-match" in request.headers:
         caller.needs("download")
@@ -316,8 +307,6 @@ async def content(request: Request) -> Response:
 
 async def _reporting(store: Store, name: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The same chunks; damage is written down before it is raised."""
-    from ropewalk.errors import DamagedContent
-
     try:
         async with aclosing(chunks) as opened:  # type: ignore[type-var]
             async for chunk in opened:

@@ -11,7 +11,6 @@ import binascii
 import hashlib
 import hmac
 import json
-import re
 import secrets
 import string
 from collections.abc import Mapping, Sequence
@@ -64,7 +63,7 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")  # halves of characters
 
 
 def timestamp(microseconds: int) -> str:
@@ -200,14 +199,9 @@ def failure(error: BaseException) -> Failure:
     if not isinstance(error, RopewalkError) or error.status == 500 or isinstance(error, OutputError | MissingExtra):
         return Failure(500, "api_error", "Internal server error; the server's log names it by this request's id.")
     retry_after = error.retry_after if isinstance(error, RateLimited) else None
-    return Failure(error.status, error.claude_type, _printable(str(error)), error.error_code, retry_after)
+    return Failure(error.status, error.claude_type, str(error), error.error_code, retry_after)
 
 
 def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     """The envelope of an error."""
     return failure(error).body(request_id)
-
-
-def _printable(message: str) -> str:
-    """Without the halves of characters that JSON could not carry in UTF-8."""
-    return re.sub(r"[\ud800-\udfff]", "\ufffd", message)
