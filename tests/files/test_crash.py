@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crash_files.py"
 
 
-@pytest.mark.parametrize(("backend", "kills"), [("local", 25), ("postgres-s3", 5)])
+@pytest.mark.parametrize(("backend", "kills"), [("local", 25), ("postgres-s3", 6)])
 def test_every_kill_leaves_the_store_whole(backend, kills, tmp_path, request):
     if backend != "local":
         request.getfixturevalue("postgres_server")  # skips where there is none
