@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from ropewalk.errors import BadInput, MissingExtra, OutputError
 
 metadata = MetaData()
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MILLISECONDS = 30_000
@@ -32,6 +34,11 @@ POOL = 12  # connections of one process
 def now() -> int:
     """Microseconds since the epoch, UTC: every time in the database."""
     return int(time.time() * 1_000_000)
+
+
+def timestamp(microseconds: int) -> str:
+    """A time of the database as RFC 3339, to the microsecond."""
+    return (EPOCH + timedelta(microseconds=microseconds)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 class Database:

@@ -104,7 +104,12 @@ class Vault:
             return cls(_decoded(text, "$ROPEWALK_ROOT_KEY"))
         if command := os.environ.get("ROPEWALK_ROOT_KEY_COMMAND"):
             return cls(_decoded(_printed_by(command), "what $ROPEWALK_ROOT_KEY_COMMAND printed"))
-        path = Path(os.environ.get("ROPEWALK_ROOT_KEY_FILE") or default_key_file()).expanduser()
+        return cls.from_file(Path(os.environ.get("ROPEWALK_ROOT_KEY_FILE") or default_key_file()), data_folder)
+
+    @classmethod
+    def from_file(cls, path: Path, data_folder: Path) -> Vault:
+        """The root key in a file outside the data folder, made there if there is none."""
+        path = path.expanduser()
         if path.resolve().is_relative_to(data_folder.expanduser().resolve()):
             raise BadInput(
                 f"the root key {path} lies inside the data folder {data_folder}: whoever copies the one has the other; "

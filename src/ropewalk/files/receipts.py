@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +20,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ropewalk.database import now
+from ropewalk.database import now, timestamp
 from ropewalk.errors import BadInput, NotFound, VerificationFailed
 from ropewalk.files.tables import deletions
 from ropewalk.tenants.signing import canonical, check_signature, sign
@@ -213,9 +212,3 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise BadInput(f"the key in '{path}' is no Ed25519 key; `ropewalk files receipt-key` prints the one to use")
     return key
-
-
-def timestamp(microseconds: int) -> str:
-    """A database time as RFC 3339, to the microsecond."""
-    seconds, rest = divmod(microseconds, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).strftime(f"%Y-%m-%dT%H:%M:%S.{rest:06d}Z")

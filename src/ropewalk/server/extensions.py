@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 
+from ropewalk.database import timestamp
 from ropewalk.errors import BadInput, NotFound
 from ropewalk.files import catalog
 from ropewalk.files.store import Store
@@ -17,7 +18,7 @@ from ropewalk.server import body, tus
 from ropewalk.server.auth import caller_of
 from ropewalk.server.files import MAX_TAG, MAX_TAGS, checked_tags
 from ropewalk.server.openapi import STRING, TIME, named, nullable, operation, record
-from ropewalk.server.wire import EXTENDED, JSON, failure, file_deleted, file_metadata, timestamp
+from ropewalk.server.wire import EXTENDED, JSON, failure, file_deleted, file_metadata
 from ropewalk.tenants import quotas
 
 MAX_DELETED = 100

@@ -15,11 +15,12 @@ import secrets
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.responses import Response
 
+from ropewalk.database import timestamp
 from ropewalk.errors import BadInput, DamagedContent, MissingExtra, OutputError, RateLimited, RopewalkError
 from ropewalk.files.catalog import File, Listing, Place
 
@@ -28,7 +29,6 @@ FILES_BETA = "files-api-2025-04-14"
 AGENTS_BETA = "managed-agents-2026-04-01"
 EXTENSIONS = "x-ropewalk-extensions"  # a request header; with it, answers hold what the Claude API does not know
 ALPHABET = string.digits + string.ascii_letters
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAC_BYTES = 16
 
 
@@ -64,11 +64,6 @@ class JSON(Response):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")  # halves of characters
-
-
-def timestamp(microseconds: int) -> str:
-    """RFC 3339, to the microsecond."""
-    return (EPOCH + timedelta(microseconds=microseconds)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def new_request_id() -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ropewalk.database import timestamp
 from ropewalk.server.openapi import STRING, TIME, Schema, nullable, record
-from ropewalk.server.wire import timestamp
 from ropewalk.tenants.audit import AuditReport
 from ropewalk.tenants.keys import Key
 from ropewalk.tenants.usage import Share
