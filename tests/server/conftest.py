@@ -120,5 +120,9 @@ def server(root_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def start(root_key: None, tmp_path: Path) -> Callable[..., Any]:
-    """Starts a server with other settings: `with start(settings=ServerSettings(...)) as found:`."""
-    return lambda **settings: running(tmp_path / "data", **settings)
+    """Starts a server with other settings: `with start(max_file_bytes=1000, settings=ServerSettings(...)) as found:`."""
+
+    def begin(settings: ServerSettings | None = None, **of_store: Any) -> Any:
+        return running(tmp_path / "data", Settings(data=tmp_path / "data", **of_store), settings)
+
+    return begin

@@ -239,7 +239,9 @@ class Incoming:
             await asyncio.to_thread(self._store.blobs.erase, self.id)
 
     async def _reserve_more(self) -> None:
-        step = max(RESERVE_STEP, self.size - self._reserved)
+        more = self.size - self._reserved
+        # A length that was told is exceeded by a line break at most; where none was told, much more may come.
+        step = max(RESERVE_STEP, more) if self._at_most is None else more
         async with self._store.database.writing() as connection:
             await self._change(connection, reserved_bytes=uploads.c.reserved_bytes + step)
             await quotas.reserve(connection, self._caller, step, files=0)
