@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from ropewalk.database import Database
 from ropewalk.errors import BadInput, NotFound, VerificationFailed
 from ropewalk.files import receipts
-from ropewalk.files.receipts import FIRST, Receipt, read_public_key, read_receipt, verify, verify_chain
+from ropewalk.files.receipts import FIRST, Receipt, read_receipt, verify, verify_chain
 from ropewalk.files.settings import Settings
+from ropewalk.tenants.signing import public_pem, read_public_key
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 UNSIGNED = Receipt(
@@ -146,7 +147,7 @@ def test_what_is_no_receipt_is_refused_with_its_name(tmp_path: Path) -> None:
 
 def test_the_public_key_goes_through_a_file(tmp_path: Path) -> None:
     path = tmp_path / "key.pem"
-    path.write_text(receipts.public_pem(KEY.public_key()))
+    path.write_text(public_pem(KEY.public_key()))
     assert verify(SIGNED.as_dict(), read_public_key(path)) == SIGNED
     path.write_text("no key")
     with pytest.raises(BadInput, match="receipt-key"):

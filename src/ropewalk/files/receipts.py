@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from sqlalchemy import insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now, timestamp
-from ropewalk.errors import BadInput, NotFound, VerificationFailed
+from ropewalk.errors import NotFound, VerificationFailed
 from ropewalk.files.tables import deletions
 from ropewalk.tenants.signing import canonical, check_signature, sign
 from ropewalk.tenants.tables import chains
@@ -194,21 +193,3 @@ def read_receipt(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise VerificationFailed(f"'{path}' is no receipt: expected one JSON object")
     return found
-
-
-def public_pem(key: Ed25519PublicKey) -> str:
-    """A public key as text, as `ropewalk files receipt-key` prints it."""
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-
-
-def read_public_key(path: Path) -> Ed25519PublicKey:
-    """The public key that `ropewalk files receipt-key` printed."""
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except OSError as error:
-        raise NotFound(f"cannot read the key '{path}': {error.strerror or error}") from error
-    except ValueError as error:
-        raise BadInput(f"'{path}' holds no public key in PEM; `ropewalk files receipt-key` prints one") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise BadInput(f"the key in '{path}' is no Ed25519 key; `ropewalk files receipt-key` prints the one to use")
-    return key

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-from ropewalk.errors import VerificationFailed
+from ropewalk.errors import BadInput, NotFound, VerificationFailed
 
 
 def canonical(value: Mapping[str, Any]) -> str:
@@ -43,3 +44,21 @@ def check_signature(statement: Mapping[str, Any], public_key: Ed25519PublicKey) 
         public_key.verify(signature, canonical(unsigned).encode())
     except (ValueError, InvalidSignature):
         raise VerificationFailed("the signature does not match: the statement was changed, or another key made it") from None
+
+
+def public_pem(key: Ed25519PublicKey) -> str:
+    """A public key as text, as `ropewalk files receipt-key` prints it."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def read_public_key(path: Path) -> Ed25519PublicKey:
+    """The public key that `ropewalk files receipt-key` printed."""
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise NotFound(f"cannot read the key '{path}': {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInput(f"'{path}' holds no public key in PEM; `ropewalk files receipt-key` prints one") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise BadInput(f"the key in '{path}' is no Ed25519 key; `ropewalk files receipt-key` prints the one to use")
+    return key
