@@ -1,0 +1,101 @@
+"""Several requests in one forward pass read what each would read alone; a segment read before is as good as one read now."""
+
+import pytest
+import torch
+
+from engine.architectures import ARCHITECTURES, VOCABULARY, make
+from ropewalk.engine.cache import Reading
+from ropewalk.engine.runner import Runner
+
+NEW = 12
+CHUNK = 16
+
+
+def ids(count, seed):
+    return torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generated(model, prompt):
+    """What transformers' own greedy generation says: new ids, and the log-probabilities of every step."""
+    out = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_requests_that_come_and_go_are_answered_as_by_generate(name):
+    model = make(name)
+    prompts = [ids(5, 1), ids(70, 2), ids(33, 3), ids(41, 4)]
+    wanted = [generated(model, prompt) for prompt in prompts]
+    runner = Runner(model)
+    readings = [Reading.after(runner.layout, []) for _ in prompts]
+    waiting, out, logs = [list(p) for p in prompts], [[] for _ in prompts], [[] for _ in prompts]
+    step = 0
+    while any(len(o) < NEW for o in out):
+        work, who = [], []
+        for i in range(len(prompts)):  # a new one every other step; prompts in chunks, beside others' single ids
+            if step >= 2 * i and len(out[i]) < NEW:
+                chunk, waiting[i] = (waiting[i][:CHUNK], waiting[i][CHUNK:]) if waiting[i] else ([out[i][-1]], [])
+                work.append((readings[i], chunk))
+                who.append(i)
+        for i, logits in zip(who, runner.forward(work)):
+            if not waiting[i]:
+                out[i].append(int(logits.argmax()))
+                logs[i].append(logits.log_softmax(-1))
+        step += 1
+    assert out == [new for new, _ in wanted]
+    for mine, (_, theirs) in zip(logs, wanted):
+        torch.testing.assert_close(torch.stack(mine), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_segment_read_before_gives_the_very_logits_of_one_read_now(name):
+    runner = Runner(make(name))
+    first, second, question = ids(75, 1), ids(40, 2), ids(9, 3)
+
+    cold = Reading.after(runner.layout, [])
+    runner.forward([(cold, first[:60])])
+    runner.forward([(cold, first[60:])])
+    one = cold.close("one", first)
+    runner.forward([(cold, second)])
+    two = cold.close("two", second)
+    expected = [runner.forward([(cold, question)]), runner.forward([(cold, [7])])]
+
+    for _ in range(2):  # reading on does not change what was read
+        warm = Reading.after(runner.layout, [one, two])
+        assert warm.position == 115
+        assert torch.equal(runner.forward([(warm, question)]), expected[0])
+        assert torch.equal(runner.forward([(warm, [7])]), expected[1])
+
+    half = Reading.after(runner.layout, [one])
+    runner.forward([(half, second)])
+    half.close("two", second)
+    assert torch.equal(runner.forward([(half, question)]), expected[0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_many_on_one_segment_read_what_each_would_alone(name):
+    runner = Runner(make(name))
+    reading = Reading.after(runner.layout, [])
+    runner.forward([(reading, ids(64, 1))])
+    segment = reading.close("doc", ids(64, 1))
+    questions = [ids(n, 10 + n) for n in (1, 4, 17, 30)]
+    alone = torch.cat([runner.forward([(Reading.after(runner.layout, [segment]), question)]) for question in questions])
+    together = runner.forward([(Reading.after(runner.layout, [segment]), question) for question in questions])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_a_segment_knows_its_size():
+    runner = Runner(make("qwen3"))
+    reading = Reading.after(runner.layout, [])
+    runner.forward([(reading, ids(10, 1))])
+    # 4 layers x keys and values x 2 heads x 10 ids x 16 numbers x 4 bytes
+    assert reading.close("doc", ids(10, 1)).nbytes == 4 * 2 * 2 * 10 * 16 * 4
