@@ -136,7 +136,9 @@ def _set_limits(cpu_seconds: int, memory_bytes: int) -> None:
     ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        # A second more before the kernel kills: the signal before it says why.
+        above = value + 1 if limit == resource.RLIMIT_CPU and (hard == resource.RLIM_INFINITY or hard > value) else value
+        resource.setrlimit(limit, (value, above))
 
 
 def _restrict_files(libc: ctypes.CDLL, readable: Iterable[str], listable: Iterable[str]) -> bool:

@@ -58,16 +58,18 @@ def call(
     cpu_seconds: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     result_bytes: int = RESULT_BYTES,
+    task: str | None = None,
 ) -> Any:
     """What 'module:function' returns, from a confined process; its BadInput errors are raised here, its other ends are SandboxFailed.
 
     `seconds` go by the clock, `cpu_seconds` (as many, if not given) by what it used of a processor, whatever else the machine does.
+    `task` is what the messages of errors call it.
     """
     with _memory_file("data") if data is not None else contextlib.nullcontext(-1) as file:
         if data is not None:
             _write(file, data)
             _seal(file)
-        return _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes).run()
+        return _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes, task or function).run()
 
 
 async def call_async(
@@ -79,6 +81,7 @@ async def call_async(
     cpu_seconds: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     result_bytes: int = RESULT_BYTES,
+    task: str | None = None,
 ) -> Any:
     """As `call`, at most AT_ONCE at once; data may come in pieces, which are taken only once it is this call's turn."""
     async with _turn():
@@ -87,7 +90,7 @@ async def call_async(
                 async for piece in _pieces(data):
                     _write(file, piece)
                 _seal(file)
-            child = _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes)
+            child = _Child(function, arguments, file, seconds, cpu_seconds, memory_bytes, result_bytes, task or function)
             running = asyncio.ensure_future(asyncio.to_thread(child.run))
             try:
                 return await asyncio.shield(running)
@@ -117,10 +120,11 @@ class _Child:
         cpu_seconds: int | None,
         memory_bytes: int,
         result_bytes: int,
+        task: str,
     ) -> None:
         self.function, self.arguments, self.data = function, tuple(arguments), data
         self.seconds, self.cpu_seconds = seconds, cpu_seconds or max(1, round(seconds + 0.5))
-        self.memory_bytes, self.result_bytes = memory_bytes, result_bytes
+        self.memory_bytes, self.result_bytes, self.task = memory_bytes, result_bytes, task
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.lock = threading.Lock()
@@ -172,7 +176,7 @@ class _Child:
         inherited = tuple(file for file in (request, writing, self.data) if file >= 0)
         with self.lock:
             if self.stopped:
-                raise SandboxFailed(f"{self.function} was stopped before it began", "killed")
+                raise SandboxFailed(f"{self.task} was stopped before it began", "killed")
             self.process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -197,7 +201,7 @@ class _Child:
                 return bytes(received)
             received += piece
             if len(received) > self.result_bytes + sandbox_child.HEADER:
-                raise SandboxFailed(f"{self.function} returned more than {self.result_bytes:,} bytes", "result")
+                raise SandboxFailed(f"{self.task} returned more than {self.result_bytes:,} bytes", "result")
 
     def _understand(self, sent: bytes, end: float) -> Any:
         """The value that was sent, or the error that it, or the way the process ended, stands for."""
@@ -216,9 +220,9 @@ class _Child:
             value = json.loads(payload)
             if kind == sandbox_child.RESULT:
                 return value
-            raise _error(self.function, kind, value)
+            raise _error(self.task, kind, value)
         except (ValueError, RecursionError, TypeError, KeyError) as error:
-            raise SandboxFailed(f"{self.function} sent an answer that cannot be read", "crash") from error
+            raise SandboxFailed(f"{self.task} sent an answer that cannot be read", "crash") from error
 
     def _end_without_answer(self, begun: bool, end: float) -> RopewalkError:
         assert self.process is not None
@@ -227,22 +231,22 @@ class _Child:
         except subprocess.TimeoutExpired:
             return self._out_of_time()
         if self.stopped or code == -signal.SIGKILL:
-            return SandboxFailed(f"{self.function} was killed from outside, most likely for memory; try again", "killed")
+            return SandboxFailed(f"{self.task} was killed from outside, most likely for memory; try again", "killed")
         if code == -signal.SIGXCPU:
-            return SandboxFailed(f"{self.function} needed more than {self.cpu_seconds} seconds of a processor", "cpu")
+            return SandboxFailed(f"{self.task} needed more than {self.cpu_seconds} seconds of a processor", "cpu")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not begun:  # nothing that was given to the function has been looked at
             return RopewalkError(f"a confined process could not start ({how}): {sys.executable} must find its standard library")
-        return SandboxFailed(f"{self.function} crashed ({how})", "crash")
+        return SandboxFailed(f"{self.task} crashed ({how})", "crash")
 
     def _out_of_time(self) -> SandboxFailed:
-        return SandboxFailed(f"{self.function} took longer than {self.seconds:g} seconds", "time")
+        return SandboxFailed(f"{self.task} took longer than {self.seconds:g} seconds", "time")
 
     def _out_of_memory(self) -> SandboxFailed:
-        return SandboxFailed(f"{self.function} needed more than {self.memory_bytes >> 20:,} MiB of memory", "memory")
+        return SandboxFailed(f"{self.task} needed more than {self.memory_bytes >> 20:,} MiB of memory", "memory")
 
 
-def _error(function: str, kind: bytes, said: dict[str, Any]) -> Exception:
+def _error(task: str, kind: bytes, said: dict[str, Any]) -> Exception:
     """An error by the name of its class, which must be one of ours for users: the child's word is not to be trusted with more."""
     message = str(said["message"])[:MESSAGE_CHARACTERS]
     if kind == sandbox_child.ERROR:
@@ -252,7 +256,7 @@ def _error(function: str, kind: bytes, said: dict[str, Any]) -> Exception:
             Exception.__init__(error, message)
             error.__dict__.update({key: said[key] for key in ("error_code", "details") if key in said})
             return error
-    return SandboxFailed(f"{function} failed: {str(said['class'])[:100]}: {message}", "failure")
+    return SandboxFailed(f"{task} failed: {str(said['class'])[:100]}: {message}", "failure")
 
 
 def _text(payload: bytes) -> str:

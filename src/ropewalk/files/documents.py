@@ -85,6 +85,7 @@ async def _make(store: Store, content: Content, function: str, *arguments: int) 
             cpu_seconds=CPU_SECONDS,
             memory_bytes=MEMORY_BYTES,
             result_bytes=HEADER_BYTES + 4 * MAX_CHARACTERS,
+            task=f"reading this {file.mime_type.partition(';')[0]} file",
         )
         if not isinstance(made, bytes):
             raise SandboxFailed("the process that read this file gave no document", "crash")

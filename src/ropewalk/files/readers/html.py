@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from collections.abc import Mapping
+
+from lxml import etree
 
 from ropewalk.files.readers.draft import Draft
 from ropewalk.files.readers.text import decode
@@ -56,20 +58,20 @@ def read(data: bytes, draft: Draft) -> None:
     if declared and "charset" not in media_type:
         media_type += f"; charset={declared.group(1).decode()}"
     page = _Page()
-    page.feed(decode(data, media_type))
-    page.close()
-    page.finish()
+    # The parser of the C library takes linear time over whatever it is given, which Python's own does not.
+    parser = etree.HTMLParser(target=page, huge_tree=True)
+    parser.feed(decode(data, media_type) or " ")
+    parser.close()
     sections = [(title, text) for title, text in page.sections if text]
     for number, (title, text) in enumerate(sections or [("", "")]):
         draft.section("section", title or (page.title if number == 0 else ""))
         draft.write(text)
 
 
-class _Page(HTMLParser):
+class _Page:
     """Collects the text; keeps no tree, so that no depth of nesting can hurt."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self.sections: list[tuple[str, str]] = []
         self.title = ""
         self._heading = ""
@@ -81,7 +83,7 @@ class _Page(HTMLParser):
         self._breaks = 0  # line ends due before the next word
         self._spaced = True  # whether a space here would be one too many
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         if tag == "title" and not self.title and "svg" not in self._unseen:
             self._in_title = True
             return
@@ -107,7 +109,7 @@ class _Page(HTMLParser):
             self._breaks = max(self._breaks, 1)
             self._spaced = True
 
-    def handle_endtag(self, tag: str) -> None:
+    def end(self, tag: str) -> None:
         if tag == "title":
             self._in_title = False
             return
@@ -123,7 +125,7 @@ class _Page(HTMLParser):
             self._pre = max(0, self._pre - 1)
         self._block(tag)
 
-    def handle_data(self, data: str) -> None:
+    def data(self, data: str) -> None:
         if self._in_title:
             self.title += data
             return
@@ -142,7 +144,7 @@ class _Page(HTMLParser):
             self._say(words)
             self._spaced = words.endswith(" ")
 
-    def finish(self) -> None:
+    def close(self) -> None:
         self._end_section()
 
     def _block(self, tag: str) -> None:
