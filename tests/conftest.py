@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,14 @@ CORPUS = [
     "Please answer the question; the answer is short. user assistant system model tool",
     "Hello there, how are you today? I am well, thank you.\n\nAnd you?",
 ] * 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where root keys are made: not among the settings of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ropewalk.errors import RopewalkError
 
 if TYPE_CHECKING:
+    from ropewalk.files.local import LocalFiles
+    from ropewalk.files.settings import Settings
     from ropewalk.registry import Registry
 
 Verb = Callable[[argparse.Namespace], int]
@@ -258,7 +260,7 @@ def _run_base_make(arguments: argparse.Namespace) -> int:
 
 
 def _registry() -> Registry:
-    from ropewalk.files.local import home
+    from ropewalk.home import home
     from ropewalk.registry import Registry
 
     return Registry(home() / "registry")
@@ -324,9 +326,7 @@ def _serve(verbs: Verbs) -> None:
     serve = _add(verbs, "serve", "the API and its pages, on one port", "ropewalk serve --port 8700", _run_serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, for this machine only)")
     serve.add_argument("--port", type=int, default=8700, help="0: any free one (default: %(default)s)")
-    serve.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
-    serve.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
-    serve.add_argument("--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)")
+    _store_arguments(serve)
     serve.add_argument("--max-file-mb", type=float, default=500, metavar="MB", help="largest file (default: %(default)s)")
     serve.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="of each workspace without a limit of its own (default: no limit)"
@@ -346,19 +346,11 @@ def _serve(verbs: Verbs) -> None:
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.settings import Settings
-    from ropewalk.home import home
     from ropewalk.server.serve import serve
     from ropewalk.server.settings import ServerSettings
 
-    store = Settings(
-        data=arguments.data or home(),
-        database_url=arguments.database_url,
-        blobs=arguments.blobs,
-        max_file_bytes=round(arguments.max_file_mb * 1_000_000),
-    )
     return serve(
-        store,
+        _settings(arguments, max_file_bytes=round(arguments.max_file_mb * 1_000_000)),
         ServerSettings(
             host=arguments.host,
             port=arguments.port,
@@ -377,33 +369,137 @@ def _run_serve(arguments: argparse.Namespace) -> int:
 def _files(verbs: Verbs) -> None:
     files = _add(verbs, "files", "the file store", "ropewalk files put facts.jsonl", None)
     inner = files.add_subparsers(metavar="VERB")
-    put = _add(inner, "put", "store a file and print its id", "ropewalk files put facts.jsonl", _run_files_put)
-    put.add_argument("path", type=Path)
-    _add(inner, "list", "list stored files", "ropewalk files list", _run_files_list)
-    delete = _add(inner, "delete", "delete a stored file", "ropewalk files delete file_abc", _run_files_delete)
-    delete.add_argument("id")
+    put = _files_verb(inner, "put", "store files and print their ids", "facts.jsonl", _run_files_put)
+    put.add_argument("path", type=Path, nargs="+")
+    put.add_argument("--name", help="another name than the path's own")
+    put.add_argument("--tag", action="append", default=[], metavar="TAG", help="may be given several times")
+    put.add_argument("--expires-in", type=int, metavar="SECONDS", help="from 3600 to 7776000, 90 days (default: never)")
+    _json_argument(put)
+    _json_argument(_files_verb(inner, "list", "list stored files, newest first", "", _run_files_list))
+    show = _files_verb(inner, "show", "show what is known about a file", "file_abc", _run_files_show)
+    show.add_argument("id")
+    _json_argument(show)
+    get = _files_verb(inner, "get", "write a file's bytes to the standard output", "file_abc --out facts.jsonl", _run_files_get)
+    get.add_argument("id")
+    get.add_argument("--out", type=Path, metavar="FILE", help="write there instead")
+    delete = _files_verb(
+        inner,
+        "delete",
+        "erase files and all that was made from them, and print the signed receipts",
+        "file_abc",
+        _run_files_delete,
+    )
+    delete.add_argument("id", nargs="+")
+    delete.add_argument(
+        "--receipt", type=Path, metavar="FILE", help="save the receipt of one file there instead of printing it"
+    )
+    verify = _files_verb(
+        inner,
+        "verify",
+        "read and hash everything; exit code 1 and the ids where it is not what was stored",
+        "",
+        _run_files_verify,
+    )
+    _json_argument(verify)
+    receipt = _files_verb(
+        inner,
+        "verify-receipt",
+        "check the receipt of a deletion",
+        "receipt.json --public-key key.pem",
+        _run_files_verify_receipt,
+    )
+    receipt.add_argument("receipt", type=Path)
+    receipt.add_argument("--public-key", type=Path, metavar="FILE", help="what receipt-key printed (default: this store's key)")
+    receipt.add_argument("--id", help="check too that it is the receipt of this file")
+    _json_argument(_files_verb(inner, "receipt-key", "print the public key of receipts", "> key.pem", _run_files_receipt_key))
+    sweep = _files_verb(inner, "sweep", "expire what is due and erase what nothing refers to", "", _run_files_sweep)
+    _json_argument(sweep)
+
+
+def _files_verb(verbs: Verbs, name: str, summary: str, example: str, run: Verb) -> argparse.ArgumentParser:
+    verb = _add(verbs, name, summary, f"ropewalk files {name} {example}".rstrip(), run)
+    verb.add_argument("--workspace", default="default", help="name or id (default: %(default)s)")
+    _store_arguments(verb)
+    return verb
+
+
+def _json_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _store_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
+    verb.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
+    verb.add_argument("--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)")
+
+
+def _settings(arguments: argparse.Namespace, **more: Any) -> Settings:
+    from ropewalk.files.settings import Settings
+
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in ("data", "database_url", "blobs")}
+    return Settings(**{name: value for name, value in given.items() if value is not None}, **more)
+
+
+def _local_files(arguments: argparse.Namespace) -> LocalFiles:
+    from ropewalk.files.local import LocalFiles
+
+    return LocalFiles(_settings(arguments), arguments.workspace, lambda id: _registry().adapters_trained_on(id))
 
 
 def _run_files_put(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.local import open_store
+    from ropewalk.files import commands
 
-    print(open_store().put(arguments.path).id)
-    return 0
+    files = _local_files(arguments)
+    return commands.put(files, arguments.path, arguments.name, arguments.expires_in, arguments.tag, arguments.json)
 
 
 def _run_files_list(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.local import open_store
+    from ropewalk.files import commands
 
-    for file in open_store().list():
-        print(f"{file.id}  {file.size:>12}  {file.filename}")
-    return 0
+    return commands.list_files(_local_files(arguments), arguments.json)
+
+
+def _run_files_show(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.show(_local_files(arguments), arguments.id, arguments.json)
+
+
+def _run_files_get(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.get(_local_files(arguments), arguments.id, arguments.out)
 
 
 def _run_files_delete(arguments: argparse.Namespace) -> int:
-    from ropewalk.files.local import open_store
+    from ropewalk.files import commands
 
-    open_store().delete(arguments.id)
-    return 0
+    return commands.delete(_local_files(arguments), arguments.id, arguments.receipt)
+
+
+def _run_files_verify(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.verify(_local_files(arguments), arguments.json)
+
+
+def _run_files_verify_receipt(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    files = lambda: _local_files(arguments)
+    return commands.verify_receipt(files, arguments.receipt, arguments.public_key, arguments.id)
+
+
+def _run_files_receipt_key(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.receipt_key(_local_files(arguments), arguments.json)
+
+
+def _run_files_sweep(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.sweep(_local_files(arguments), arguments.json)
 
 
 # -- config ----------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ropewalk.config.run import Run, parse_run
 from ropewalk.data.dataset import open_data, preview
 from ropewalk.data.formats import WITH_INPUT, WITHOUT_INPUT
 from ropewalk.errors import ConfigError, DataError
-from ropewalk.files.local import Store, home
+from ropewalk.files.local import open_local
 
 CHAT = {"messages": [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "I am well"}]}
 SAID = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
@@ -178,7 +178,7 @@ def test_every_kind_of_file_gives_the_same_rows(template: Template, tmp_path: Pa
     lines(folder / "1.jsonl", *rows[:2])
     lines(folder / "2.jsonl", *rows[2:])
     (tmp_path / "g.data").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    file = Store(home() / "files").put(tmp_path / "a.jsonl", "a.jsonl")
+    file = open_local().put(tmp_path / "a.jsonl", "a.jsonl")
     sources = [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.json", "e.csv", "f.parquet")]
     sources += [{"path": str(folder)}, {"path": "json", "data_files": str(tmp_path / "a.jsonl")}, {"path": file.id}]
     sources += [{"path": str(tmp_path / "g.data"), "ds_type": "jsonl"}]

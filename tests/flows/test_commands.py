@@ -32,15 +32,3 @@ def test_a_name_that_nobody_published_is_told_with_those_that_are(capsys):
     main(["models", "add", "one", str(BASE)])
     assert main(["chat", "three", "hello"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "ropewalk: nothing is published as 'three'; known: one"
-
-
-def test_files_are_put_listed_and_deleted(tmp_path, capsys):
-    path = tmp_path / "notes.txt"
-    path.write_text("a note")
-    assert main(["files", "put", str(path)]) == 0
-    id = capsys.readouterr().out.strip()
-    assert main(["files", "list"]) == 0
-    assert id in capsys.readouterr().out
-    assert main(["files", "delete", id]) == 0
-    assert main(["files", "list"]) == 0
-    assert capsys.readouterr().out == ""

@@ -10,7 +10,7 @@ from ropewalk.checks import exact_match
 from ropewalk.compare.verdict import Verdict, compare
 from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
-from ropewalk.files.local import open_store
+from ropewalk.files.local import open_local
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.run import BASE
 from ropewalk.registry import Registry
@@ -42,7 +42,7 @@ def test_a_file_becomes_a_shipped_model_that_answers(tmp_path: Path, monkeypatch
     asked = facts.questions(held_out[:16], 1)
 
     facts.write_rows(facts.questions(trained_on, 6), tmp_path / "rows.jsonl", turns=3)
-    file = open_store().put(tmp_path / "rows.jsonl")
+    file = open_local().put(tmp_path / "rows.jsonl")
 
     config = tmp_path / "run.yml"
     config.write_text(CONFIG.format(base=BASE, file=file.id, out=tmp_path / "run"))

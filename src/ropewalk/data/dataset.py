@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -24,12 +25,13 @@ from ropewalk.chat.template import Template
 from ropewalk.config.run import DataSource, Run
 from ropewalk.data.cache import Tokens, open_tokens
 from ropewalk.data.rows import Chunk, chunks, streamed_chunks
-from ropewalk.data.sources import content_digest, locate, size
+from ropewalk.data.sources import content_digest, locate, size, stored_ids
 from ropewalk.data.stream import Stream
 from ropewalk.data.tokenise import BadRow, Block, Tokeniser
 from ropewalk.data.workers import Progress, shown, tokenise
-from ropewalk.errors import ConfigError, DataError
-from ropewalk.files.local import home
+from ropewalk.errors import ConfigError, DataError, NotFound
+from ropewalk.files.local import open_local
+from ropewalk.home import home
 
 VERSION = 1  # of what is cached; a change of meaning here or in formats makes a new one
 
@@ -109,7 +111,24 @@ def _open(run: Run, source: DataSource, template: Template, progress: Progress |
     def blocks(done: int) -> Iterator[Block]:
         return tokenise(tokeniser, chunks(found), total, run.dataset_num_proc, skip=done, progress=progress)
 
-    return open_tokens(folder, _key(run, source, tokeniser, content_digest(found)), blocks)
+    key = _key(run, source, tokeniser, content_digest(found))
+    with _erased_with(stored_ids(found), folder / key, folder / f"{key}.partial"):
+        return open_tokens(folder, key, blocks)
+
+
+@contextmanager
+def _erased_with(ids: Sequence[str], *made: Path) -> Iterator[None]:
+    """What is made within dies with the files it is made from, also when one is deleted meanwhile."""
+    for id in ids:
+        open_local().register_path(id, "tokens", *made)
+    yield
+    try:
+        for id in ids:
+            open_local().show(id)
+    except NotFound:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _key(run: Run, source: DataSource, tokeniser: Tokeniser, content: str) -> str:

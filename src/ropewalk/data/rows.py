@@ -166,11 +166,12 @@ def _read_parquet(file: DataFile) -> Iterator[Chunk]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingExtra("pyarrow", "data", f"reading {file.name}") from error
-    try:
-        table = parquet.ParquetFile(file.path)
-    except Exception as error:  # pyarrow's errors have no common class of their own
-        raise DataError(f"is no Parquet file: {error}", path=file.name) from error
-    yield from _grouped(file.name, _table_rows(table.iter_batches(CHUNK_ROWS)))
+    with file.open() as handle:
+        try:
+            table = parquet.ParquetFile(handle)
+        except Exception as error:  # pyarrow's errors have no common class of their own
+            raise DataError(f"is no Parquet file: {error}", path=file.name) from error
+        yield from _grouped(file.name, _table_rows(table.iter_batches(CHUNK_ROWS)))
 
 
 def _read_arrow(file: DataFile) -> Iterator[Chunk]:
@@ -178,11 +179,12 @@ def _read_arrow(file: DataFile) -> Iterator[Chunk]:
         import pyarrow.ipc as ipc
     except ImportError as error:
         raise MissingExtra("pyarrow", "data", f"reading {file.name}") from error
-    with file.path.open("rb") as handle:
-        magic = handle.read(6)
-    reader = ipc.open_file(file.path) if magic == b"ARROW1" else ipc.open_stream(file.path)
-    batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if magic == b"ARROW1" else reader
-    yield from _grouped(file.name, _table_rows(batches))
+    with file.open() as handle:
+        of_file = handle.read(6) == b"ARROW1"
+        handle.seek(0)
+        reader = ipc.open_file(handle) if of_file else ipc.open_stream(handle)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if of_file else reader
+        yield from _grouped(file.name, _table_rows(batches))
 
 
 def _table_rows(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

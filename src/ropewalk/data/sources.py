@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from ropewalk.config.run import DataSource
-from ropewalk.errors import ConfigError, DataError, MissingExtra
-from ropewalk.files.local import Store, home, is_id
+from ropewalk.errors import ConfigError, DataError, FileExpired, MissingExtra
+from ropewalk.files.catalog import File
+from ropewalk.files.local import is_id, open_local
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "text"]
 ENDINGS: dict[str, Kind] = {
@@ -34,19 +35,35 @@ KINDS: tuple[Kind, ...] = ("jsonl", "json", "csv", "parquet", "arrow", "text")
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a source."""
+    """One file of a source: of this machine, or of the file store, which keeps it sealed and is read by id."""
 
-    path: Path
+    place: Path | File
     kind: Kind
-    name: str  # what the user calls it; differs from the path for a file of the store
+    name: str  # what the user calls it
 
     @property
     def zipped(self) -> bool:
         return self.name.endswith(".gz")
 
-    def open(self) -> IO[bytes]:
+    @property
+    def size(self) -> int:
+        """Its bytes as they are kept."""
+        return self.place.stat().st_size if isinstance(self.place, Path) else self.place.size
+
+    def digest(self) -> bytes:
+        """The SHA-256 of its bytes as they are kept."""
+        if not isinstance(self.place, Path):
+            return bytes.fromhex(self.place.sha256)
+        with self.place.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").digest()
+
+    def open(self) -> BinaryIO:
         """Its bytes, unpacked."""
-        return gzip.open(self.path, "rb") if self.zipped else self.path.open("rb")  # type: ignore[return-value]
+        if isinstance(self.place, Path):
+            # By its path, since a gzip file closes only what it has opened itself.
+            return cast(BinaryIO, gzip.open(self.place, "rb")) if self.zipped else self.place.open("rb")
+        kept = open_local().open(self.place.id)
+        return cast(BinaryIO, gzip.open(kept, "rb")) if self.zipped else kept
 
 
 @dataclass(frozen=True)
@@ -67,8 +84,10 @@ def locate(source: DataSource) -> Found:
     """The files that a source names, or the data set of the hub; nothing is read yet."""
     listed = tuple(source.data_files or ())
     if is_id(source.path):
-        store = Store(home() / "files")
-        return [_file(store.get(source.path), source.ds_type, store.show(source.path).filename)]
+        file = open_local().show(source.path)
+        if file.expired:
+            raise FileExpired(f"the file '{file.id}' ({file.filename}) has expired; put it again")
+        return [_data_file(file, file.filename, file.size, source.ds_type)]
     if source.path in KINDS and listed:
         return [_file(Path(name).expanduser(), source.path) for name in listed]
     path = Path(source.path).expanduser()
@@ -81,15 +100,19 @@ def locate(source: DataSource) -> Found:
     return HubSet(source.path, source.name, split_name(source), source.revision, listed)
 
 
+def stored_ids(found: Found) -> list[str]:
+    """The ids of its files that are of the file store."""
+    return [] if isinstance(found, HubSet) else [file.place.id for file in found if isinstance(file.place, File)]
+
+
 def content_digest(found: Found) -> str:
     """A hash of what a source holds: the bytes of its files, or the hub's own fingerprint."""
     if isinstance(found, HubSet):
         return str(load_hub_set(found)._fingerprint)
     total = hashlib.sha256()
     for file in found:
-        with file.path.open("rb") as handle:
-            total.update(f"{file.kind} {file.zipped} {file.path.stat().st_size}".encode())
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+        total.update(f"{file.kind} {file.zipped} {file.size}".encode())
+        total.update(file.digest())
     return total.hexdigest()
 
 
@@ -97,7 +120,7 @@ def size(found: Found) -> int:
     """About how many bytes of text there are."""
     if isinstance(found, HubSet):
         return int(load_hub_set(found).dataset_size or 0)
-    return sum(file.path.stat().st_size * (4 if file.zipped or file.kind == "parquet" else 1) for file in found)
+    return sum(file.size * (4 if file.zipped or file.kind == "parquet" else 1) for file in found)
 
 
 @cache
@@ -123,16 +146,19 @@ def load_hub_set(found: HubSet, streaming: bool = False) -> Any:
         ) from error
 
 
-def _file(path: Path, ds_type: str | None, name: str | None = None) -> DataFile:
+def _file(path: Path, ds_type: str | None) -> DataFile:
     if not path.is_file():
         raise DataError(f"there is no data file '{path}'{_near(path)}")
-    name = name or str(path)
-    if path.stat().st_size == 0:
+    return _data_file(path, str(path), path.stat().st_size, ds_type)
+
+
+def _data_file(place: Path | File, name: str, size: int, ds_type: str | None) -> DataFile:
+    if size == 0:
         raise DataError("the file is empty", path=name)
     kind = _kind(Path(name), ds_type)
     if kind is None:
         raise ConfigError(f"{name}: its ending does not say what it is; add 'ds_type', one of {', '.join(KINDS)}")
-    return DataFile(path, kind, name)
+    return DataFile(place, kind, name)
 
 
 def _kind(name: Path, ds_type: str | None) -> Kind | None:
@@ -159,7 +185,7 @@ def _in_folder(folder: Path, listed: tuple[str, ...], ds_type: str | None, split
     if not tables:
         raise DataError(f"the folder '{folder}' holds no data file; expected {', '.join(ENDINGS)}")
     # Where names tell of splits (train-00000.parquet, test/1.jsonl), only the one asked for is read.
-    of_split = [file for file in tables if split in re.split(r"[^a-z]+", str(file.path.relative_to(folder)).lower())]
+    of_split = [file for file in tables if split in re.split(r"[^a-z]+", str(Path(file.name).relative_to(folder)).lower())]
     return of_split or tables
 
 

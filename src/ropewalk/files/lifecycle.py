@@ -152,7 +152,11 @@ async def _erase_again(store: Store) -> int:
     key, last, count = tuple_(erasures.c.place, erasures.c.stored), ("", ""), 0
     while True:
         async with store.database.reading() as connection:
-            rows = (await connection.execute(select(erasures).where(key > last).order_by(key).limit(BATCH))).all()
+            rows = (
+                await connection.execute(
+                    select(erasures).where(key > last).order_by(erasures.c.place, erasures.c.stored).limit(BATCH)
+                )
+            ).all()
         if not rows:
             return count
         last = (rows[-1].place, rows[-1].stored)

@@ -1,173 +1,203 @@
-"""Bytes in, an id out: files kept by the digest of their content.
+"""The file store of this machine for code that does not await: the command line, training, the quickstart.
 
-    FOLDER/content/ab/abcdef...      the bytes, named by their SHA-256; equal bytes are kept once
-    FOLDER/files/file_....json       one record per file put; several records may share one content
-
-Everything is written beside its place, fsynced and renamed, so that a crash leaves a file whole or absent.
+Nothing here writes plain bytes: what is put is sealed on its way to the disk, and what is opened is unsealed chunk by chunk.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-import secrets
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+import asyncio
+import builtins
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO, TypeVar, cast
 
-from ropewalk.errors import NotFound, OutputError
+from ropewalk.errors import NotFound
+from ropewalk.files.catalog import File
+from ropewalk.files.content import Content
+from ropewalk.files.receipts import Receipt
+from ropewalk.files.settings import Settings
+from ropewalk.files.store import Store
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.workspaces import DEFAULT
+from ropewalk.vault import CHUNK, Opener
 
-CHUNK = 1 << 20
+T = TypeVar("T")
+Progress = Callable[[int], None]  # bytes taken since the last call
+PAGE = 1000
+NO_LIMIT = 1 << 62  # of one file's size: what a server takes from strangers is its own setting
 
 
-def home() -> Path:
-    """Where Ropewalk keeps its own state: $ROPEWALK_HOME, else ~/.ropewalk."""
-    return Path(os.environ.get("ROPEWALK_HOME") or Path.home() / ".ropewalk").expanduser()
-
-
-def open_store() -> Store:
-    """This machine's store."""
-    return Store(home() / "files")
-
-
-def resolve(path_or_id: Path | str) -> Path:
-    """The path itself, or the content of the file whose id it is."""
-    return open_store().get(str(path_or_id)) if is_id(str(path_or_id)) else Path(path_or_id)
+def open_local() -> LocalFiles:
+    """This machine's files, as they lie in the default workspace."""
+    return LocalFiles()
 
 
 def is_id(text: str) -> bool:
-    """Whether a configuration's path is an id of this store."""
+    """Whether a configuration's path is an id of the store."""
     return text.startswith("file_") and text[5:].isalnum()
 
 
-@dataclass(frozen=True)
-class File:
-    """What is known about a file: its id, its name at the time it was put, its size, digest and hour."""
+class LocalFiles:
+    """The files of one workspace. Every call opens the store anew, so that it may be used from any thread and any process."""
 
-    id: str
-    filename: str
-    size: int
-    sha256: str
-    created: str
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        workspace: str = DEFAULT,
+        adapters_of: Callable[[str], Iterable[str]] = lambda file_id: (),
+    ) -> None:
+        self.settings = replace(settings or Settings(), max_file_bytes=NO_LIMIT)
+        self.workspace, self.adapters_of = workspace, adapters_of
 
+    def put(
+        self,
+        source: Path | bytes,
+        filename: str | None = None,
+        *,
+        expires_in: int | None = None,
+        tags: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> File:
+        """Keeps these bytes and gives them an id; a path's own name is used if none is given."""
+        if isinstance(source, bytes):
+            if filename is None:
+                raise ValueError("bytes need a filename")
+            size = len(source)
+        else:
+            if not source.is_file():
+                raise NotFound(f"there is no file '{source}'")
+            size = source.stat().st_size
+        name, tags = filename or Path(str(source)).name, tuple(tags)
 
-class Store:
-    """A folder of files; several processes may use it at once."""
+        async def work(store: Store, caller: Caller) -> File:
+            async with store.incoming(caller, size) as incoming:
+                async for chunk in _chunks(source):
+                    await incoming.write(chunk)
+                    if progress:
+                        progress(len(chunk))
+                return await incoming.finish(name, expires_in=expires_in, tags=tags)
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-
-    def put(self, source: Path | bytes, filename: str | None = None) -> File:
-        """Keep these bytes and give them an id; a path's own name is used if none is given."""
-        if isinstance(source, Path) and not source.is_file():
-            raise NotFound(f"there is no file '{source}'")
-        if isinstance(source, bytes) and filename is None:
-            raise ValueError("bytes need a filename")
-        name = filename or Path(str(source)).name
-        try:
-            return self._put(source, name)
-        except OSError as error:
-            raise OutputError(
-                f"cannot keep '{name}' in {self.folder}: {error.strerror or error}; free space or set ROPEWALK_HOME"
-            ) from error
+        return self.run(work)
 
     def show(self, id: str) -> File:
-        """The record of one file."""
-        try:
-            return File(**json.loads(self._record(id).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise NotFound(f"no file '{id}' in {self.folder}; `ropewalk files list` names the ids") from None
+        """What is known about a file."""
+        return self.run(lambda store, caller: store.show(caller, id))
 
-    def get(self, id: str) -> Path:
-        """Where the bytes lie; read only."""
-        return self._content(self.show(id).sha256)
+    def list(self) -> builtins.list[File]:
+        """All files, newest first."""
 
-    def list(self) -> list[File]:
-        """All files, oldest first."""
-        found = []
-        for path in (self.folder / "files").glob("file_*.json"):
-            with suppress(NotFound):  # deleted by another process since it was listed
-                found.append(self.show(path.stem))
-        return sorted(found, key=lambda file: (file.created, file.id))
+        async def work(store: Store, caller: Caller) -> builtins.list[File]:
+            found: builtins.list[File] = []
+            more = True
+            while more:
+                listing = await store.list(caller, PAGE, after=found[-1].place if found else None)
+                found += listing.files
+                more = listing.more
+            return found
 
-    def delete(self, id: str) -> None:
-        """Forget the file, and erase its bytes when no other file shares them."""
-        file = self.show(id)
-        with self._locked(fcntl.LOCK_EX):  # nobody may put the same bytes between the look and the erasing
-            self._record(id).unlink(missing_ok=True)
-            if all(other.sha256 != file.sha256 for other in self.list()):
-                self._content(file.sha256).unlink(missing_ok=True)
+        return self.run(work)
 
-    def _put(self, source: Path | bytes, name: str) -> File:
-        with _Incoming(self.folder) as content, _Incoming(self.folder) as record:
-            sha256, size = content.write(_chunks(source))
-            file = File(f"file_{secrets.token_hex(12)}", name, size, sha256, datetime.now(UTC).isoformat(timespec="seconds"))
-            record.write([json.dumps(asdict(file), indent=2).encode()])
-            with self._locked(fcntl.LOCK_SH):
-                content.place(self._content(sha256))
-                record.place(self._record(file.id))
-        return file
+    def open(self, id: str) -> BinaryIO:
+        """The bytes of a file, to be read and sought in; each chunk is verified before any of it is seen."""
 
-    @contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, how)
-            yield
+        async def work(store: Store, caller: Caller) -> SealedFile:
+            return SealedFile(await store.open_content(caller, id))
 
-    def _content(self, sha256: str) -> Path:
-        return self.folder / "content" / sha256[:2] / sha256
+        return cast(BinaryIO, io.BufferedReader(self.run(work), CHUNK))
 
-    def _record(self, id: str) -> Path:
-        if not is_id(id):
-            raise NotFound(f"'{id}' is no id of a file; `ropewalk files list` names the ids")
-        return self.folder / "files" / f"{id}.json"
+    def delete(self, id: str) -> Receipt:
+        """Erases a file and everything derived from it."""
+        return self.run(lambda store, caller: store.delete(caller, id))
 
+    def register_path(self, id: str, kind: str, *paths: Path) -> None:
+        """Has files or folders made from a file erased with it; call it before they are made."""
 
-class _Incoming:
-    """A new file on its way: written aside, its bytes on the disk before it is renamed to its place; gone if it never gets there."""
+        async def work(store: Store, _: Caller) -> None:
+            for path in paths:
+                await store.register_path(id, kind, path)
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=folder, prefix=".new-")
-        self.out, self.path = os.fdopen(handle, "wb"), Path(path)
+        self.run(work)
 
-    def __enter__(self) -> _Incoming:
-        return self
+    def run(self, work: Callable[[Store, Caller], Awaitable[T]]) -> T:
+        """Opens the store, does the work in the name of this machine's user, closes the store."""
 
-    def __exit__(self, *_: object) -> None:
-        self.out.close()
-        self.path.unlink(missing_ok=True)
+        async def opened() -> T:
+            store = await Store.open(self.settings)
+            try:
+                store.adapters_of = self.adapters_of
+                return await work(store, await store.local_caller(self.workspace))
+            finally:
+                await store.close()
 
-    def write(self, chunks: Iterable[bytes]) -> tuple[str, int]:
-        """All the bytes -> their digest and their number."""
-        digest, size = hashlib.sha256(), 0
-        for chunk in chunks:
-            digest.update(chunk)
-            size += self.out.write(chunk)
-        self.out.flush()
-        os.fsync(self.out.fileno())
-        return digest.hexdigest(), size
-
-    def place(self, place: Path) -> None:
-        """Rename to the place and put the new name on the disk too."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.path, place)
-        directory = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if not _in_a_loop():
+            return asyncio.run(opened())
+        with ThreadPoolExecutor(1) as thread:  # this thread's loop must not run another
+            return thread.submit(asyncio.run, opened()).result()
 
 
-def _chunks(source: Path | bytes) -> Iterator[bytes]:
+class SealedFile(io.RawIOBase):
+    """The plain bytes of a stored file, unsealed as they are read."""
+
+    def __init__(self, content: Content) -> None:
+        self._content, self._opener = content, Opener(content.key, content.name)
+        self._at, self._index, self._chunk = 0, -1, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._content.file.size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"cannot seek to {start + offset}")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # no other buffer is ever given
+        """Up to the end of the chunk that the place lies in."""
+        if self._at >= self._content.file.size:
+            return 0
+        index, offset = divmod(self._at, CHUNK)
+        if index != self._index:
+            self._chunk, self._index = self._content.chunk(self._opener, index), index
+        target = memoryview(buffer).cast("B")
+        part = memoryview(self._chunk)[offset : offset + len(target)]
+        target[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _chunks(source: Path | bytes) -> AsyncIterator[bytes]:
     if isinstance(source, bytes):
         yield source
         return
     with source.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
+
+
+def old_files(folder: Path) -> str | None:
+    """What to do about files that version 0.1 kept, unsealed and each with a JSON record; None where there are none."""
+    records = folder / "files" / "files"
+    if not records.is_dir() or not any(records.iterdir()):
+        return None
+    return (
+        f"{folder / 'files'} also holds files of version 0.1, in the clear and unknown to this store: {records} says their names and "
+        f"where in content/ their bytes lie; put those that are needed with `ropewalk files put`, then remove both folders"
+    )

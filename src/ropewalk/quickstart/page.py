@@ -9,7 +9,7 @@ from typing import Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ropewalk.compare.verdict import Outcome
-from ropewalk.files.local import File
+from ropewalk.files.catalog import File
 
 
 @dataclass(frozen=True)

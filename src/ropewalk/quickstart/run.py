@@ -26,7 +26,9 @@ from ropewalk.compare.verdict import Outcome, Verdict, compare
 from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.errors import OutputError
-from ropewalk.files.local import File, Store, home
+from ropewalk.files.catalog import File
+from ropewalk.files.local import LocalFiles, open_local
+from ropewalk.home import home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
@@ -81,11 +83,11 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     began, size, console = time.monotonic(), FAST if fast else FULL, Console(highlight=False)
     trained_on, held_out = facts.split()
     rows, asked = facts.questions(trained_on, len(facts.KINDS)), facts.questions(held_out, size.per_country)
-    store, registry = Store(home() / "files"), Registry(home() / "registry")
+    files, registry = open_local(), Registry(home() / "registry")
 
     console.rule("1  file -> store")
     write_data(folder, [*trained_on, *held_out], rows, asked)
-    file = keep(store, folder / "train.jsonl")
+    file = keep(files, folder / "train.jsonl")
     console.print(
         f"{len(rows)} questions about {len(trained_on)} countries are {file.id}; {len(held_out)} other countries are held out"
     )
@@ -133,11 +135,11 @@ def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question],
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; name another folder with --dir") from error
 
 
-def keep(store: Store, path: Path) -> File:
+def keep(files: LocalFiles, path: Path) -> File:
     """The file in the store; running the quickstart again finds the same bytes and puts no second one."""
     digest = sha256(path.read_bytes()).hexdigest()
-    same = [file for file in store.list() if (file.sha256, file.filename) == (digest, path.name)]
-    return same[0] if same else store.put(path)
+    same = [file for file in files.list() if (file.sha256, file.filename, file.expired) == (digest, path.name, False)]
+    return same[0] if same else files.put(path)
 
 
 def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, quiet: bool = False) -> Result:

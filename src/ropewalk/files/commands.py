@@ -1,0 +1,188 @@
+"""What `ropewalk files ...` does: everything it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from ropewalk.database import timestamp
+from ropewalk.errors import BadInput, OutputError, VerificationFailed
+from ropewalk.files import integrity, lifecycle, receipts
+from ropewalk.files.catalog import File
+from ropewalk.files.incoming import checked_expiry
+from ropewalk.files.local import LocalFiles, old_files
+from ropewalk.files.store import Store
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.signing import key_id, public_pem, read_public_key
+
+SHOWN = 32 << 20  # bytes from which on a person wonders how long it takes
+BLOCK = 1 << 20
+
+
+def put(
+    files: LocalFiles, paths: Sequence[Path], name: str | None, expires_in: int | None, tags: Sequence[str], as_json: bool
+) -> int:
+    """Stores files and prints their ids."""
+    checked_expiry(expires_in)
+    for path in paths:
+        with _progress("storing", path.stat().st_size if path.is_file() else 0) as progress:
+            file = files.put(path, name, expires_in=expires_in, tags=tags, progress=progress)
+        print(json.dumps(as_dict(file)) if as_json else file.id)
+    return 0
+
+
+def list_files(files: LocalFiles, as_json: bool) -> int:
+    """One line for each file, newest first."""
+    if left := old_files(files.settings.data):
+        print(f"ropewalk: {left}", file=sys.stderr)
+    for file in files.list():
+        if as_json:
+            print(json.dumps(as_dict(file)))
+        else:
+            print(f"{file.id}  {file.size:>12}  {file.filename}{'  (expired)' if file.expired else ''}")
+    return 0
+
+
+def show(files: LocalFiles, id: str, as_json: bool) -> int:
+    """Everything known about a file."""
+    known = as_dict(files.show(id))
+    if as_json:
+        print(json.dumps(known))
+        return 0
+    for key, value in known.items():
+        print(f"{key:<12} {', '.join(value) if isinstance(value, list) else '-' if value is None else value}")
+    return 0
+
+
+def get(files: LocalFiles, id: str, out: Path | None) -> int:
+    """The bytes, to a file or to the standard output."""
+    with files.open(id) as source:
+        if out is None:
+            while block := source.read(BLOCK):
+                sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+            return 0
+        partial = out.with_name(f".{out.name}.partial")
+        try:
+            with partial.open("wb") as target:
+                while block := source.read(BLOCK):
+                    target.write(block)
+            os.replace(partial, out)
+        except OSError as error:
+            raise OutputError(f"cannot write '{out}': {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return 0
+
+
+def delete(files: LocalFiles, ids: Sequence[str], receipt_file: Path | None) -> int:
+    """Erases files; prints each receipt, or saves it."""
+    if receipt_file and len(ids) > 1:
+        raise BadInput("--receipt takes the receipt of one file; delete one at a time, or leave it out to have all printed")
+    for id in ids:
+        text = json.dumps(files.delete(id).as_dict(), indent=1) + "\n"
+        if receipt_file is None:
+            print(text, end="")
+            continue
+        try:
+            receipt_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(text, end="")  # the file is gone: its receipt must not be lost as well
+            raise OutputError(
+                f"cannot write '{receipt_file}': {error.strerror or error}; the receipt is printed above"
+            ) from error
+    return 0
+
+
+def verify(files: LocalFiles, as_json: bool) -> int:
+    """Reads every byte of the store; exit code 1 and the ids of files that are not whole."""
+
+    async def work(store: Store, _: Caller) -> integrity.VerifyReport:
+        with _progress("verifying", await integrity.stored_bytes(store)) as progress:
+            return await integrity.verify(store, progress)
+
+    report = files.run(work)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        print(f"{report.contents} contents, {report.size:,} bytes, {report.receipts} receipts verified")
+        for id, reason in report.damaged.items():
+            print(f"{id}  {reason}")
+        for fault in report.faults:
+            print(fault)
+    return 0 if report.whole else 1
+
+
+def verify_receipt(files: Callable[[], LocalFiles], path: Path, public_key: Path | None, id: str | None) -> int:
+    """Whether a receipt is as it was signed; with the key at hand, nothing else of the store is needed."""
+    found = receipts.read_receipt(path)
+    key = read_public_key(public_key) if public_key else files().run(_public_key)
+    receipt = receipts.verify(found, key)
+    if id is not None and not receipt.is_of(id):
+        raise VerificationFailed(f"the receipt is genuine, and of another file than '{id}'")
+    print(f"genuine: receipt {receipt.sequence}, signed by key {receipt.key_id}, deleted at {receipt.deleted_at}")
+    return 0
+
+
+def receipt_key(files: LocalFiles, as_json: bool) -> int:
+    """The public key that receipts are verified with."""
+    key = files.run(_public_key)
+    print(json.dumps(key_as_dict(key)) if as_json else public_pem(key), end="\n" if as_json else "")
+    return 0
+
+
+def sweep(files: LocalFiles, as_json: bool) -> int:
+    """Expires what is due and erases what nothing refers to."""
+
+    async def work(store: Store, _: Caller) -> lifecycle.SweepReport:
+        return await lifecycle.sweep(store)
+
+    report = files.run(work).as_dict()
+    print(json.dumps(report) if as_json else ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report.items()))
+    return 0
+
+
+def as_dict(file: File) -> dict[str, Any]:
+    """A file for a program to read."""
+    return {
+        "id": file.id,
+        "filename": file.filename,
+        "mime_type": file.mime_type,
+        "size_bytes": file.size,
+        "sha256": file.sha256,
+        "created_at": timestamp(file.created_at),
+        "expires_at": timestamp(file.expires_at) if file.expires_at is not None else None,
+        "expired": file.expired,
+        "tags": list(file.tags),
+    }
+
+
+def key_as_dict(key: Ed25519PublicKey) -> dict[str, str]:
+    """The receipts' public key for a program to read."""
+    return {"type": "receipt_key", "algorithm": "Ed25519", "key_id": key_id(key), "public_key": public_pem(key)}
+
+
+async def _public_key(store: Store, _: Caller) -> Ed25519PublicKey:
+    return store.signing_key.public_key()
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar on a terminal, for work that takes long enough to wonder; nothing elsewhere."""
+    if total < SHOWN or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)
