@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ropewalk.files.local import LocalFiles
     from ropewalk.files.settings import Settings
     from ropewalk.registry import Registry
+    from ropewalk.tenants.commands import Place
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _models(verbs)
     _serve(verbs)
     _files(verbs)
+    _tenants(verbs)
     _config(verbs)
     return top
 
@@ -500,6 +502,24 @@ def _run_files_sweep(arguments: argparse.Namespace) -> int:
     from ropewalk.files import commands
 
     return commands.sweep(_local_files(arguments), arguments.json)
+
+
+# -- tenants ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tenants(verbs: Verbs) -> None:
+    from ropewalk.tenants.verbs import Tenants
+
+    Tenants(_add, _place).add(verbs)
+
+
+def _place(arguments: argparse.Namespace) -> Place:
+    from ropewalk.files.settings import Settings
+    from ropewalk.tenants.commands import Place
+
+    given = {name: value for name in ("data", "database_url") if (value := getattr(arguments, name)) is not None}
+    settings = Settings(**given)
+    return Place(settings.database, settings.data)
 
 
 # -- config ----------------------------------------------------------------------------------------------------------------------

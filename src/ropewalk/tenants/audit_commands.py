@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ropewalk.errors import BadInput, NotFound, OutputError
 from ropewalk.tenants import audit, workspaces
 from ropewalk.tenants.commands import Place
 from ropewalk.tenants.secrets import signing_key
+from ropewalk.tenants.signing import read_public_key
 from ropewalk.vault import Vault
 
 
@@ -41,16 +42,15 @@ def list_entries(place: Place, workspace: str | None, action: str | None, limit:
     return 0
 
 
-def verify(
-    place: Place, heads: Sequence[Path], public_key: Ed25519PublicKey | None, save_head: Path | None, as_json: bool
-) -> int:
+def verify(place: Place, heads: Sequence[Path], public_key: Path | None, save_head: Path | None, as_json: bool) -> int:
     """Checks the log from its first entry, beside the signed heads that were saved before; fails if anything is amiss."""
+    given = read_public_key(public_key) if public_key else None
     known = [head for path in heads for head in read_heads(path)]
 
     async def work(database: Database, vault: Vault) -> tuple[audit.AuditReport, dict[str, Any]]:
         async with database.reading() as connection:
             key = await signing_key(connection, vault)
-        report = await audit.verify(database, known, public_key or key.public_key())
+        report = await audit.verify(database, known, given or key.public_key())
         return report, await audit.signed_head(database, key)
 
     report, head = place.run(work)
@@ -60,9 +60,10 @@ def verify(
     return 0
 
 
-def verify_export(path: Path, public_key: Callable[[], Ed25519PublicKey], as_json: bool) -> int:
-    """Checks an exported log, without the store it is of."""
-    _report(audit.verify_export(_lines(path), public_key()), as_json)
+def verify_export(place: Place, path: Path, public_key: Path | None, as_json: bool) -> int:
+    """Checks an exported log; with the public key, without the store that it is of."""
+    key = read_public_key(public_key) if public_key else store_public_key(place)
+    _report(audit.verify_export(_lines(path), key), as_json)
     return 0
 
 

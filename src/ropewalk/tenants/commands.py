@@ -87,7 +87,8 @@ def limit(
 
     async def work(database: Database, _: Vault) -> usage.Share:
         if settings:
-            assert id is not None
+            if scope != "workspace" or id is None:
+                raise BadInput(f"{' and '.join(settings)}: only a workspace has that, and no {scope}")
             await workspaces.change_workspace(database, id, settings)
         if limits:
             return await usage.change_limits(database, scope, id, limits)
@@ -172,11 +173,37 @@ def rotate(place: Place, to: Path, as_json: bool) -> int:
 
     count = place.run(work)
     text = (
-        f"{count} keys are wrapped by the root key in {to} now, and by no other. From here on: ROPEWALK_ROOT_KEY_FILE={to}\n"
+        f"{count} keys are wrapped by the root key in {to} now, and by no other. From here on it is the one to give: "
+        f"ROPEWALK_ROOT_KEY_FILE={to}, without ROPEWALK_ROOT_KEY and ROPEWALK_ROOT_KEY_COMMAND.\n"
         f"Start running servers again. Keep the old root key as long as backups made before this one."
     )
     _show({"keys": count, "root_key_file": str(to)}, text, as_json)
     return 0
+
+
+def scope_of(workspace: str | None, user: str | None, key: str | None, every: bool, new: bool) -> tuple[str, str | None]:
+    """Whose limits are meant -> scope and id."""
+    if (workspace is not None) == bool(key or every or new) or (user is not None and workspace is None):
+        raise BadInput(
+            "whose limits? Name a workspace, with or without --user, or one of --key, --organization, --new-workspaces"
+        )
+    if key:
+        return "key", key
+    if workspace is None:
+        return ("organization" if every else "new_workspaces"), None
+    return ("user", f"{workspace}/{user}") if user is not None else ("workspace", workspace)
+
+
+def limits_of(size: str | None, files: str | None) -> dict[str, int | None]:
+    """The limits that were given."""
+    given = {"limit_bytes": (size, parse_size), "limit_files": (files, parse_count)}
+    return {name: parse(text) for name, (text, parse) in given.items() if text is not None}
+
+
+def settings_of(requests_per_minute: str | None, downloads: str | None) -> dict[str, Any]:
+    """The settings that were given."""
+    found: dict[str, Any] = {} if downloads is None else {"downloads": downloads}
+    return found if requests_per_minute is None else {**found, "requests_per_minute": parse_count(requests_per_minute)}
 
 
 def parse_size(text: str) -> int | None:
