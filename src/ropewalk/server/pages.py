@@ -46,8 +46,12 @@ async def home(request: Request) -> Response:
 
 
 async def login_form(request: Request) -> Response:
-    session = sessions.read(request, store_of(request).vault) or sessions.begin()
-    return await _login_page(request, session, _inside(request.query_params.get("next")))
+    session, target = sessions.read(request, store_of(request).vault), _inside(request.query_params.get("next"))
+    if session is None or session.key_id is not None:
+        if session is not None and await visitor_of(request, session) is not None:
+            return RedirectResponse(target, 303)
+        session = sessions.begin()
+    return await _login_page(request, session, target)
 
 
 async def login(request: Request) -> Response:
@@ -108,7 +112,7 @@ async def list_files(request: Request, visitor: Visitor) -> Response:
         rows=[views.row(file, tokens.get(file.id)) for file in listing.files],
         quota=views.quota(used),
         name=name,
-        here=address("/files", here),
+        here=here,
         unread=[file.id for file in unread],
         unread_at=address("/files", here | {"read": "1"}),
         newer=newer,
@@ -180,7 +184,10 @@ async def download_file(request: Request, visitor: Visitor) -> Response:
 async def show_picture(request: Request, visitor: Visitor) -> Response:
     """A page of a PDF, or a picture, drawn anew in the confined process: no byte of the file itself reaches the browser."""
     png = await page_image(store_of(request), visitor.caller, request.path_params["id"], request.path_params["number"])
-    return Response(png, media_type="image/png")
+    # Browsers put a picture that is looked at by itself into a page with styles of their own.
+    return Response(
+        png, media_type="image/png", headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+    )
 
 
 async def delete_form(request: Request, visitor: Visitor) -> Response:

@@ -12,7 +12,7 @@ import base64
 import hmac
 import json
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -25,6 +25,8 @@ from ropewalk.vault import Vault
 HOURS = 12
 PURPOSE = "page session"
 TOKEN_HEADER = "x-csrf-token"
+# The prefix is a browser's promise that nothing but this host, over TLS, has set the cookie (RFC 6265bis, section 4.1.3.2).
+SECURE, PLAIN = "__Host-ropewalk", "ropewalk"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def begin(key_id: str | None = None, workspace_id: str | None = None) -> Session
 
 def read(request: Request, vault: Vault) -> Session | None:
     """The session of a request; None for no cookie, a forged one or one whose hours have passed."""
-    text = request.cookies.get(_cookie(request), "")
+    text = request.cookies.get(SECURE) or request.cookies.get(PLAIN, "")
     try:
         sealed = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
         session = Session(**json.loads(vault.unwrap(sealed, PURPOSE)))
@@ -55,21 +57,24 @@ def read(request: Request, vault: Vault) -> Session | None:
 
 def write(response: Response, request: Request, vault: Vault, session: Session) -> None:
     """Hands the session to the browser, for as long as it still lasts."""
-    sealed = vault.wrap(json.dumps(session.__dict__).encode(), PURPOSE)
+    sealed = vault.wrap(json.dumps(asdict(session)).encode(), PURPOSE)
+    end(response, request)
+    secure = _by_tls(request)
     response.set_cookie(
-        _cookie(request),
-        base64.urlsafe_b64encode(sealed).decode("ascii").rstrip("="),  # what must be quoted in a cookie
+        SECURE if secure else PLAIN,
+        base64.urlsafe_b64encode(sealed).decode("ascii").rstrip("="),  # which would have to be quoted
         max_age=max(0, (session.ends_at - now()) // 1_000_000),
         path="/",
-        secure=request.url.scheme == "https",
+        secure=secure,
         httponly=True,
         samesite="strict",
     )
 
 
 def end(response: Response, request: Request) -> None:
-    """Takes the cookie back."""
-    response.delete_cookie(_cookie(request), path="/", secure=request.url.scheme == "https", httponly=True, samesite="strict")
+    """Takes the session back from the browser."""
+    for name in {SECURE, PLAIN} & set(request.cookies):
+        response.delete_cookie(name, path="/", secure=name == SECURE, httponly=True, samesite="strict")
 
 
 def in_workspace(session: Session, workspace_id: str) -> Session:
@@ -94,6 +99,6 @@ def check_origin(request: Request) -> None:
         )
 
 
-def _cookie(request: Request) -> str:
-    # The prefix is a browser's promise that no other host, and nothing without TLS, has set it (RFC 6265bis, section 4.1.3.2).
-    return "__Host-ropewalk" if request.url.scheme == "https" else "ropewalk"
+def _by_tls(request: Request) -> bool:
+    # Behind a proxy that ends TLS only the browser knows: it says so with each form, and could deceive but itself.
+    return request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")

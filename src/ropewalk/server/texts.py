@@ -25,7 +25,7 @@ async def tokens(store: Store, files: Sequence[File]) -> dict[str, int | None]:
     owners = [file.blob_id for file in files if file.blob_id is not None]
     async with store.database.reading() as connection:
         query = select(derived.c.owner, derived.c.name).where(derived.c.owner.in_(owners), derived.c.kind == KIND)
-        kept = dict((await connection.execute(query)).tuples().all())
+        kept = {row.owner: row.name for row in await connection.execute(query)}
     return {file.id: _count(kept[file.blob_id]) for file in files if file.blob_id in kept}
 
 

@@ -118,7 +118,7 @@ class FilesPage:
     rows: list[Row]
     quota: Quota
     name: str
-    here: str
+    here: dict[str, str]  # the query that this part of the list answers
     unread: list[str]  # files whose texts are still to be read, when scripts are on
     unread_at: str
     newer: str | None
