@@ -34,6 +34,11 @@ class Running:
     store: Store
     loop: asyncio.AbstractEventLoop
     data: Path
+    server: Server
+
+    def stop(self) -> None:
+        """What a signal to stop does."""
+        self.loop.call_soon_threadsafe(self.server.stop)
 
     def run(self, coroutine: Any) -> Any:
         """What the coroutine returns, run in the server's own loop."""
@@ -65,7 +70,6 @@ def running(data: Path, store_settings: Settings | None = None, settings: Server
     listener = listen(settings)
     ready: list[Running | BaseException] = []
     started = threading.Event()
-    servers: list[Server] = []
 
     async def main() -> None:
         store = await Store.open(store_settings or Settings(data=data))
@@ -73,9 +77,8 @@ def running(data: Path, store_settings: Settings | None = None, settings: Server
             app = create_app(store, settings)
             _, key = await create_key(store.database, store.vault, None, "test", rights=RIGHTS)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            ready.append(Running(url, key, app, store, asyncio.get_running_loop(), data))
             server = Server(app, settings)
-            servers.append(server)
+            ready.append(Running(url, key, app, store, asyncio.get_running_loop(), data, server))
             started.set()
             await server._serve([listener])  # `serve` would take over signals, which only a main thread may
         finally:
@@ -97,7 +100,8 @@ def running(data: Path, store_settings: Settings | None = None, settings: Server
     try:
         yield ready[0]
     finally:
-        ready[0].loop.call_soon_threadsafe(servers[0].stop)
+        if not ready[0].app.state.draining:  # twice would be at once
+            ready[0].stop()
         worker.join(60)
         listener.close()
         assert not worker.is_alive()

@@ -278,7 +278,7 @@ def test_a_body_that_trickles_is_given_up(start):
 
         def trickle():
             yield form("a.txt")[:-9]
-            for _ in range(40):
+            for _ in range(15):
                 time.sleep(0.05)
                 yield b"x"
             yield b"\r\n--B--\r\n"

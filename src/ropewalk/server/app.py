@@ -56,7 +56,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.store = store
     app.state.settings = settings = settings or ServerSettings()
     app.state.registry = registry = Registry(store.settings.data.expanduser() / "registry")
-    store.adapters_of = lambda id: [entry.name for entry in registry.entries() if id in entry.lineage.values()]
+    store.adapters_of = registry.adapters_trained_on
     app.state.limits = Limits(settings.requests_per_minute)
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
@@ -117,27 +117,25 @@ class Front:
             # An answer that has begun cannot be taken back: it is left incomplete, and the connection is closed.
             if exchange.status is None:
                 await _answer(error, request, exchange)
-            await write_down(request, error)
         finally:
             metrics.in_progress.dec()
             exchange.close(metrics, caught)
+        if caught is not None:
+            await write_down(request, caught)
 
 
 async def _answer(error: Exception, request: Request, exchange: Exchange) -> None:
     """The one error handler."""
-    headers: dict[str, str] = {}
-    if isinstance(error, HTTPException):
-        shown = _of_router(error, request)
-        if error.status_code == 405:
-            headers["allow"] = ", ".join(_allowed(request))
-    else:
-        shown = failure(error)
+    shown = _of_router(error, request) if isinstance(error, HTTPException) else failure(error)
+    headers: dict[str, str] = dict(getattr(error, "headers", None) or {})
+    if shown.status == 405:  # the router names the methods of one route; a path has several
+        headers = {"allow": ", ".join(_allowed(request))}
     if shown.retry_after is not None:
         headers["retry-after"] = str(math.ceil(shown.retry_after))
     # The SDK repeats what failed with 409 or 5xx; where that cannot help, or would do the same thing twice, it is told so.
     if shown.status == 409 or getattr(request.state, "committed", False):
         headers["x-should-retry"] = "false"
-    response = JSON(shown.body(exchange.request_id), shown.status, headers | dict(getattr(error, "headers", None) or {}))
+    response = JSON(shown.body(exchange.request_id), shown.status, headers)
     await response(request.scope, exchange.receive, exchange.send)
 
 

@@ -126,6 +126,7 @@ async def terminate(request: Request) -> Response:
     return _answer(204, {})
 
 
+@operation("one of the other methods, named in a header, from where only GET and POST can be sent", {200: None, 204: None})
 async def overridden(request: Request) -> Response:
     """POST /v1/files/resumable/{upload_id}, from where only GET and POST can be sent."""
     handlers: dict[str, Callable[[Request], Coroutine[Any, Any, Response]]] = {

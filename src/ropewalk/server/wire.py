@@ -14,14 +14,14 @@ import json
 import secrets
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.responses import Response
 
 from ropewalk.database import timestamp
-from ropewalk.errors import BadInput, DamagedContent, MissingExtra, OutputError, RateLimited, RopewalkError
+from ropewalk.errors import BadInput, DamagedContent, DocumentError, MissingExtra, OutputError, RateLimited, RopewalkError
 from ropewalk.files.catalog import File, Listing, Place
 
 VERSIONS = ("2023-06-01", "2026-10-21")
@@ -177,12 +177,13 @@ class Failure:
     type: str
     message: str
     error_code: str | None = None
+    details: Mapping[str, int | str] = field(default_factory=dict)
     retry_after: float | None = None
 
     def body(self, request_id: str) -> dict[str, Any]:
         error: dict[str, Any] = {"type": self.type, "message": self.message}
         if self.error_code is not None:
-            error["details"] = {"error_code": self.error_code}
+            error["details"] = {"error_code": self.error_code, **self.details}
         return {"type": "error", "error": error, "request_id": request_id}
 
 
@@ -193,8 +194,14 @@ def failure(error: BaseException) -> Failure:
     # A full disk or a missing package is bad input on the command line, and here not the client's fault.
     if not isinstance(error, RopewalkError) or error.status == 500 or isinstance(error, OutputError | MissingExtra):
         return Failure(500, "api_error", "Internal server error; the server's log names it by this request's id.")
-    retry_after = error.retry_after if isinstance(error, RateLimited) else None
-    return Failure(error.status, error.claude_type, str(error), error.error_code, retry_after)
+    return Failure(
+        error.status,
+        error.claude_type,
+        str(error),
+        error.error_code,
+        error.details if isinstance(error, DocumentError) else {},
+        error.retry_after if isinstance(error, RateLimited) else None,
+    )
 
 
 def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
