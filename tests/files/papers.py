@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zipfile
@@ -51,14 +52,30 @@ def written(objects: dict[int, bytes], trailer: bytes = b"") -> bytes:
     return bytes(out + b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n" % (size, trailer, start))
 
 
-def encrypted_pdf(user: str, owner: str = "owner") -> bytes:
-    import pypdf
+def encrypted_pdf(password: str) -> bytes:
+    """Under the oldest of the standard's methods (revision 2, RC4 of 40 bits); with '' anybody can open it."""
+    padding = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
+    owner, permissions, id = bytes(32), -4, bytes(16)
+    padded = (password.encode() + padding)[:32]
+    key = hashlib.md5(padded + owner + struct.pack("<i", permissions) + id).digest()[:5]
+    user = rc4(key, padding)
+    encrypt = f"<< /Filter /Standard /V 1 /R 2 /O <{owner.hex()}> /U <{user.hex()}> /P {permissions} >>"
+    trailer = f"/Encrypt {encrypt} /ID [<{id.hex()}> <{id.hex()}>]".encode()
+    return pdf("secret").replace(b"/Root 1 0 R", b"/Root 1 0 R " + trailer)
 
-    writer = pypdf.PdfWriter(io.BytesIO(pdf("secret")))
-    writer.encrypt(user, owner, algorithm="AES-128")
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
+
+def rc4(key: bytes, data: bytes) -> bytes:
+    state, j = list(range(256)), 0
+    for i in range(256):
+        j = (j + state[i] + key[i % len(key)]) % 256
+        state[i], state[j] = state[j], state[i]
+    out, i, j = bytearray(), 0, 0
+    for byte in data:
+        i = (i + 1) % 256
+        j = (j + state[i]) % 256
+        state[i], state[j] = state[j], state[i]
+        out.append(byte ^ state[(state[i] + state[j]) % 256])
+    return bytes(out)
 
 
 def nested_filters(depth: int, size: int) -> bytes:

@@ -45,7 +45,9 @@ def _count(archive: zipfile.ZipFile, member: zipfile.ZipInfo, left: int) -> int:
             if left < 0:
                 raise _too_large()
             if first and member.filename.endswith(MARKUP) and DECLARATION in block.replace(b"\0", b"").upper():
-                raise DocumentError(f"the part '{member.filename[:100]}' of this file declares entities", "document_damaged")
+                raise DocumentError(
+                    f"this file declares entities in its part '{member.filename[:100]}'; save it anew", "document_damaged"
+                )
             first = False
     return left
 
