@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import time_machine
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run, parse_run
@@ -19,7 +20,8 @@ from ropewalk.data import workers
 from ropewalk.data.cache import Growing
 from ropewalk.data.dataset import Rows, open_data
 from ropewalk.data.packing import batches
-from ropewalk.errors import ConfigError, DataError, OutputError
+from ropewalk.errors import ConfigError, DataError, FileExpired, NotFound, OutputError
+from ropewalk.files.local import open_local
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def write(path: Path, count: int, *, start: int = 0, words: int = 3) -> Path:
     return path
 
 
-def a_run(*paths: Path, source: dict | None = None, **keys: object) -> Run:
+def a_run(*paths: Path | str, source: dict | None = None, **keys: object) -> Run:
     entries = [{"path": str(path), "type": "alpaca_instruct.load_no_prompt", **(source or {})} for path in paths]
     return parse_run(json.dumps({"base_model": "x", "learning_rate": 0.1, "datasets": entries, **keys}))
 
@@ -106,6 +108,36 @@ def test_data_is_tokenised_once_for_its_content(template: Template, tmp_path: Pa
     assert texts(template, again.train) == texts(template, first.train)
     with pytest.raises(pytest.fail.Exception):
         open_data(a_run(moved, sequence_len=100), template, quiet=True)
+
+
+def test_what_is_made_of_a_stored_file_dies_with_it(template: Template, tmp_path: Path) -> None:
+    files, cache = open_local(), tmp_path / "home" / "cache" / "data"
+    kept, deleted = (files.put(write(tmp_path / "a.jsonl", 20, start=start)) for start in (0, 100))
+    (tmp_path / "a.jsonl").unlink()
+    data = open_data(a_run(kept.id, deleted.id), template, quiet=True)
+    assert texts(template, data.train)[20].startswith("It is 100")
+    canary = np.array(template.encode("What is 119?"), np.int32).tobytes()
+    assert any(canary in path.read_bytes() for path in tmp_path.rglob("*.bin"))
+    assert files.delete(deleted.id).derived == ("tokens",)
+    assert not any(canary in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert len([entry for entry in cache.iterdir() if entry.is_dir()]) == 1
+    assert len(open_data(a_run(kept.id), template, quiet=True).train) == 20
+    with pytest.raises(NotFound, match=deleted.id):
+        open_data(a_run(deleted.id), template, quiet=True)
+
+
+def test_a_file_deleted_while_it_is_tokenised_leaves_nothing(template: Template, tmp_path: Path) -> None:
+    file = open_local().put(write(tmp_path / "a.jsonl", 20))
+    with pytest.raises(NotFound, match=file.id):
+        open_data(a_run(file.id), template, progress=lambda *_: open_local().delete(file.id))
+    assert not list((tmp_path / "home" / "cache").rglob("*.bin"))
+
+
+def test_an_expired_file_is_told_before_its_cache_is_looked_for(template: Template, tmp_path: Path) -> None:
+    file = open_local().put(write(tmp_path / "a.jsonl", 20), expires_in=3600)
+    open_data(a_run(file.id), template, quiet=True)
+    with time_machine.travel(time.time() + 3601), pytest.raises(FileExpired, match=r"a\.jsonl.* has expired"):
+        open_data(a_run(file.id), template, quiet=True)
 
 
 def test_worker_processes_give_what_one_process_gives(

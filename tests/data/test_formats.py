@@ -178,9 +178,14 @@ def test_every_kind_of_file_gives_the_same_rows(template: Template, tmp_path: Pa
     lines(folder / "1.jsonl", *rows[:2])
     lines(folder / "2.jsonl", *rows[2:])
     (tmp_path / "g.data").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    file = open_local().put(tmp_path / "a.jsonl", "a.jsonl")
-    sources = [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.json", "e.csv", "f.parquet")]
-    sources += [{"path": str(folder)}, {"path": "json", "data_files": str(tmp_path / "a.jsonl")}, {"path": file.id}]
+    for name, begin in (("h.arrow", pyarrow.ipc.new_file), ("i.arrow", pyarrow.ipc.new_stream)):
+        table = pyarrow.Table.from_pylist(rows)
+        with begin(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    names = ("a.jsonl", "b.jsonl.gz", "c.json", "d.json", "e.csv", "f.parquet", "h.arrow", "i.arrow")
+    sources = [{"path": str(tmp_path / name)} for name in names]
+    sources += [{"path": str(folder)}, {"path": "json", "data_files": str(tmp_path / "a.jsonl")}]
+    sources += [{"path": open_local().put(tmp_path / name).id} for name in names]
     sources += [{"path": str(tmp_path / "g.data"), "ds_type": "jsonl"}]
     for source in sources:
         data = open_data(a_run(source["path"], {**source, "type": "alpaca"}), template, quiet=True)

@@ -121,14 +121,16 @@ def _erased_with(ids: Sequence[str], *made: Path) -> Iterator[None]:
     """What is made within dies with the files it is made from, also when one is deleted meanwhile."""
     for id in ids:
         open_local().register_path(id, "tokens", *made)
-    yield
     try:
-        for id in ids:
-            open_local().show(id)
-    except NotFound:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+        yield
+    finally:  # after an error too: a file that is gone is the reason for it
+        try:
+            for id in ids:
+                open_local().show(id)
+        except NotFound:
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def _key(run: Run, source: DataSource, tokeniser: Tokeniser, content: str) -> str:
