@@ -416,6 +416,26 @@ def _files(verbs: Verbs) -> None:
     _json_argument(_files_verb(inner, "receipt-key", "print the public key of receipts", "> key.pem", _run_files_receipt_key))
     sweep = _files_verb(inner, "sweep", "expire what is due and erase what nothing refers to", "", _run_files_sweep)
     _json_argument(sweep)
+    backup = _add(
+        inner,
+        "backup",
+        "copy the store into a folder while it is at work",
+        "ropewalk files backup /mnt/backup",
+        _run_files_backup,
+    )
+    backup.add_argument("folder", type=Path, help="empty, or with an older backup, which is brought up to date")
+    _store_arguments(backup)
+    _json_argument(backup)
+    restore = _add(
+        inner,
+        "restore",
+        "fill an empty place from a backup",
+        "ropewalk files restore /mnt/backup --data /srv/ropewalk",
+        _run_files_restore,
+    )
+    restore.add_argument("folder", type=Path, help="what `ropewalk files backup` wrote")
+    _store_arguments(restore)
+    _json_argument(restore)
 
 
 def _files_verb(verbs: Verbs, name: str, summary: str, example: str, run: Verb) -> argparse.ArgumentParser:
@@ -502,6 +522,18 @@ def _run_files_sweep(arguments: argparse.Namespace) -> int:
     from ropewalk.files import commands
 
     return commands.sweep(_local_files(arguments), arguments.json)
+
+
+def _run_files_backup(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.backup(_settings(arguments), arguments.folder, arguments.json)
+
+
+def _run_files_restore(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.restore(_settings(arguments), arguments.folder, arguments.json)
 
 
 # -- tenants ---------------------------------------------------------------------------------------------------------------------

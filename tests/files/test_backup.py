@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
+from ropewalk.cli import main
 from ropewalk.errors import BadInput, DamagedContent, NotFound
 from ropewalk.files import backup as backups
 from ropewalk.files.backup import backup, restore
@@ -293,3 +294,19 @@ def test_the_mark_says_what_is_there(tmp_path):
     told = json.loads((tmp_path / "backup" / "backup.json").read_text())
     assert (told["files"], told["contents"], told["size"]) == (1, 1, 4 + 16)
     assert told["made_at"] == report.made_at
+
+
+def test_the_commands_back_up_and_restore(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
+    (tmp_path / "facts.txt").write_text("facts")
+    assert main(["files", "put", str(tmp_path / "facts.txt")]) == 0
+    id = capsys.readouterr().out.strip()
+    assert main(["files", "backup", str(tmp_path / "backup")]) == 0
+    assert capsys.readouterr().out == "1 files, 1 contents, 21 bytes; 1 contents are new\n"
+    assert main(["files", "restore", str(tmp_path / "backup")]) == 2
+    assert "a store is there already" in capsys.readouterr().err
+    assert main(["files", "restore", str(tmp_path / "backup"), "--data", str(tmp_path / "new"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == 1
+    assert main(["files", "get", id, "--data", str(tmp_path / "new"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_text() == "facts"
+    assert main(["files", "verify", "--data", str(tmp_path / "backup")]) == 0

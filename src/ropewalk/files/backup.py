@@ -64,7 +64,7 @@ class BackupReport:
     missing: int  # contents that the store itself has lost
 
 
-async def backup(store: Store, folder: Path, progress: Progress = lambda size: None) -> BackupReport:
+async def backup(store: Store, folder: Path, progress: Progress | None = None) -> BackupReport:
     """Writes a backup, or brings an older one in the same folder up to date; safe to cut short and run again."""
     _is_fit(store.settings, folder)
     made_at, target = datetime.now(UTC).isoformat(timespec="seconds"), LocalBlobs(folder / BYTES)
@@ -92,7 +92,7 @@ async def backup(store: Store, folder: Path, progress: Progress = lambda size: N
     return report
 
 
-async def restore(folder: Path, settings: Settings, progress: Progress = lambda size: None) -> BackupReport:
+async def restore(folder: Path, settings: Settings, progress: Progress | None = None) -> BackupReport:
     """Fills an empty place, folder or database and bucket, from a backup; the root key must be the one of that time."""
     report = read_mark(folder)
     vault, source, target = Vault.open(settings.data), LocalBlobs(folder / BYTES), open_blobs(settings.blobs_at)
@@ -195,7 +195,7 @@ async def _count_usage(out: AsyncConnection) -> None:
 # -- bytes
 
 
-async def _copy_bytes(source: Blobs, target: Blobs, wanted: dict[str, int], progress: Progress) -> tuple[int, set[str]]:
+async def _copy_bytes(source: Blobs, target: Blobs, wanted: dict[str, int], progress: Progress | None) -> tuple[int, set[str]]:
     """Copies what the target lacks; how many that were, and the names that the source does not have."""
     there = set(await asyncio.to_thread(lambda: set(target.names())))
     absent: set[str] = set()
@@ -214,7 +214,8 @@ async def _copy_bytes(source: Blobs, target: Blobs, wanted: dict[str, int], prog
                 if not piece:  # shorter than its row says
                     raise FileNotFoundError(name)
                 staged.write(piece)
-                progress(len(piece))
+                if progress:
+                    progress(len(piece))
             staged.publish(name)
         except FileNotFoundError:
             absent.add(name)

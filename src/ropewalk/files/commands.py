@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ropewalk.database import timestamp
 from ropewalk.errors import BadInput, OutputError, VerificationFailed
+from ropewalk.files import backup as backups
 from ropewalk.files import integrity, lifecycle, receipts
 from ropewalk.files.catalog import File
 from ropewalk.files.incoming import checked_expiry
 from ropewalk.files.local import LocalFiles, old_files
+from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.signing import key_id, public_pem, read_public_key
@@ -146,6 +150,30 @@ def sweep(files: LocalFiles, as_json: bool) -> int:
 
     report = files.run(work).as_dict()
     print(json.dumps(report) if as_json else ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report.items()))
+    return 0
+
+
+def backup(settings: Settings, folder: Path, as_json: bool) -> int:
+    """Copies the store into a folder; exit code 1 when the store itself has lost bytes."""
+
+    async def work(store: Store, _: Caller) -> backups.BackupReport:
+        with _progress("backing up", await integrity.stored_bytes(store)) as progress:
+            return await backups.backup(store, folder, progress)
+
+    report = LocalFiles(settings).run(work)
+    told = f"{report.files} files, {report.contents} contents, {report.size:,} bytes; {report.copied} contents are new"
+    print(json.dumps(asdict(report)) if as_json else told)
+    if report.missing:
+        print(f"{report.missing} contents have no bytes: `ropewalk files verify` names their files", file=sys.stderr)
+    return 1 if report.missing else 0
+
+
+def restore(settings: Settings, folder: Path, as_json: bool) -> int:
+    """Fills an empty place from a backup."""
+    with _progress("restoring", backups.read_mark(folder).size) as progress:
+        report = asyncio.run(backups.restore(folder, settings, progress))
+    told = f"{report.files} files, {report.contents} contents, {report.size:,} bytes as of {report.made_at}"
+    print(json.dumps(asdict(report)) if as_json else told)
     return 0
 
 
