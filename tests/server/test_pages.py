@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("playwright", reason="the package playwright is not installed: pip install playwright")
 
 from playwright.sync_api import Browser, Page, expect
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from browser import CHROMIUM, chromium, pdf, visit
 from ropewalk.files.receipts import verify
@@ -126,7 +127,7 @@ def test_a_dropped_file_is_uploaded_with_its_time_to_live(server, browser):
         expect(page.locator("#upload")).to_have_class(re.compile("over"))
         page.dispatch_event("main", "drop", {"dataTransfer": held})
         expect(page.locator("#uploads .done")).to_contain_text("stored, 7 B")
-        expect(page.get_by_role("row", name=re.compile("dropped.txt"))).to_contain_text("in 6 days")
+        expect(page.get_by_role("row", name=re.compile("dropped.txt"))).to_contain_text("in 7 days")
         page.get_by_role("button", name="Dismiss dropped.txt").click()
         expect(page.locator("#uploads li")).to_have_count(0)
 
@@ -289,7 +290,8 @@ FAINT = """() => {
   const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const light = ([r, g, b]) => { const [x, y, z] = [r, g, b].map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * x + 0.7152 * y + 0.0722 * z; };
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
+  const ground = (e) => {
+    for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
   const found = [];
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
@@ -334,7 +336,7 @@ def test_every_page_can_be_read_by_everybody(server, browser, scheme):
             assert page.title().endswith(" · Ropewalk")
             levels = page.locator("h1, h2, h3").evaluate_all("all => all.map((e) => Number(e.tagName[1]))")
             assert levels.count(1) == 1, address
-            assert all(after - before <= 1 for before, after in zip(levels, levels[1:])), (address, levels)
+            assert all(after - before <= 1 for before, after in pairwise(levels)), (address, levels)
             assert page.get_by_role("main").count() == page.get_by_role("banner").count() == 1
             assert page.evaluate(NAMELESS) == [], address
             assert page.evaluate(REPEATED) == [], address
@@ -373,7 +375,17 @@ def test_the_pictures_of_the_docs(server, browser, tmp_path):
 
     server.run(limit())
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
-    with visit(browser, server.url, device_scale_factor=1.5) as seen:
+
+    async def spread() -> None:  # as if they had come over some days
+        async with server.store.database.writing() as connection:
+            found = await connection.execute(
+                select(files.c.id).where(files.c.workspace_id == workspace.id).order_by(files.c.created_at.desc())
+            )
+            for hours, id in zip((0, 2, 5, 26, 50, 75), found.scalars().all()):
+                moved = update(files).where(files.c.id == id).values(created_at=files.c.created_at - hours * 3_600_000_000)
+                await connection.execute(moved)
+
+    with visit(browser, server.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 760}) as seen:
         page = seen.sign_in(key).page
         pages = [f"Lease agreement, page {n}\n\n" + "\n".join(CLAUSES[n % 3]) for n in range(1, 13)]
         choose(
@@ -388,6 +400,7 @@ def test_the_pictures_of_the_docs(server, browser, tmp_path):
         )
         page.get_by_label("Keep").select_option("30 days")
         choose(page, chosen("Lease agreement.pdf", pdf(*pages), "application/pdf"))
+        server.run(spread())
         page.goto(server.url + "/files")
         expect(page.get_by_role("row", name=re.compile("Lease agreement"))).to_contain_text("~")
         expect(page.locator("#reading")).to_have_count(0)

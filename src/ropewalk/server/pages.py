@@ -168,6 +168,7 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
         known.get(id),
         preview,
         later,
+        base=str(request.base_url).rstrip("/"),
         may_download=found.downloadable and not found.expired and visitor.may("download"),
         may_write=visitor.may("write"),
     )

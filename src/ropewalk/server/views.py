@@ -150,6 +150,7 @@ class FilePage:
     may_write: bool
     preview: Preview
     preview_at: str | None  # where the text can be had, when it is yet to be read
+    base: str  # this server's address, as the browser has it
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,14 @@ def row(file: File, tokens: int | None) -> Row:
 
 
 def file_page(
-    file: File, tokens: int | None, preview: Preview, preview_at: str | None, *, may_download: bool, may_write: bool
+    file: File,
+    tokens: int | None,
+    preview: Preview,
+    preview_at: str | None,
+    *,
+    base: str,
+    may_download: bool,
+    may_write: bool,
 ) -> FilePage:
     """A file as a page of its own."""
     return FilePage(
@@ -247,6 +255,7 @@ def file_page(
         may_write=may_write,
         preview=preview,
         preview_at=preview_at,
+        base=base,
     )
 
 

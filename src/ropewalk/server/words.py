@@ -29,6 +29,7 @@ KINDS = {
     "image/gif": ("GIF", "Image"),
     "image/webp": ("WEBP", "Image"),
 }
+CODE = {"python": "PY", "javascript": "JS", "typescript": "TS", "ruby": "RB", "rust": "RS", "msdos-program": "EXE"}
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,12 @@ def parts(name: str) -> tuple[Part, ...]:
 
 def kind_of(mime_type: str) -> tuple[str, str]:
     """A media type as a badge and in words."""
-    if known := KINDS.get(mime_type):
+    if known := KINDS.get(mime_type.partition(";")[0]):
         return known
-    kind, _, sub = mime_type.partition("/")
-    sub = sub.removeprefix("x-").removeprefix("vnd.")
-    if kind == "text":
-        return sub[:6].upper(), f"Code ({sub})" if sub.isalpha() else mime_type
-    return (sub[:6].upper() if sub.isalnum() else "FILE"), mime_type
+    kind, _, full = mime_type.partition(";")[0].partition("/")
+    sub = full.removeprefix("x-").removeprefix("vnd.")
+    badge = CODE.get(sub) or (sub.upper() if sub.isalnum() and len(sub) <= 5 else "CODE" if kind == "text" else "FILE")
+    return badge, f"{sub.capitalize()} source" if kind == "text" and sub.isalpha() else mime_type
 
 
 def size(count: int) -> str:
@@ -110,8 +110,8 @@ def _distance(seconds: float, at: datetime) -> str:
     if away >= 30 * 86400 and seconds < 0:
         return f"{at.day} {at:%b %Y}"
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if away >= length:
-            count = int(away // length)
+        if away >= length - 30:  # what was set to expire in 7 days is not shown as 6
+            count = max(1, round(away / length))
             words = f"{count} {unit}{'' if count == 1 else 's'}"
             return f"in {words}" if seconds > 0 else f"{words} ago"
     return "in less than a minute" if seconds > 0 else "just now"
