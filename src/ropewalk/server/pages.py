@@ -149,7 +149,7 @@ async def upload(request: Request, visitor: Visitor) -> Response:
 
 async def show_file(request: Request, visitor: Visitor) -> Response:
     """One file with its text: at once if it has been read before or is asked for, else fetched once the page is shown."""
-    store, id = store_of(request), request.path_params["id"]
+    store, id, start = store_of(request), request.path_params["id"], _offset(request)
     found = await store.show(visitor.caller, id)
     known = await texts.tokens(store, [found])
     preview, later = Preview(), None
@@ -160,7 +160,7 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
     else:
         known |= await texts.count_some(store, visitor.caller, [] if known else [found])
         try:
-            preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", _offset(request))
+            preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", start)
         except BadInput as error:
             preview = Preview(problem=str(error))
     page = views.file_page(

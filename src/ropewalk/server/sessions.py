@@ -58,10 +58,11 @@ def read(request: Request, vault: Vault) -> Session | None:
 def write(response: Response, request: Request, vault: Vault, session: Session) -> None:
     """Hands the session to the browser, for as long as it still lasts."""
     sealed = vault.wrap(json.dumps(asdict(session)).encode(), PURPOSE)
-    end(response, request)
     secure = _by_tls(request)
+    name, other = (SECURE, PLAIN) if secure else (PLAIN, SECURE)
+    _delete(response, {other} & set(request.cookies))
     response.set_cookie(
-        SECURE if secure else PLAIN,
+        name,
         base64.urlsafe_b64encode(sealed).decode("ascii").rstrip("="),  # which would have to be quoted
         max_age=max(0, (session.ends_at - now()) // 1_000_000),
         path="/",
@@ -73,7 +74,11 @@ def write(response: Response, request: Request, vault: Vault, session: Session) 
 
 def end(response: Response, request: Request) -> None:
     """Takes the session back from the browser."""
-    for name in {SECURE, PLAIN} & set(request.cookies):
+    _delete(response, {SECURE, PLAIN} & set(request.cookies))
+
+
+def _delete(response: Response, names: set[str]) -> None:
+    for name in names:
         response.delete_cookie(name, path="/", secure=name == SECURE, httponly=True, samesite="strict")
 
 
