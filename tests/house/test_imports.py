@@ -15,7 +15,7 @@ FOLDERS = {
     "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
     "data": {"config", "chat", "files", "home"},
     "config": {"chat"},
-    "engine": {"models", "chat", "registry", "database"},
+    "engine": {"models", "chat", "registry", "vault", "database"},
     "models": {"kernels", "registry"},
     "chat": {"files"},
     "files": {"tenants", "database", "vault", "sandbox", "home", "failpoints"},

@@ -1,0 +1,363 @@
+"""Requests in, ids and their log-probabilities out: everybody's next step, together.
+
+    submit -> what of the prefix is known is found -> the rest is read, span by span, each kept -> the tail is read -> ids, one a step
+
+A prompt is cut at the ends of its spans whether they were known or not, so that an answer does not depend on what was known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ropewalk.engine.cache import Reading, Segment
+from ropewalk.engine.request import Event, Finish, Grammar, Keep, Request, Span
+from ropewalk.engine.runner import Runner
+from ropewalk.engine.sampling import choose, stream
+from ropewalk.engine.scheduler import Limits, Scheduler, Turn
+from ropewalk.errors import BadInput
+
+Rows = tuple[str | None, int, int]  # an adapter, and the rows [begin, end) of a step that are its
+
+
+class Adapters(Protocol):
+    """What the engine needs of engine/adapters.py."""
+
+    def rows(self, rows: Sequence[Rows]) -> AbstractContextManager[None]: ...
+
+    def digest(self, name: str) -> str:
+        """Changes when the adapter does."""
+
+    def invocation(self, name: str) -> tuple[int, ...] | None:
+        """Of an activated adapter: the ids from whose last occurrence on it acts."""
+
+    def version(self, name: str) -> int: ...
+
+
+class Prefixes(Protocol):
+    """What the engine needs of engine/prefixes.py."""
+
+    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int]) -> str: ...
+
+    def find(self, key: str, keep: Keep | None) -> Segment | None: ...
+
+    def put(self, segment: Segment, keep: Keep | None) -> None: ...
+
+
+class Constraint(Protocol):
+    """A grammar at work on one sample."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Forbids, in place, every id [V] that may not come next."""
+
+    def take(self, id: int) -> bool:
+        """Goes on by an id; whether the reply is now complete and nothing may follow."""
+
+
+class Grammars(Protocol):
+    """What the engine needs of engine/grammar.py."""
+
+    def begin(self, grammar: Grammar) -> Constraint: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One sample of one request."""
+
+    request: Request
+    sample: int
+    invoked_at: int  # position from which the adapter acts
+    reading_on: Reading
+    todo: list[tuple[Span, str]]  # spans to read, with their keys
+    tail: list[int]  # ids of the tail that are still to read
+    leader: Job | None  # the sample that reads the prompt for all of them
+    constraint: Constraint | None
+    random: torch.Generator
+    inside: int = 0  # ids of the first span of `todo` that have been read
+    waits: bool = False  # another reads the span that comes next
+    produced: int = 0
+    last: int = -1
+    read: int = 0
+    created: int = 0
+    told: bool = False
+    followers: list[Job] = field(default_factory=list)
+
+    @property
+    def scope(self) -> str:
+        return self.request.scope
+
+    @property
+    def reading(self) -> int:
+        """Ids of the piece at hand: a step never reads past the end of a span."""
+        if self.todo:
+            return len(self.todo[0][0].ids) - self.inside
+        return len(self.tail)
+
+    @property
+    def blocked(self) -> bool:
+        return self.waits or self.leader is not None
+
+
+class Engine:
+    """One model, and everybody who asks it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        prefixes: Prefixes,
+        adapters: Adapters | None = None,
+        grammars: Grammars | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        longest: int | None = None,
+    ) -> None:
+        self.runner, self.prefixes, self.adapters, self.grammars = runner, prefixes, adapters, grammars
+        self.longest = longest or int(runner.layout.config.max_position_embeddings)  # ids of prompt and reply together
+        self._scheduler: Scheduler[Job] = Scheduler(limits)
+        self._being_read: dict[str, Job] = {}
+        self._jobs: dict[str, list[Job]] = {}
+        self._events: list[Event] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(len(self._scheduler) or self._events)
+
+    def submit(self, request: Request) -> None:
+        """Takes a request; BadInput for one that can never be answered, Overloaded when too many wait."""
+        self._check(request)
+        lead = self._job(request, 0)
+        jobs = [lead]
+        for sample in range(1, request.samples):
+            follower = self._job(request, sample, lead)
+            lead.followers.append(follower)
+            jobs.append(follower)
+        self._scheduler.add(jobs)
+        self._jobs[request.id] = jobs
+
+    def cancel(self, id: str) -> None:
+        """Ends a request at once; what it has read is kept for others."""
+        for job in list(self._jobs.get(id, ())):
+            self._end(job, "cancelled")
+
+    def step(self) -> list[Event]:
+        """One forward pass; what it brought each sample."""
+        self._scheduler.admit()
+        self._look_again()
+        turns = self._scheduler.next()
+        if turns:
+            self._run(turns)
+        events, self._events = self._events, []
+        return events
+
+    # -- in
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._jobs:
+            raise BadInput(f"a request '{request.id}' is being answered already; ids are used once")
+        if not request.tail and request.max_tokens:
+            raise BadInput("a request needs at least one id that is not part of its prefix")
+        if any(not span.ids for span in request.prefix):
+            raise BadInput("a span of a request's prefix has no ids")
+        if request.length + min(1, request.max_tokens) > self.longest:
+            raise BadInput(
+                f"prompt is too long: {request.length:,} tokens, and the model reads {self.longest:,} with its reply; "
+                "leave a document out or ask about a part of it"
+            )
+        if request.adapter is not None:
+            if self.adapters is None:
+                raise BadInput(f"this engine has no adapter '{request.adapter}'")
+            self.adapters.digest(request.adapter)
+        if request.grammar is not None and self.grammars is None:
+            raise BadInput("this engine was started without a tokenizer, so that it cannot follow a grammar")
+
+    def _job(self, request: Request, sample: int, leader: Job | None = None) -> Job:
+        constraint = None
+        if request.grammar is not None:
+            assert self.grammars is not None
+            constraint = self.grammars.begin(request.grammar)
+        return Job(
+            request,
+            sample,
+            self._invocation(request),
+            Reading.after(self.runner.layout, []),
+            self._keyed(request) if leader is None else [],
+            list(request.tail) if leader is None and request.max_tokens else [],
+            leader,
+            constraint,
+            stream(request.sampling, request.id, sample),
+        )
+
+    def _invocation(self, request: Request) -> int:
+        """From which position on the adapter acts: everywhere, or from the last occurrence of its invocation."""
+        wanted = None if request.adapter is None or self.adapters is None else self.adapters.invocation(request.adapter)
+        if wanted is None:
+            return 0
+        ids = [id for span in request.prefix for id in span.ids] + list(request.tail)
+        for start in range(len(ids) - len(wanted), -1, -1):
+            if tuple(ids[start : start + len(wanted)]) == wanted:
+                return start
+        return self.longest + 1  # never
+
+    def _keyed(self, request: Request) -> list[tuple[Span, str]]:
+        parent, position, found = "", 0, []
+        invoked_at = self._invocation(request)
+        for span in request.prefix:
+            position += len(span.ids)
+            as_base = request.adapter is None or position <= invoked_at
+            adapter = "" if as_base or self.adapters is None else self.adapters.digest(str(request.adapter))
+            parent = self.prefixes.key(parent, adapter, request.scope, span.ids)
+            found.append((span, parent))
+        return found
+
+    def _find(self, job: Job) -> None:
+        """Goes past the spans that are known; waits where another is reading the next one."""
+        segments = list(job.reading_on.segments)
+        known, job.waits = len(segments), False
+        while job.todo:
+            span, key = job.todo[0]
+            if self._being_read.get(key, job) is not job:
+                job.waits = True
+                break
+            segment = self.prefixes.find(key, span.keep)
+            if segment is None:
+                break
+            segments.append(segment)
+            job.read += len(segment.ids)
+            job.todo.pop(0)
+        if len(segments) > known:
+            job.reading_on = Reading.after(self.runner.layout, segments)
+
+    def _look_again(self) -> None:
+        """What others have read since may be what a sample at the beginning of a span is about to read."""
+        for job in list(self._scheduler.running):
+            if job.leader is not None:
+                continue
+            if job.todo and not job.inside:
+                self._find(job)
+                if job.todo and not job.waits:
+                    self._being_read[job.todo[0][1]] = job
+            if not job.todo and not job.request.max_tokens:
+                self._end(job, "length")
+
+    # -- on
+
+    def _run(self, turns: Sequence[Turn[Job]]) -> None:
+        turns = sorted(turns, key=lambda turn: turn.job.request.adapter or "")
+        work = [(turn.job.reading_on, self._ids(turn)) for turn in turns]
+        if self.adapters is None:
+            logits = self.runner.forward(work)
+        else:
+            with self.adapters.rows(self._rows(turns)):
+                logits = self.runner.forward(work)
+        ready: list[tuple[Job, Tensor]] = []
+        for row, turn in enumerate(turns):
+            if self._has_read(turn):
+                ready += [(job, logits[row]) for job in (turn.job, *turn.job.followers)]
+                turn.job.followers = []
+        if ready:
+            self._choose(ready)
+
+    def _ids(self, turn: Turn[Job]) -> list[int]:
+        job = turn.job
+        if job.todo:
+            return list(job.todo[0][0].ids[job.inside : job.inside + turn.count])
+        return job.tail[: turn.count] if job.tail else [job.last]
+
+    def _rows(self, turns: Sequence[Turn[Job]]) -> list[Rows]:
+        rows: list[Rows] = []
+        begin = 0
+        for turn in turns:
+            job, end = turn.job, begin + turn.count
+            acts = min(max(begin, begin + job.invoked_at - job.reading_on.position), end)
+            rows += [(None, begin, acts), (job.request.adapter, acts, end)]
+            begin = end
+        return [row for row in rows if row[1] < row[2]]
+
+    def _has_read(self, turn: Turn[Job]) -> bool:
+        """Takes note of what a sample has read; whether an id is to be chosen now."""
+        job = turn.job
+        if not job.todo:
+            del job.tail[: turn.count]
+            if job.tail:
+                return False
+            if job.followers:  # what the prompt's end has left is shared by all samples
+                shared = job.reading_on.close(f"{job.request.id} tail", job.request.tail)
+                for follower in job.followers:
+                    follower.leader = None
+                    follower.reading_on = Reading.after(self.runner.layout, [*job.reading_on.segments[:-1], shared])
+            return True
+        span, key = job.todo[0]
+        job.inside += turn.count
+        if job.inside == len(span.ids):
+            self.prefixes.put(job.reading_on.close(key, span.ids), span.keep)
+            self._being_read.pop(key, None)
+            job.todo.pop(0)
+            job.inside = 0
+            job.created += len(span.ids)
+        return False
+
+    # -- out
+
+    def _choose(self, ready: Sequence[tuple[Job, Tensor]]) -> None:
+        rows = []
+        for job, logits in ready:
+            if job.constraint is not None:
+                logits = logits.clone()
+                job.constraint.mask(logits)
+            rows.append(logits)
+        jobs = [job for job, _ in ready]
+        plain = torch.stack([logits for _, logits in ready])
+        ids, _ = choose(torch.stack(rows), [job.request.sampling for job in jobs], [job.random for job in jobs])
+        picked = plain.gather(1, torch.tensor(ids, device=plain.device)[:, None])[:, 0]
+        logprobs = (picked - torch.logsumexp(plain, -1)).tolist()
+        for job, id, logprob in zip(jobs, ids, logprobs):
+            self._produced(job, id, logprob)
+
+    def _produced(self, job: Job, id: int, logprob: float) -> None:
+        job.last = id
+        job.produced += 1
+        complete = job.constraint is not None and job.constraint.take(id)
+        finish: Finish = ""
+        if id in job.request.stop_ids or complete:
+            finish = "stop"
+        elif job.produced == job.request.max_tokens or job.reading_on.position + 1 >= self.longest:
+            finish = "length"
+        self._tell(job, (id,), (logprob,), finish)
+        if finish:
+            self._forget(job)
+
+    def _end(self, job: Job, finish: Finish) -> None:
+        self._tell(job, (), (), finish)
+        self._forget(job)
+
+    def _tell(self, job: Job, ids: tuple[int, ...], logprobs: tuple[float, ...], finish: Finish) -> None:
+        first = not job.told and job.sample == 0
+        job.told = True
+        self._events.append(
+            Event(
+                job.request.id,
+                job.sample,
+                ids,
+                logprobs if job.request.logprobs else (),
+                finish,
+                read=job.read if first else None,
+                created=job.created if first else None,
+                version=self.adapters.version(job.request.adapter) if self.adapters and job.request.adapter else 0,
+            )
+        )
+
+    def _forget(self, job: Job) -> None:
+        self._scheduler.remove(job)
+        for key in [key for key, reader in self._being_read.items() if reader is job]:
+            del self._being_read[key]
+        for follower in job.followers:  # of a leader that was cancelled
+            self._end(follower, "cancelled")
+        left = self._jobs[job.request.id]
+        left.remove(job)
+        if not left:
+            del self._jobs[job.request.id]

@@ -1,0 +1,84 @@
+"""What travels: a request on its way into the engine, and what comes back of it, step by step. No torch.
+
+server, judge or trainer -> Request -> engine -> Event, Event, ... -> whoever asked
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Finish = Literal["", "stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a span's keys and values may lie on disk: a file of their own, sealed under a key that dies with its owners."""
+
+    path: str
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Ids of a prompt that are read as one segment and can be used again by whoever's prompt begins with them."""
+
+    ids: tuple[int, ...]
+    keep: Keep | None = None  # None: in memory only
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is chosen. A temperature of 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the reply must look like."""
+
+    kind: Literal["json_schema", "lark", "regex"]
+    text: str
+    after: tuple[int, ...] = ()  # begins once these ids have been produced; (): at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ids to go on from."""
+
+    id: str
+    prefix: tuple[Span, ...]
+    tail: tuple[int, ...]  # one id or more, read anew every time
+    max_tokens: int  # 0: only read the prefix
+    adapter: str | None = None
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    samples: int = 1
+    scope: str = ""  # whose it is: what one scope has read is never found by another
+    logprobs: bool = False
+
+    @property
+    def length(self) -> int:
+        """Ids of the whole prompt."""
+        return sum(len(span.ids) for span in self.prefix) + len(self.tail)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought a sample."""
+
+    id: str
+    sample: int
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()  # of the ids, under the model as it is, whatever the sampling
+    finish: Finish = ""
+    read: int | None = None  # ids of the prefix that were found; told once, with the first event
+    created: int | None = None  # ids of the prefix that were read now and kept
+    version: int = 0  # of the adapter
+    error: str = ""
