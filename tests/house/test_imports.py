@@ -44,6 +44,8 @@ LIGHT = [
     "ropewalk.server.app",
     "ropewalk.sandbox",
     "ropewalk.chat.template",
+    "ropewalk.engine.request",
+    "ropewalk.engine.scheduler",
     "ropewalk.models.hub",
     "ropewalk.config.run",
     "ropewalk.config.axolotl",
