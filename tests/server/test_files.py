@@ -616,3 +616,27 @@ def test_uploads_at_once_are_all_there(server):
         thread.join()
     assert failed == []
     assert sorted(file.filename for file in client.files.list()) == sorted(f"{number}.txt" for number in range(12))
+
+
+# -- state elsewhere
+
+
+def test_two_servers_share_a_database_and_a_bucket(start, postgres_url, bucket_url):
+    elsewhere = {"database_url": postgres_url, "blobs": bucket_url}
+    with start(**elsewhere) as one, start(**elsewhere) as other:
+        content = os.urandom(2_500_000)
+        file = one.sdk().files.upload(file=("a.bin", content), expires_in_seconds=3600)
+        client = other.sdk(one.key)
+        assert client.files.retrieve_metadata(file.id) == file
+        assert client.files.download(file.id).read() == content
+        assert [each.id for each in client.files.list(limit=1)] == [file.id]
+        with other.http(one.key) as http:
+            assert names(http.get("/v1/files", params={"ids[]": ["\0", file.id], "beta": "true"})) == ["a.bin"]
+            for id in ("%00", "a%00b", "%ed%a0%80", "x" * 5000):
+                assert http.get(f"/v1/files/{id}").status_code == http.delete(f"/v1/files/{id}").status_code == 404
+            assert http.get("/v1/files", params={"tag": "a\0b"}).status_code == 400
+            assert http.get("/v1/files", headers={"anthropic-workspace-id": b"\xff"}).status_code == 404
+        client.files.delete(file.id)
+        with pytest.raises(anthropic.NotFoundError):
+            one.sdk().files.download(file.id)
+        assert httpx.get(f"{other.url}/v1/files", headers={"x-api-key": b"no key \xff"}).status_code == 401

@@ -174,6 +174,8 @@ class Store:
     async def delete(self, caller: Caller, id: str, request_id: str = "") -> Receipt:
         """Forgets the file and all that was made from it, destroys the data key with the last reference, and says so, signed."""
         caller.needs("write")
+        if not catalog.ID.fullmatch(id):
+            raise catalog.missing(id)
         adapters = list(self.adapters_of(id))
         async with self.database.writing() as connection:
             # Locked first: a file that expires, or is deleted by another, between the look and the DELETE would be given back twice.

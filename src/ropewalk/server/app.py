@@ -109,6 +109,8 @@ class Front:
         try:
             if scope["path"].startswith(API):
                 await admit(request)
+            if "\0" in scope["path"]:  # PostgreSQL cannot be asked for such a text, and nothing has it in its id
+                raise HTTPException(404)
             await self.app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.status = DISCONNECTED
