@@ -122,6 +122,14 @@ def raw(kind: str) -> Callable[[Flood, Hostile], None]:
     return send
 
 
+def stall(flood: Flood, secret: bytes) -> None:
+    """An upload that promises much, sends a little and stays connected: to be answered, not waited for."""
+    head = b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\nx-api-key: " + secret
+    form = b"content-length: 100000000\r\ncontent-type: multipart/form-data; boundary=b\r\n\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nthe beginning'
+    raw("stalled")(flood, Hostile((head + b"\r\n" + form + part,)))
+
+
 def memory(process_id: int) -> int:
     """Resident bytes of a server and its children, once it has come to rest."""
     time.sleep(2.0)

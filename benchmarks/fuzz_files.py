@@ -16,6 +16,7 @@ import random
 import re
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,13 +31,14 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
 import hostile
-from flood import ANSWER_SECONDS, Flood, Tally, memory, raw
+from flood import ANSWER_SECONDS, Flood, Tally, memory, raw, stall
 from hostile_documents import Document, documents
 from measure import table, write_json
 from peers.file_servers import KEY, ROOT_KEY, Server, ropewalk
 
 WARM_UP = 0.25  # of the requests: afterwards caches, pools and code are in memory, and growth is a leak
 SHOWN = 12
+STALLED = 3  # uploads that stop half-way and stay connected
 
 
 def main() -> int:
@@ -47,10 +49,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ropewalk-fuzz-") as folder, ropewalk(Path(folder) / "data") as server:
         flood = Flood(server.port, arguments.seed)
         targets = Targets(server, asyncio.run(_admin(Path(folder) / "data")))
+        stalled = [
+            threading.Thread(target=stall, args=(flood, KEY.encode())) for _ in range(STALLED * (arguments.requests >= 1000))
+        ]
+        for thread in stalled:
+            thread.start()
         first = int(arguments.requests * WARM_UP)
         _round(flood, targets, first)
         before = memory(server.process.pid)
         _round(flood, targets, arguments.requests - first)
+        for thread in stalled:
+            thread.join()
         growth = (memory(server.process.pid) - before) / 2**20
         alive = server.process.poll() is None and httpx.get(f"{targets.url}/ready").status_code == 200
     tally = flood.tally
@@ -225,12 +234,12 @@ def _report(result: Mapping[str, Any], tally: Tally) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, help="how many (default: 20000; with --quick 3000)")
+    parser.add_argument("--requests", type=int, help="how many (default: 20000; with --quick 2000)")
     parser.add_argument("--quick", action="store_true", help="under three minutes")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    arguments.requests = arguments.requests or (3000 if arguments.quick else 20_000)
+    arguments.requests = arguments.requests or (2000 if arguments.quick else 20_000)
     return arguments
 
 
