@@ -121,7 +121,10 @@ async def _greet(store: Store, settings: ServerSettings, url: str, tell: Callabl
     if (await list_keys(store.database, limit=1)).items:
         return
     if not sys.stdout.isatty():  # a secret does not belong in a log
-        logs.event("nobody has a key yet: make one with `ropewalk keys create`", logging.WARNING)
+        logs.event(
+            "nobody has a key yet: make one with `ropewalk keys create --name NAME`, and the same --data or --database-url",
+            logging.WARNING,
+        )
         return
     _, secret = await create_key(store.database, store.vault, None, "first", rights=RIGHTS)
     tell(f"\nThe first key, for everything. It is shown this once:\n\n    {secret}\n")
