@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ropewalk.errors import DamagedContent
 from ropewalk.files.blobs import Blobs
 from ropewalk.files.catalog import File
 from ropewalk.vault import CHUNK, TAG, Opener, sealed_size
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,35 @@ class Content:
         first, last = start // CHUNK, max(start, end - 1) // CHUNK
         whole = hashlib.sha256() if (start, end) == (0, self.file.size) else None
         opener = Opener(self.key, self.name)
-        ahead = asyncio.create_task(asyncio.to_thread(self._chunk, opener, first, whole))
+        reading, hashing = _begun(self.chunk, opener, first), None
         try:
             for index in range(first, last + 1):
-                plain = await ahead
-                if index < last:  # read while the reader is busy with this one
-                    ahead = asyncio.create_task(asyncio.to_thread(self._chunk, opener, index + 1, whole))
-                elif whole is not None and whole.hexdigest() != self.file.sha256:
-                    raise DamagedContent(f"stored bytes are damaged: {self.name} does not have the SHA-256 that was stored")
+                plain = await reading
+                if hashing is not None:
+                    await hashing
+                if index < last:  # read, and this one hashed, while whoever asked is busy with this one
+                    reading = _begun(self.chunk, opener, index + 1)
+                if whole is not None:
+                    hashing = _begun(whole.update, plain)
+                    if index == last:
+                        await hashing
+                        if whole.hexdigest() != self.file.sha256:
+                            raise DamagedContent(
+                                f"stored bytes are damaged: {self.name} does not have the SHA-256 that was stored"
+                            )
                 lower, upper = max(start - index * CHUNK, 0), min(end - index * CHUNK, CHUNK)
                 if upper > lower:
                     yield plain if upper - lower == len(plain) else plain[lower:upper]
         finally:
-            if not ahead.done():
-                await asyncio.wait([ahead])
-            if not ahead.cancelled():
-                ahead.exception()  # of a read that nobody waits for any more
+            for begun in filter(None, (reading, hashing)):
+                if not begun.done():
+                    await asyncio.wait([begun])
+                if not begun.cancelled():
+                    begun.exception()  # of a read that nobody waits for any more
 
     async def read(self) -> bytes:
         """All of it."""
         return b"".join([chunk async for chunk in self.chunks()])
-
-    def _chunk(self, opener: Opener, index: int, whole: hashlib._Hash | None) -> bytes:
-        plain = self.chunk(opener, index)
-        if whole is not None:
-            whole.update(plain)
-        return plain
 
     def chunk(self, opener: Opener, index: int) -> bytes:
         """One chunk's plain bytes; blocks."""
@@ -63,3 +69,8 @@ class Content:
         except FileNotFoundError:
             raise DamagedContent(f"stored bytes are missing: {self.name}") from None
         return opener.open(sealed, index, index == final)
+
+
+def _begun(function: Callable[..., Result], *arguments: Any) -> asyncio.Task[Result]:
+    """The function's work, begun in a thread."""
+    return asyncio.create_task(asyncio.to_thread(function, *arguments))

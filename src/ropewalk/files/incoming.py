@@ -113,7 +113,7 @@ class Incoming:
         """The file, durable; `retried` says that the client may have sent these bytes before and not heard the answer."""
         media = sniff(self._head, filename, mime_type)
         name = stored_name(filename, extension_of(media))
-        await self._absorb(b"".join(self._waiting), last=True)
+        await self._absorb(self._waiting, last=True)
         self._waiting = []
         await self._settle()
         await self._renew()  # syncing may take long
@@ -156,7 +156,11 @@ class Incoming:
     async def _record(
         self, connection: AsyncConnection, name: str, media: str, sha256: str, expires_in: int | None, tags: Sequence[str]
     ) -> File:
-        content = hmac.digest(derive(self._workspace_key, "content"), bytes.fromhex(sha256), "sha256")
+        # A user's own bytes are shared with nobody: who deletes a file must not learn that somebody else has it too.
+        user = self._caller.user_id
+        content = hmac.digest(
+            derive(self._workspace_key, f"content {user}" if user else "content"), bytes.fromhex(sha256), "sha256"
+        )
         insertion = self._store.database.upsert(blobs).values(
             id=self.id,
             workspace_id=self._caller.workspace_id,
@@ -269,8 +273,8 @@ class Incoming:
         self._heard = time.monotonic()
         return now() + int(self._store.lease_seconds * 1_000_000)
 
-    def _take_chunk(self) -> bytes:
-        """The first CHUNK bytes that wait; the rest of the last piece waits on, uncopied."""
+    def _take_chunk(self) -> list[memoryview]:
+        """The pieces of the first CHUNK bytes that wait; the rest of the last piece waits on. Nothing is copied."""
         taken, missing = [], CHUNK
         pieces = iter(self._waiting)
         for piece in pieces:
@@ -286,15 +290,16 @@ class Incoming:
                 break
         self._waiting = [*rest, *pieces]
         self._waiting_bytes -= CHUNK
-        return b"".join(taken)
+        return taken
 
-    async def _absorb(self, plain: bytes, *, last: bool) -> None:
+    async def _absorb(self, pieces: Sequence[bytes | memoryview], *, last: bool) -> None:
         """Hashes, seals and writes a chunk in a thread, while the next one comes in."""
         await self._settle()
-        self._working = asyncio.create_task(asyncio.to_thread(self._work, plain, last))
+        self._working = asyncio.create_task(asyncio.to_thread(self._work, pieces, last))
 
-    def _work(self, plain: bytes, last: bool) -> None:
+    def _work(self, pieces: Sequence[bytes | memoryview], last: bool) -> None:
         assert self._staged is not None
+        plain = b"".join(pieces)
         self._digest.update(plain)
         self._staged.write(self._sealer.seal(plain, last))
 

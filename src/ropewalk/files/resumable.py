@@ -34,7 +34,7 @@ from ropewalk.files.tables import erasures, parts, resumables
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
-from ropewalk.vault import CHUNK, TAG, Opener, Sealer, derive, new_key, sealed_size, unwrap, wrap
+from ropewalk.vault import CHUNK, TAG, Opener, Sealer, new_key, sealed_size, unwrap, wrap
 
 LIFE = 24 * 3600 * 1_000_000  # after the last byte that came
 PART = 64 << 20  # bytes of one request that become durable together, unless a checksum is to be awaited
@@ -224,7 +224,7 @@ class _Part:
             row = {"name": name, "resumable_id": upload.id, "start": upload.received, "size": None}
             await connection.execute(insert(parts).values(row))
         staged = await asyncio.to_thread(store.blobs.stage, name)
-        return cls(store, upload, Sealer(_part_key(key, name), name), name, staged)
+        return cls(store, upload, Sealer(key, name), name, staged)
 
     async def write(self, piece: bytes) -> None:
         self.size += len(piece)
@@ -345,7 +345,7 @@ async def _contents(store: Store, upload: Resumable) -> AsyncIterator[bytes]:
         of = (parts.c.resumable_id == upload.id, parts.c.size.is_not(None))
         rows = (await connection.execute(select(parts).where(*of).order_by(parts.c.start))).all()
     for row in rows:
-        opener = Opener(_part_key(key, row.name), row.name)
+        opener = Opener(key, row.name)
         count = sealed_size(row.size) - row.size
         for index in range(count // TAG):
             yield await asyncio.to_thread(_open, store, opener, row.name, index, (index + 1) * TAG == count)
@@ -359,16 +359,11 @@ def _open(store: Store, opener: Opener, name: str, index: int, last: bool) -> by
 
 
 async def _key(store: Store, connection: AsyncConnection, upload: Resumable) -> bytes:
-    """The key from which those of its parts are derived."""
+    """The key under which its parts are sealed."""
     if upload.sealed_key is None:
         raise _missing(upload.id)
     outer = await workspace_key(connection, store.vault, upload.workspace_id)
     return unwrap(outer, upload.sealed_key, f"resumable {upload.id}")
-
-
-def _part_key(key: bytes, name: str) -> bytes:
-    """A key of its own for every part: chunks of two parts have the same numbers, and a key may see a number once."""
-    return derive(key, f"part {name}")
 
 
 def _upload(row: Any) -> Resumable:
