@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ropewalk.database import now, timestamp
 from ropewalk.errors import NotFound, VerificationFailed
 from ropewalk.files.tables import deletions
+from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.signing import canonical, check_signature, sign
 from ropewalk.tenants.tables import chains
 
@@ -87,6 +88,7 @@ async def issue(
     shared_with: int = 0,
     derived: Iterable[str] = (),
     adapters: Iterable[str] = (),
+    user_id: str | None = None,
 ) -> Receipt:
     """Appends a receipt to the chain, inside the transaction that deletes the file."""
     sequence, head = await _next_place(connection)
@@ -106,7 +108,13 @@ async def issue(
         adapters=tuple(sorted(set(adapters))),
         key_id="",
     ).sign(key)
-    row = {"seq": sequence, "workspace_id": workspace_id, "receipt": receipt.as_json(), "created_at": deleted_at}
+    row = {
+        "seq": sequence,
+        "workspace_id": workspace_id,
+        "receipt": receipt.as_json(),
+        "created_at": deleted_at,
+        "user_id": user_id,
+    }
     await connection.execute(insert(deletions).values(row))
     await connection.execute(update(chains).where(chains.c.name == CHAIN).values(head=bytes.fromhex(receipt.digest())))
     return receipt
@@ -131,9 +139,11 @@ async def issued(connection: AsyncConnection, up_to: int) -> list[Receipt]:
     return [parse(json.loads(text)) for text in rows.scalars()]
 
 
-async def find(connection: AsyncConnection, workspace_id: str, file_id: str, sequence: int) -> Receipt:
-    """A receipt of a workspace, for who knows the id of the file it is of."""
-    here = (deletions.c.seq == sequence, deletions.c.workspace_id == workspace_id)
+async def find(connection: AsyncConnection, caller: Caller, file_id: str, sequence: int) -> Receipt:
+    """A receipt of a file that the caller could see, for who knows the file's id."""
+    here = [deletions.c.seq == sequence, deletions.c.workspace_id == caller.workspace_id]
+    if caller.user_id is not None:
+        here.append(deletions.c.user_id == caller.user_id)
     text = (await connection.execute(select(deletions.c.receipt).where(*here))).scalar()
     receipt = None if text is None else parse(json.loads(text))
     if receipt is None or not receipt.is_of(file_id):

@@ -200,6 +200,7 @@ class Store:
                 shared_with=left.shared,
                 derived=left.kinds,
                 adapters=adapters,
+                user_id=file.user_id,
             )
             await append(connection, caller, "file_deleted", id, request_id=request_id, detail={"receipt": receipt.sequence})
         failpoint("delete.committed")

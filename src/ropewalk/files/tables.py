@@ -81,6 +81,7 @@ deletions = Table(  # the chain of receipts
     Column("workspace_id", Text, nullable=False),
     Column("receipt", Text, nullable=False),  # canonical JSON, as signed
     Column("created_at", BigInteger, nullable=False),
+    Column("user_id", Text),  # whose file it was
 )
 
 resumables = Table(  # uploads that come in several requests

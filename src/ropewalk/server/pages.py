@@ -256,9 +256,7 @@ async def _listed(request: Request, visitor: Visitor, name: str) -> tuple[Listin
 
 async def _receipt(request: Request, visitor: Visitor) -> receipts.Receipt:
     async with store_of(request).database.reading() as connection:
-        return await receipts.find(
-            connection, visitor.caller.workspace_id, request.path_params["id"], request.path_params["sequence"]
-        )
+        return await receipts.find(connection, visitor.caller, request.path_params["id"], request.path_params["sequence"])
 
 
 def _scope(visitor: Visitor) -> tuple[str, str]:

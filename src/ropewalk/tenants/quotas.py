@@ -96,6 +96,8 @@ def _at(scope: str, id: str) -> Any:
 
 
 def _full(now: Usage, scope: str, size: int) -> QuotaExceeded:
+    if scope == "organization":  # what others use is not the caller's to know
+        return QuotaExceeded("Storage quota exceeded: the organization has no room for this. Ask for a higher limit.")
     if now.limit_bytes is not None and now.used_bytes + now.reserved_bytes + size > now.limit_bytes:
         return QuotaExceeded(
             f"Storage quota exceeded: the {scope} may hold {now.limit_bytes:,} bytes, {now.used_bytes + now.reserved_bytes:,} are "

@@ -1,0 +1,426 @@
+"""Tenants beside each other: every route of the server, asked for what is another's and for what never was, answers alike.
+
+Two who ask: a workspace's key, for what another workspace has; and a user's key, for what another user of the same workspace has.
+A route that is in the application and not in the tables below fails a test, so that none is forgotten.
+"""
+
+import re
+import secrets
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from starlette.routing import Mount, Route
+
+from ropewalk.server.app import ROUTES
+from ropewalk.tenants.quotas import set_limit
+
+BYTES = "application/offset+octet-stream"
+TUS = {"tus-resumable": "1.0.0"}
+OLD = {"anthropic-beta": "files-api-2025-04-14"}
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+
+
+@dataclass
+class Things:
+    """Ids of what somebody has; or of nothing, in the same form."""
+
+    file: str
+    upload: str
+    deleted: str  # a file that its owner has deleted
+    sequence: int = 1  # of the receipt of that
+    workspace: str = ""
+    key: str = ""
+    user: str = "nobody"
+
+    def absent(self):
+        """The same, of what never was: each id as long as it was, so that answers can be equal to the byte."""
+        other = lambda id: id[:8] + "".join(secrets.choice("0123456789") for _ in id[8:])
+        return Things(
+            *map(other, (self.file, self.upload, self.deleted)), self.sequence, *map(other, (self.workspace, self.key))
+        )
+
+    def words(self):
+        return [self.file, self.upload, self.deleted, self.workspace, self.key]
+
+
+@dataclass
+class Party:
+    """Somebody with a key, a browser that is signed in with it, and some things."""
+
+    api: httpx.Client
+    browser: httpx.Client
+    token: str
+    things: Things
+
+
+def ask(method, path, **more):
+    """A request that names a thing by its id."""
+    return lambda things, token: (method, path.format(things=things), more)
+
+
+def ask_json(method, path, make):
+    return lambda things, token: (method, path.format(things=things), {"json": make(things)})
+
+
+def ask_form(path):
+    return lambda things, token: ("POST", path.format(things=things), {"data": {"csrf": token}})
+
+
+# Routes that take an id: what to ask, the status for who has the thing, and the status for everybody else.
+API = {
+    ("GET", "/v1/files"): [
+        (ask("GET", "/v1/files?ids[]={things.file}"), 200, 200),
+        (ask("GET", "/v1/files?after_id={things.file}", headers=OLD), 200, 400),
+        (ask("GET", "/v1/files?before_id={things.file}", headers=OLD), 200, 400),
+    ],
+    ("GET", "/v1/files/{file_id}"): [(ask("GET", "/v1/files/{things.file}"), 200, 404)],
+    ("HEAD", "/v1/files/{file_id}"): [(ask("HEAD", "/v1/files/{things.file}"), 200, 404)],
+    ("GET", "/v1/files/{file_id}/content"): [
+        (ask("GET", "/v1/files/{things.file}/content"), 200, 404),
+        (ask("GET", "/v1/files/{things.file}/content", headers={"range": "bytes=0-1"}), 206, 404),
+        (ask("GET", "/v1/files/{things.file}/content", headers={"range": "bytes=9999-"}), 416, 404),
+        (ask("GET", "/v1/files/{things.file}/content", headers={"if-none-match": "*"}), 304, 404),
+    ],
+    ("HEAD", "/v1/files/{file_id}/content"): [(ask("HEAD", "/v1/files/{things.file}/content"), 200, 404)],
+    ("GET", "/v1/files/{file_id}/details"): [(ask("GET", "/v1/files/{things.file}/details"), 200, 404)],
+    ("HEAD", "/v1/files/{file_id}/details"): [(ask("HEAD", "/v1/files/{things.file}/details"), 200, 404)],
+    ("PUT", "/v1/files/{file_id}/tags"): [
+        (ask_json("PUT", "/v1/files/{things.file}/tags", lambda t: {"tags": ["a"]}), 200, 404)
+    ],
+    ("POST", "/v1/files/delete"): [(ask_json("POST", "/v1/files/delete", lambda things: {"ids": [things.file]}), 200, 200)],
+    ("DELETE", "/v1/files/{file_id}"): [(ask("DELETE", "/v1/files/{things.file}"), 200, 404)],
+    ("HEAD", "/v1/files/resumable/{upload_id}"): [(ask("HEAD", "/v1/files/resumable/{things.upload}", headers=TUS), 200, 404)],
+    ("PATCH", "/v1/files/resumable/{upload_id}"): [
+        (
+            ask(
+                "PATCH",
+                "/v1/files/resumable/{things.upload}",
+                headers={**TUS, "content-type": BYTES, "upload-offset": "0"},
+                content=b"ab",
+            ),
+            204,
+            404,
+        ),
+        (
+            ask(
+                "PATCH",
+                "/v1/files/resumable/{things.upload}",
+                headers={**TUS, "content-type": BYTES, "upload-offset": "7"},
+                content=b"ab",
+            ),
+            409,
+            404,
+        ),
+    ],
+    ("DELETE", "/v1/files/resumable/{upload_id}"): [
+        (ask("DELETE", "/v1/files/resumable/{things.upload}", headers=TUS), 204, 404)
+    ],
+    ("POST", "/v1/files/resumable/{upload_id}"): [
+        (
+            ask("POST", "/v1/files/resumable/{things.upload}", headers={**TUS, "x-http-method-override": "DELETE"}),
+            204,
+            404,
+        )
+    ],
+}
+
+PAGES = {
+    ("GET", "/files"): [(ask("GET", "/files?stored={things.file}"), 200, 200)],
+    ("GET", "/files/{id}"): [
+        (ask("GET", "/files/{things.file}"), 200, 404),
+        (ask("GET", "/files/{things.file}?from=0"), 200, 404),
+    ],
+    ("GET", "/files/{id}/content"): [(ask("GET", "/files/{things.file}/content"), 200, 404)],
+    ("GET", "/files/{id}/pages/{number}"): [(ask("GET", "/files/{things.file}/pages/1"), None, 404)],
+    ("GET", "/files/{id}/delete"): [(ask("GET", "/files/{things.file}/delete"), 200, 404)],
+    ("POST", "/files/{id}/delete"): [(ask_form("/files/{things.file}/delete"), 303, 404)],
+    ("GET", "/files/{id}/receipt/{sequence}"): [(ask("GET", "/files/{things.deleted}/receipt/{things.sequence}"), 200, 404)],
+    ("GET", "/files/{id}/receipt/{sequence}/json"): [
+        (ask("GET", "/files/{things.deleted}/receipt/{things.sequence}/json"), 200, 404)
+    ],
+}
+
+# Administration is refused before an id is looked at.
+ADMIN = {
+    ("GET", "/v1/organizations/workspaces/{workspace_id}"): ask("GET", "/v1/organizations/workspaces/{things.workspace}"),
+    ("POST", "/v1/organizations/workspaces/{workspace_id}"): ask_json(
+        "POST", "/v1/organizations/workspaces/{things.workspace}", lambda things: {"name": "mine"}
+    ),
+    ("POST", "/v1/organizations/workspaces/{workspace_id}/archive"): ask(
+        "POST", "/v1/organizations/workspaces/{things.workspace}/archive"
+    ),
+    ("GET", "/v1/organizations/workspaces"): ask("GET", "/v1/organizations/workspaces?ids[]={things.workspace}"),
+    ("POST", "/v1/organizations/workspaces"): ask_json("POST", "/v1/organizations/workspaces", lambda things: {"name": "x"}),
+    ("GET", "/v1/organizations/api_keys"): ask("GET", "/v1/organizations/api_keys?workspace_id={things.workspace}"),
+    ("POST", "/v1/organizations/api_keys"): ask_json(
+        "POST", "/v1/organizations/api_keys", lambda things: {"name": "x", "workspace_id": things.workspace}
+    ),
+    ("GET", "/v1/organizations/api_keys/{api_key_id}"): ask("GET", "/v1/organizations/api_keys/{things.key}"),
+    ("POST", "/v1/organizations/api_keys/{api_key_id}"): ask_json(
+        "POST", "/v1/organizations/api_keys/{things.key}", lambda things: {"status": "inactive"}
+    ),
+    ("GET", "/v1/organizations/usage"): ask("GET", "/v1/organizations/usage?scope=workspace&id={things.workspace}"),
+    ("POST", "/v1/organizations/limits"): ask_json(
+        "POST", "/v1/organizations/limits", lambda things: {"scope": "workspace", "id": things.workspace, "limit_bytes": 0}
+    ),
+    ("GET", "/v1/organizations/audit"): ask("GET", "/v1/organizations/audit?workspace_id={things.workspace}"),
+    ("GET", "/v1/organizations/audit/verify"): ask("GET", "/v1/organizations/audit/verify"),
+    ("GET", "/v1/organizations/audit/export"): ask("GET", "/v1/organizations/audit/export"),
+    ("GET", "/v1/organizations/me"): ask("GET", "/v1/organizations/me"),
+}
+
+# Routes that take no id of a tenant's, with the reason why they are in no table above.
+WITHOUT_IDS = {
+    ("POST", "/v1/files"): "makes a file of the caller's own",
+    ("POST", "/v1/files/resumable"): "begins an upload of the caller's own",
+    ("OPTIONS", "/v1/files/resumable"): "tells what the server can",
+    ("GET", "/v1/files/usage"): "of the caller's own; tested below",
+    ("GET", "/v1/models"): "models are the installation's, and every key's",
+    ("GET", "/v1/models/{model_id}"): "models are the installation's, and every key's",
+    ("GET", "/health"): "public",
+    ("GET", "/ready"): "public",
+    ("GET", "/metrics"): "public; labels are routes and numbers",
+    ("GET", "/openapi.json"): "public",
+    ("GET", "/"): "leads to /files",
+    ("GET", "/login"): "public",
+    ("POST", "/login"): "takes a key; a wrong one and a revoked one are told the same, tested in test_pages",
+    ("POST", "/logout"): "ends the caller's own session",
+    ("POST", "/workspace"): "takes a workspace's id; tested below",
+    ("POST", "/files"): "makes files of the caller's own",
+    ("GET", "/static"): "files of the package",
+}
+
+
+def table():
+    """(method, path) of every route of the application."""
+    for route in ROUTES:
+        if isinstance(route, Mount):
+            yield "GET", route.path
+        else:
+            assert isinstance(route, Route), route
+            yield from ((method, route.path_format) for method in sorted(route.methods or ()))
+
+
+def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
+    known = {*API, *PAGES, *ADMIN, *WITHOUT_IDS}
+    routes = set(table())
+    # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
+    assert {
+        route for route in routes if route not in known and not (route[0] == "HEAD" and ("GET", route[1]) in known)
+    } == set()
+    assert known - routes == set()
+
+
+# -- who is there ----------------------------------------------------------------------------------------------------------------
+
+
+def things_of(api, key="", workspace=""):
+    """A file, an upload that has begun, and a deleted file with its receipt."""
+    name = {"file": ("secret-plan.txt", b"nobody else's business", "text/plain")}
+    file, deleted = (api.post("/v1/files", files=name).json()["id"] for _ in range(2))
+    receipt = api.delete(f"/v1/files/{deleted}", headers={"x-ropewalk-extensions": "true"}).json()["receipt"]
+    begun = api.post("/v1/files/resumable", headers={**TUS, "upload-length": "5"})
+    return Things(file, begun.headers["location"].rpartition("/")[2], deleted, receipt["sequence"], workspace, key)
+
+
+def sign_in(browser, key):
+    """A session, and the token that its forms carry."""
+    token = lambda page: re.search(r'name="csrf" value="([^"]+)"', page.text)[1]
+    first = browser.get("/login")
+    assert browser.post("/login", data={"csrf": token(first), "key": key}).status_code == 303
+    return token(browser.get("/files"))
+
+
+@pytest.fixture
+def party(server):
+    """Makes a Party in a workspace, for a user or for all."""
+    with ExitStack() as stack:
+
+        def make(workspace, user=None):
+            key = server.new_key(workspace.id, user_id=user)
+            api = stack.enter_context(server.http(key))
+            browser = stack.enter_context(httpx.Client(base_url=server.url, headers={"origin": server.url}, timeout=30))
+            return Party(api, browser, sign_in(browser, key), things_of(api, "key_" + "0" * 24, workspace.id))
+
+        yield make
+
+
+@pytest.fixture(params=["workspace", "user"])
+def asker_and_owner(request, server, party):
+    """Who asks for whose things."""
+    first, _ = server.workspace(f"matrix {secrets.token_hex(4)}")
+    if request.param == "user":
+        return party(first, "ann"), party(first, "ben")
+    second, _ = server.workspace(f"matrix {secrets.token_hex(4)}")
+    return party(first), party(second)
+
+
+def answer(client, request):
+    """Status, headers and body of an answer, without what is another one in every answer."""
+    method, path, more = request
+    response = client.request(method, path, **more)
+    headers = [(name, value) for name, value in response.headers.multi_items() if name not in ("date", "request-id")]
+    return response.status_code, headers, re.sub(rb"req_[A-Za-z0-9]+", b"REQUEST", response.content)
+
+
+def without(words, told):
+    """The same answer with each of these words replaced."""
+    status, headers, body = told
+    for word in filter(None, words):
+        body = body.replace(word.encode(), b"ID")
+        headers = [(name, value.replace(word, "ID")) for name, value in headers]
+    return status, headers, body
+
+
+def beside(client, things, probe, token=""):
+    """The answers for what is another's and for what never was, with what was named in each replaced."""
+    absent = things.absent()
+    told = []
+    for named in (things, absent):
+        request = probe(named, token)
+        told.append(without([word for word in named.words() if word and word in str(request)], answer(client, request)))
+    return told
+
+
+def check(client, owner_client, token, owner_token, things, probe, theirs, others):
+    foreign, missing = beside(client, things, probe, token)
+    assert foreign == missing
+    assert foreign[0] == others
+    # And it was there to be found: its owner has another answer.
+    own = without(things.words(), answer(owner_client, probe(things, owner_token)))
+    assert own[::2] != foreign[::2]
+    if theirs is not None:
+        assert own[0] == theirs, own
+
+
+@pytest.mark.parametrize("route", API, ids=" ".join)
+def test_the_api_answers_alike_for_what_is_anothers_and_for_what_never_was(asker_and_owner, route):
+    asker, owner = asker_and_owner
+    for probe, theirs, others in API[route]:
+        check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
+
+
+@pytest.mark.parametrize("route", PAGES, ids=" ".join)
+def test_pages_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_and_owner, route):
+    asker, owner = asker_and_owner
+    for probe, theirs, others in PAGES[route]:
+        check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
+
+
+@pytest.mark.parametrize("route", ADMIN, ids=" ".join)
+def test_administration_tells_others_nothing(asker_and_owner, route):
+    asker, owner = asker_and_owner
+    foreign, missing = (answer(asker.api, ADMIN[route](named, "")) for named in (owner.things, owner.things.absent()))
+    assert foreign == missing
+    assert foreign[0] == 403
+
+
+def test_lists_and_usage_hold_only_what_is_the_callers(asker_and_owner):
+    asker, owner = asker_and_owner
+    mine = [file["id"] for file in asker.api.get("/v1/files").json()["data"]]
+    assert mine == [asker.things.file]
+    assert owner.things.file not in asker.browser.get("/files").text
+    before = asker.api.get("/v1/files/usage").json()
+    owner.api.post("/v1/files", files={"file": b"12345"})
+    after = asker.api.get("/v1/files/usage").json()
+    for scope in ("key", "user"):
+        assert before[scope] == after[scope]
+    if asker.things.workspace != owner.things.workspace:
+        assert before == after
+
+
+def test_equal_bytes_of_others_cannot_be_noticed(asker_and_owner):
+    """Neither by the answer to an upload, nor by details, nor by the receipt of a deletion."""
+    asker, owner = asker_and_owner
+    content = secrets.token_bytes(100)
+
+    def upload_and_delete():
+        extended = {"x-ropewalk-extensions": "true"}
+        file = asker.api.post("/v1/files", files={"file": ("x", content)}, headers=extended).json()
+        details = asker.api.get(f"/v1/files/{file['id']}/details").json()
+        receipt = asker.api.delete(f"/v1/files/{file['id']}", headers=extended).json()["receipt"]
+        return {
+            **{name: value for name, value in {**file, **details}.items() if name not in ("id", "created_at")},
+            "receipt": (receipt["content"], receipt["shared_with"]),
+        }
+
+    alone = upload_and_delete()
+    owner.api.post("/v1/files", files={"file": ("x", content)})
+    assert upload_and_delete() == alone
+
+
+def test_a_cursor_of_anothers_list_is_no_cursor(asker_and_owner):
+    asker, owner = asker_and_owner
+    owner.api.post("/v1/files", files={"file": b"1"})
+    cursor = owner.api.get("/v1/files?limit=1").json()["next_page"]
+    assert owner.api.get(f"/v1/files?page={cursor}").status_code == 200
+    forged = "page_" + "A" * (len(cursor) - 5)
+    foreign = without([cursor], answer(asker.api, ("GET", f"/v1/files?page={cursor}", {})))
+    missing = without([forged], answer(asker.api, ("GET", f"/v1/files?page={forged}", {})))
+    assert foreign == missing
+    assert foreign[0] == 400
+
+
+@pytest.mark.parametrize("asker_and_owner", ["workspace"], indirect=True)
+def test_another_workspace_named_in_a_header_is_refused_like_one_that_never_was(asker_and_owner):
+    asker, owner = asker_and_owner
+    absent = owner.things.absent()
+    named = lambda id: ("GET", "/v1/files", {"headers": {"anthropic-workspace-id": id}})
+    foreign = without([owner.things.workspace], answer(asker.api, named(owner.things.workspace)))
+    missing = without([absent.workspace], answer(asker.api, named(absent.workspace)))
+    assert foreign == missing
+    assert foreign[0] == 403
+
+
+@pytest.mark.parametrize("asker_and_owner", ["workspace"], indirect=True)
+def test_a_page_cannot_be_switched_to_another_workspace(asker_and_owner):
+    asker, owner = asker_and_owner
+    absent = owner.things.absent()
+    switch = lambda id: ("POST", "/workspace", {"data": {"csrf": asker.token, "workspace_id": id}})
+    foreign = without([owner.things.workspace], answer(asker.browser, switch(owner.things.workspace)))
+    missing = without([absent.workspace], answer(asker.browser, switch(absent.workspace)))
+    assert foreign == missing
+    assert foreign[0] in (403, 404)
+
+
+def test_another_user_named_in_a_header_is_refused_whether_or_not_there_is_one(server):
+    workspace, _ = server.workspace(f"matrix {secrets.token_hex(4)}")
+    with server.http(server.new_key(workspace.id, user_id="ben")) as ben:
+        ben.post("/v1/files", files={"file": b"1"})
+    for settings in ({"user_id": "ann"}, {}):
+        with server.http(server.new_key(workspace.id, **settings)) as client:
+            named = lambda user: ("GET", "/v1/files", {"headers": {"anthropic-user-id": user}})
+            foreign = without(["ben"], answer(client, named("ben")))
+            missing = without(["bob"], answer(client, named("bob")))
+            assert foreign == missing
+            assert foreign[0] == 403
+
+
+def test_a_full_organisation_does_not_tell_what_others_use(start):
+    with start() as server:
+        first, key = server.workspace("first")
+        _, other = server.workspace("second")
+        with server.http(other) as client:
+            client.post("/v1/files", files={"file": b"1234567"})
+
+        async def limit():
+            async with server.store.database.writing() as connection:
+                await set_limit(connection, "organization", first.organization_id, 10, None)
+
+        server.run(limit())
+        with server.http(key) as client:
+            told = client.post("/v1/files", files={"file": b"12345"}).json()["error"]
+    assert told["details"]["error_code"] == "storage_quota_exceeded"
+    assert "10" not in told["message"]
+    assert "7" not in told["message"]
+
+
+def test_a_log_and_the_metrics_name_no_tenants_files(server, party):
+    workspace, _ = server.workspace(f"matrix {secrets.token_hex(4)}")
+    somebody = party(workspace)
+    with httpx.Client(base_url=server.url) as stranger:
+        told = stranger.get("/metrics").text
+    for word in (*somebody.things.words(), "secret-plan"):
+        assert not word or word not in told
