@@ -31,6 +31,7 @@ LEASE = 0.25  # seconds; an upload that its process took with it is given up aft
 SIZES = [0, 1, 700, 5_000, 70_000, CHUNK - 1, CHUNK, CHUNK + 1, 2_500_000]
 LIKELY = [1, 1, 6, 6, 4, 1, 1, 1, 1]
 SHARED = 6  # contents that are uploaded again and again, so that bytes are shared
+FEW = 5
 ENOUGH = 25  # files; beyond this the work deletes more than it uploads
 MIX = {"upload": 40, "delete": 22, "abandon": 8, "derive": 8, "read": 6, "expire": 4, "sweep": 4}
 LEANINGS = {"delete": {"delete": 30}, "expire": {"expire": 30}}  # by the failpoint that is aimed at
@@ -105,8 +106,8 @@ class Work:
         if len(self.live) > ENOUGH:
             weights["delete"] *= 4
         name = self.rng.choices(list(weights), list(weights.values()))[0]
-        if name in ("delete", "derive", "read") and not self.live:
-            name = "upload"
+        if name in ("delete", "derive", "read") and len(self.live) < FEW:
+            name = "upload"  # so that every kill has files to lose
         operations: dict[str, Callable[[int], Awaitable[None]]] = {
             "upload": self.upload,
             "delete": self.delete,
