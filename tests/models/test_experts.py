@@ -11,7 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ropewalk.errors import ModelError
 from ropewalk.kernels.gates import AnyGate, ClampedGlu, Glu
-from ropewalk.models.experts import _candidates, experts_forward, gate_of, recognise, register_experts
+from ropewalk.models.experts import _candidates, adapted_experts, experts_forward, gate_of, recognise, register_experts
 from ropewalk.models.tiny import expert_architectures
 
 ARCHITECTURES = dict(expert_architectures())
@@ -53,7 +53,7 @@ def test_a_clamp_is_not_taken_for_a_plain_gate():
 def test_registering_makes_the_implementation_known():
     register_experts()
     register_experts()
-    assert ALL_EXPERTS_FUNCTIONS["ropewalk"] is experts_forward
+    assert ALL_EXPERTS_FUNCTIONS["ropewalk"] is adapted_experts
 
 
 def test_split_experts_are_refused_with_the_way_out():

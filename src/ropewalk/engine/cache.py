@@ -248,6 +248,9 @@ class Batch:
         return keys, values
 
 
+focus: list[Part] = []  # the one part whose rows a recurrent layer is working on, if it is
+
+
 def per_request(module: Any) -> None:
     """Makes a recurrent layer run each request of a batch on that request's own state."""
     plain = module.forward
@@ -255,10 +258,14 @@ def per_request(module: Any) -> None:
     def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **more: Any) -> Tensor:
         if not isinstance(cache_params, Batch):
             return plain(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **more)  # type: ignore[no-any-return]
-        outs = [
-            plain(hidden_states[:, part.begin : part.end], cache_params=part.reading.states, attention_mask=None, **more)
-            for part in cache_params.parts
-        ]
+        outs = []
+        for part in cache_params.parts:
+            focus.append(part)
+            try:
+                own = hidden_states[:, part.begin : part.end]
+                outs.append(plain(own, cache_params=part.reading.states, attention_mask=None, **more))
+            finally:
+                focus.pop()
         return torch.cat(outs, dim=1)
 
     module.forward = forward

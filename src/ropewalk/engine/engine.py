@@ -28,7 +28,7 @@ Rows = tuple[str | None, int, int]  # an adapter, and the rows [begin, end) of a
 class Adapters(Protocol):
     """What the engine needs of engine/adapters.py."""
 
-    def rows(self, rows: Sequence[Rows]) -> AbstractContextManager[None]: ...
+    def rows(self, rows: Sequence[Rows], last: Sequence[str | None]) -> AbstractContextManager[None]: ...
 
     def digest(self, name: str) -> str:
         """Changes when the adapter does."""
@@ -252,7 +252,7 @@ class Engine:
         if self.adapters is None:
             logits = self.runner.forward(work)
         else:
-            with self.adapters.rows(self._rows(turns)):
+            with self.adapters.rows(*self._rows(turns)):
                 logits = self.runner.forward(work)
         ready: list[tuple[Job, Tensor]] = []
         for row, turn in enumerate(turns):
@@ -268,15 +268,18 @@ class Engine:
             return list(job.todo[0][0].ids[job.inside : job.inside + turn.count])
         return job.tail[: turn.count] if job.tail else [job.last]
 
-    def _rows(self, turns: Sequence[Turn[Job]]) -> list[Rows]:
+    def _rows(self, turns: Sequence[Turn[Job]]) -> tuple[list[Rows], list[str | None]]:
+        """Whose each row is, and whose the last row of each turn."""
         rows: list[Rows] = []
+        last: list[str | None] = []
         begin = 0
         for turn in turns:
             job, end = turn.job, begin + turn.count
             acts = min(max(begin, begin + job.invoked_at - job.reading_on.position), end)
             rows += [(None, begin, acts), (job.request.adapter, acts, end)]
+            last.append(job.request.adapter if acts < end else None)
             begin = end
-        return [row for row in rows if row[1] < row[2]]
+        return [row for row in rows if row[1] < row[2]], last
 
     def _has_read(self, turn: Turn[Job]) -> bool:
         """Takes note of what a sample has read; whether an id is to be chosen now."""

@@ -28,7 +28,7 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 def register_experts() -> None:
     """Make `experts_implementation="ropewalk"` known to transformers."""
     if NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+        ALL_EXPERTS_FUNCTIONS.register(NAME, adapted_experts)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -49,15 +49,19 @@ def stack_sizes(module: Any, name: str) -> tuple[int, int, int]:
     return (experts, first, second) if module.is_transposed else (experts, second, first)
 
 
-def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """x [T, H], ids [T, k], weights [T, k] -> [T, H]: what transformers calls in place of a model's own loop over experts."""
+def adapted_experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What transformers calls in place of a model's own loop over experts: with the adapter that the module carries."""
+    return experts_forward(module, x, ids, weights, module._modules.get(LORA))
+
+
+def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor, lora: Any = None) -> Tensor:
+    """x [T, H], ids [T, k], weights [T, k] -> [T, H]; `lora` is an ExpertLora, or None for the base alone."""
     if getattr(module, "_is_expert_parallel", False):  # unknown to transformers 5.17
         raise ModelError(
             "experts_implementation 'ropewalk' cannot compute experts that are split over devices (expert parallelism); "
             "load the model without a device mesh, or with experts_implementation 'grouped_mm' and no LoRA on experts"
         )
     experts = _experts(module)
-    lora = module._modules.get(LORA)
     up, down = (None, None) if lora is None else (lora.factors(name) for name in projections(module))
     dtype = experts.up.dtype if isinstance(experts.up, Tensor) else x.dtype
     return expert_lora(x.to(dtype), ids, weights, experts, up, down).to(x.dtype)
