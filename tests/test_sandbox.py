@@ -106,17 +106,23 @@ def test_no_file_of_this_process_is_open_in_it(tmp_path):
         assert "Bad file descriptor" in refused(f"__import__('os').fstat({kept.fileno()})")
 
 
+DROP = 'import ctypes, struct; ctypes.CDLL(None).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)); '
+
+
 def test_without_capabilities_it_holds_as_well():
     """As an ordinary user has it: the network namespace may then be missing, the filter not."""
-    code = """if True:
-        import ctypes, json, struct
+    code = (
+        DROP
+        + """
+if True:
+        import json
         from ropewalk import sandbox
-        assert ctypes.CDLL(None).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)) == 0
         try:
             sandbox.call("socket:socket")
         except sandbox.SandboxFailed as error:
             print(json.dumps([sandbox.containment()["seccomp"], str(error)]))
     """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seccomp, said = json.loads(done.stdout)
     assert seccomp
@@ -197,13 +203,22 @@ def test_a_function_that_is_not_there_is_our_own_fault():
         call("ropewalk.nowhere:function")
 
 
-def test_the_process_ends_with_the_one_that_asked():
-    code = "from ropewalk.sandbox import call; call('builtins:eval', (\"__import__('time').sleep(60)\",))"
-    parent = subprocess.Popen([sys.executable, "-c", code])
-    child = wait_for(lambda: children(parent.pid))
+@pytest.mark.parametrize("before", ["", DROP], ids=["as it is", "without capabilities"])
+def test_the_process_ends_with_the_one_that_asked(before):
+    sleep = "call('builtins:eval', (\"__import__('time').sleep(60)\",))"
+    parent = subprocess.Popen([sys.executable, "-c", f"{before}from ropewalk.sandbox import call; {sleep}"])
+    child = wait_for(lambda: children(parent.pid))[0]
+    wait_for(lambda: filtered(child))
+    with open(f"/proc/{child}/oom_score_adj") as file:
+        assert file.read() == "1000\n"
     parent.kill()
     parent.wait()
-    wait_for(lambda: not os.path.exists(f"/proc/{child[0]}"))
+    wait_for(lambda: not os.path.exists(f"/proc/{child}"))
+
+
+def filtered(pid):
+    with open(f"/proc/{pid}/status") as file:
+        return "Seccomp:\t2" in file.read()
 
 
 def children(pid):

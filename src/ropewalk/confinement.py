@@ -92,6 +92,7 @@ def confine(*, cpu_seconds: int, memory_bytes: int, readable: Iterable[str], lis
     """Give up everything but reading a few folders and computing; says which of the means that not every system has are in place."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
+    _end_first()  # before its entry in /proc is no longer its own
     _must(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     namespace = libc.unshare(CLONE_NEWNET) == 0 or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
@@ -120,13 +121,17 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
     _must(libc.capset(header, none), "capset")
 
 
-def _set_limits(cpu_seconds: int, memory_bytes: int) -> None:
-    """NPROC is left alone: it counts all processes of the user; the filter lets none be started."""
+def _end_first() -> None:
+    """Of all processes, when the machine runs out of memory."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     except OSError:  # without /proc the kernel chooses by size, which is most likely this process too
         pass
+
+
+def _set_limits(cpu_seconds: int, memory_bytes: int) -> None:
+    """NPROC is left alone: it counts all processes of the user; the filter lets none be started."""
     for limit, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),

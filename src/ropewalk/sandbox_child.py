@@ -33,9 +33,10 @@ def main() -> None:
 def _answer(request: dict[str, object], result_pipe: int, data_file: int) -> tuple[bytes, bytes]:
     from ropewalk import confinement
 
-    confinement.die_with_parent(request["parent"])  # type: ignore[arg-type]
     try:
         active = confinement.confine(**request["limits"])  # type: ignore[arg-type]
+        # A change of capabilities may undo it, so it comes last.
+        confinement.die_with_parent(request["parent"])  # type: ignore[arg-type]
     except (confinement.CannotConfine, OSError, ValueError) as error:
         os.write(result_pipe, READY)
         return UNCONFINED, str(error).encode()

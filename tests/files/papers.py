@@ -52,6 +52,20 @@ def written(objects: dict[int, bytes], trailer: bytes = b"") -> bytes:
     return bytes(out + b"trailer\n<< /Size %d /Root 1 0 R %s >>\nstartxref\n%d\n%%%%EOF\n" % (size, trailer, start))
 
 
+def form() -> bytes:
+    """A page with words, a filled-in field, an empty one, and a box that is not ticked."""
+    widget = b"<< /Type /Annot /Subtype /Widget /Rect [0 0 90 20] /P 4 0 R %s >>"
+    objects = {
+        1: b"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [6 0 R 7 0 R 8 0 R] /DA (/F1 12 Tf) >> >>",
+        4: b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 300] /Contents 5 0 R /Annots [6 0 R 7 0 R 8 0 R]"
+        b" /Resources << /Font << /F1 3 0 R >> >> >>",
+        6: widget % b"/FT /Tx /T (tenant) /V (Ada L\\351ger)",
+        7: widget % b"/FT /Tx /T (street)",
+        8: widget % b"/FT /Btn /T (pets) /V /Off /AS /Off",
+    }
+    return pdf("Lease", extra=objects)
+
+
 def encrypted_pdf(password: str) -> bytes:
     """Under the oldest of the standard's methods (revision 2, RC4 of 40 bits); with '' anybody can open it."""
     padding = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")

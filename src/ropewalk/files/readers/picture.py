@@ -15,14 +15,16 @@ LONGEST_SIDE = 1568  # of what is drawn: what models take without scaling it dow
 
 def read(data: bytes, draft: Draft) -> None:
     """Decoded whole, so that a picture that is kept is one that can be shown."""
-    draft.image(*_open(data, draft.media_type).size)
+    picture = _open(data)
+    draft.media_type = f"image/{(picture.format or '').lower()}"  # names of files, and so what is declared, are often wrong
+    draft.image(*picture.size)
 
 
 def render(data: bytes, number: int) -> bytes:
     """The picture as PNG, no larger than a page would be drawn."""
     if number != 1:
         raise DocumentError(f"there is no picture {number}; this file is picture 1", "document_no_such_page")
-    picture = _open(data, "a picture")
+    picture = _open(data)
     picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     output = io.BytesIO()
@@ -30,7 +32,7 @@ def render(data: bytes, number: int) -> bytes:
     return output.getvalue()
 
 
-def _open(data: bytes, media_type: str) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = None  # the side is checked below, before any pixel is decoded
     picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP"))
     width, height = picture.size
@@ -39,11 +41,6 @@ def _open(data: bytes, media_type: str) -> Image.Image:
             f"this picture is {width:,} by {height:,} pixels; at most {MAX_SIDE:,} on a side are allowed: scale it down",
             "image_dimensions_too_large",
             max_side_length_pixels=MAX_SIDE,
-        )
-    declared = media_type.partition(";")[0].removeprefix("image/").upper()
-    if media_type.startswith("image/") and declared != picture.format:
-        raise DocumentError(
-            f"this file is declared as {media_type}, and is {picture.format}; declare it so", "document_damaged"
         )
     picture.load()
     return picture
