@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage"
 ).split()
+PATIENCE = 20_000  # milliseconds; a busy machine is no fault of a page
 # Runs before the page's own scripts, and apart from its policy.
 TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy: " + event.violatedDirective + " " + event.blockedURI))"""
@@ -24,6 +25,7 @@ TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser with a profile of its own, empty."""
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         try:
@@ -57,7 +59,7 @@ class Visit:
 def visit(browser: Browser, origin: str, *, expected: tuple[str, ...] = (), **settings: Any) -> Iterator[Visit]:
     """A window of its own; fails at its end if anything went wrong in it that was not expected."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 880}, **settings})
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(PATIENCE)
     context.add_init_script(TELL_VIOLATIONS)
     found = Visit(context.new_page(), context, origin)
     found.page.on("console", lambda said: said.type in ("error", "warning") and found.complaints.append(said.text))

@@ -358,8 +358,8 @@ def test_a_form_brings_several_files_with_one_time_to_live(server):
 @pytest.mark.parametrize(
     ("files", "fields", "status", "said"),
     [
-        ([("file", ("", b""))], {}, 400, "no file was chosen"),
-        ([], {}, 400, "no file was chosen"),
+        ([("file", ("", b""))], {}, 400, "No file was chosen: choose one"),
+        ([], {}, 400, "No file was chosen: choose one"),
         ([("file", ("a.txt", b"x"))], {"expires_in_seconds": "1"}, 400, "not between 3600"),
         ([("file", ("a.txt", b"x"))], {"expires_in_seconds": "soon"}, 400, "not a whole number"),
         ([("file", ("a.txt", b"x"))], {"more": "x" * 2000}, 400, "has more than 1,024 bytes"),

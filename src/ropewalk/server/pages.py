@@ -162,7 +162,7 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
         try:
             preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", start)
         except BadInput as error:
-            preview = Preview(problem=str(error))
+            preview = Preview(problem=words.sentence(str(error)))
     page = views.file_page(
         found,
         known.get(id),

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ropewalk.files.catalog import File
 from ropewalk.files.receipts import Receipt
 from ropewalk.server.previews import Preview
-from ropewalk.server.words import Moment, Part, estimate, kind_of, moment, parts, size
+from ropewalk.server.words import Moment, Part, estimate, exactly, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
 LINKS = (("/files", "Files"),)
@@ -244,7 +244,7 @@ def file_page(
         kind=kind_of(file.mime_type)[1],
         mime_type=file.mime_type,
         size=size(file.size),
-        size_exact=f"{file.size:,} bytes",
+        size_exact=exactly(file.size),
         sha256=file.sha256,
         tags=file.tags,
         tokens=estimate(tokens),
@@ -264,7 +264,7 @@ def receipt_page(receipt: Receipt, download: str) -> ReceiptPage:
     facts = [
         Fact("Deleted", receipt.deleted_at),
         Fact("Created", receipt.created_at),
-        Fact("Size", f"{receipt.size_bytes:,} bytes"),
+        Fact("Size", exactly(receipt.size_bytes)),
         Fact("SHA-256 of the content", receipt.sha256, True),
         Fact("SHA-256 of the file’s id", receipt.file_id_sha256, True),
         Fact("Erased with it", ", ".join(receipt.derived) or "nothing had been made from it"),

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ropewalk.errors import AuthenticationFailed, BadInput, NotFound, RopewalkError, TooLarge
 from ropewalk.files.store import Store
-from ropewalk.server import body, sessions, views, wire
+from ropewalk.server import body, sessions, views, wire, words
 from ropewalk.server.sessions import Session
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.keys import Key, admit, find_key
@@ -169,7 +169,7 @@ async def _refusal(request: Request, visitor: Visitor | None, error: RopewalkErr
         heading = HTTPStatus(failure.status).phrase
     except ValueError:
         heading = "Busy"
-    response = await show(request, visitor, "error.html", heading, views.ErrorPage(heading, failure.message))
+    response = await show(request, visitor, "error.html", heading, views.ErrorPage(heading, words.sentence(failure.message)))
     response.status_code = failure.status
     return response
 

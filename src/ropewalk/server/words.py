@@ -84,6 +84,16 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
 
 
+def exactly(count: int) -> str:
+    """Every byte of them."""
+    return f"{count:,} byte{'' if count == 1 else 's'}"
+
+
+def sentence(message: str) -> str:
+    """An error's message, as a sentence of its own."""
+    return message[:1].upper() + message[1:] + ("" if message.endswith((".", "?", "!")) else ".")
+
+
 def moment(microseconds: int) -> Moment:
     """A time of the database."""
     at = datetime.fromtimestamp(microseconds // 1_000_000, UTC)
