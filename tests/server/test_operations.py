@@ -1,13 +1,17 @@
 """What whoever runs the server asks it, what it writes down, and how it stops."""
 
+import io
 import json
 import os
+import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,7 +21,7 @@ from ropewalk.cli import main
 from ropewalk.errors import BadInput
 from ropewalk.files.tables import uploads
 from ropewalk.server import logs, openapi
-from ropewalk.server.serve import _is_loopback, listen
+from ropewalk.server.serve import _greet, _is_loopback, listen
 from ropewalk.server.settings import ServerSettings
 
 
@@ -112,6 +116,18 @@ def test_the_document_refers_to_nothing_that_is_not_there(server):
     assert named <= {*json.loads(text)["components"]["schemas"]}
 
 
+def test_the_page_of_the_api_names_routes_and_codes_that_there_are(server):
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+    routes = {(method, route.path) for route in server.app.routes for method in getattr(route, "methods", None) or ()}
+    told = re.findall(r"`(GET|POST|PUT|DELETE) (/v1/[a-z/{}]+)", page)
+    assert len(told) >= 10
+    for method, path in told:
+        assert any(method == other and path == re.sub(r"{[a-z_:]+}", "{id}", route) for other, route in routes), path
+    source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "src" / "ropewalk").rglob("*.py"))
+    for code in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", page.partition("| Status |")[2].partition("## Running")[0]):
+        assert f'"{code}"' in source, code
+
+
 def test_a_port_in_use_says_what_to_do():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -174,28 +190,37 @@ async def _reserved(found) -> int:
         return len((await connection.execute(select(uploads.c.id))).all())
 
 
-def test_the_first_start_on_a_terminal_gives_a_key_once(tmp_path):
-    for start in ("first", "second"):
-        leader, follower = os.openpty()
-        with _start(tmp_path, stdout=follower) as process:
-            os.close(follower)
-            url = json.loads(process.stderr.readline())["url"]
-            httpx.get(f"{url}/health", trust_env=False)
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
-        shown = b""
-        try:
-            while piece := os.read(leader, 4096):
-                shown += piece
-        except OSError:  # the other end is closed
-            pass
-        finally:
-            os.close(leader)
-        if start == "first":
-            key = next(word for word in shown.decode().split() if word.startswith("rw-admin-"))
-            assert f"curl {url}/v1/files -H 'x-api-key: {key}' -F file=@README.md" in shown.decode()
-        else:
-            assert shown == b""
+def test_the_first_start_on_a_terminal_gives_a_key(tmp_path):
+    leader, follower = os.openpty()
+    with _start(tmp_path, stdout=follower) as process:
+        os.close(follower)
+        url = json.loads(process.stderr.readline())["url"]
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    shown = b""
+    with suppress(OSError):  # the other end is closed
+        while piece := os.read(leader, 4096):
+            shown += piece
+    os.close(leader)
+    key = next(word for word in shown.decode().split() if word.startswith("rw-admin-"))
+    assert f"curl {url}/v1/files -H 'x-api-key: {key}' -F file=@README.md" in shown.decode()
+
+
+def test_a_later_start_gives_no_key(server, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    told = []
+    server.run(_greet(server.store, ServerSettings(), server.url, told.append))
+    assert told == []
+
+
+def test_an_open_address_without_tls_is_warned_of(server, caplog):
+    for host, cert, warned in [("0.0.0.0", None, True), ("0.0.0.0", Path("cert.pem"), False), ("127.0.0.1", None, False)]:
+        caplog.clear()
+        server.run(_greet(server.store, ServerSettings(host=host, tls_cert=cert), server.url, print))
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert any("--tls-cert" in warning for warning in warnings) is warned
 
 
 def test_tls_is_spoken_with_a_certificate_and_its_absence_is_told(tmp_path):
@@ -215,13 +240,3 @@ def test_tls_is_spoken_with_a_certificate_and_its_absence_is_told(tmp_path):
         assert httpx.get(f"{url}/health", verify=trusted, trust_env=False).json() == {"status": "ok"}
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
-
-
-def test_an_open_address_without_tls_is_warned_of(tmp_path):
-    with _start(tmp_path, "--host", "0.0.0.0", stdout=subprocess.DEVNULL) as process:
-        process.stderr.readline()
-        warning = json.loads(process.stderr.readline())
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-    assert warning["level"] == "warning"
-    assert "--tls-cert" in warning["event"]
