@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -41,6 +42,10 @@ def python(version: str) -> Path:
 
 def typescript() -> tuple[Path, str]:
     """A folder with the newest npm package in it, and its version."""
+    if shutil.which("npm") is None:
+        sys.exit(
+            "the TypeScript SDK needs node 20 or newer with npm, which is not here; `--only VERSION` runs one of the Python ones"
+        )
     folder = FOLDER / "typescript"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "package.json").write_text(json.dumps({"name": "typescript-sdk", "private": True}), encoding="utf-8")

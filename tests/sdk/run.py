@@ -33,6 +33,8 @@ def main() -> int:
     arguments = _arguments()
     versions = [version for version in environments.PYTHON_VERSIONS if arguments.only in (None, version)]
     results: dict[str, dict[str, Counts]] = {}
+    if arguments.only in (None, "typescript"):
+        environments.typescript()  # what is missing is said at once, not after the Python ones
     with tempfile.TemporaryDirectory(prefix="ropewalk-sdk-") as folder, served(Path(folder)) as server:
         if environments.OWN_TESTS in versions:
             results.setdefault(environments.OWN_TESTS, {})["own"] = own_tests(server)
