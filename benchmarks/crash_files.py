@@ -4,7 +4,8 @@
 
 A worker process does mixed work on a store through its public interface; after each call has returned it writes an
 acknowledgement into a pipe. It dies by SIGKILL: two times of three at an injected point (the failpoints of the store, each at its
-first to third pass), else at a random moment. A new process then opens the store, sweeps, and compares:
+first to third pass), else at a random moment. Now and then a second worker shares the store and dies with it, or the sweep that
+follows is killed as well. A new process then opens the store, sweeps, and compares:
 
     lost           a file that was acknowledged and is not there whole; bytes that a row refers to and that are gone or cut short
     ghosts         a file that is visible, or can be read, although its upload was not acknowledged, or its deletion was, or its hour has passed
@@ -106,26 +107,33 @@ def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
     dead: list[str] = []
     turns = itertools.cycle(name for name in FAILPOINTS if place.blobs or name != "blob.copied")
     while totals.kills < wanted and not any(totals.faults.values()):
-        failpoint = next(turns) if rng.random() < 2 / 3 else None
+        # Now and then two processes share the store, each with half of the files in its hands, and die together.
+        callers = [(id, known.caller) for id, known in live.items()]
+        shares = (
+            [dict(callers)] if rng.random() < 0.7 or wanted - totals.kills < 2 else [dict(callers[::2]), dict(callers[1::2])]
+        )
         at_once = rng.choice([1, 4])
-        died = kill_worker(place, rng, {id: known.caller for id, known in live.items()}, failpoint, at_once)
-        totals.kills += 1
-        totals.places[died.at] += 1
-        totals.acknowledged += remember(died.events, live, dead)
+        failpoint = next(turns) if rng.random() < 2 / 3 else None
+        first, *second = [Worker(place, rng, share, None if n else failpoint, at_once) for n, share in enumerate(shares)]
+        died = [first.dies(), *(worker.killed() for worker in second)]
+        for one in died:
+            totals.kills += 1
+            totals.places[one.at] += 1
+            totals.acknowledged += remember(one.events, live, dead)
         if rng.random() < 0.15 and totals.kills < wanted and kill_sweeper(place, rng):
             totals.kills += 1
             totals.places["sweep.erased, or within a sweep"] += 1
-        flying = in_flight(died.events)
+        flying = [event for one in died for event in in_flight(one.events)]
         report = forked(check, place, live, dead, flying)
-        if at_once == 1:
-            demand(report, died.at, flying)
+        if at_once == 1 and not second:
+            demand(report, died[0].at, flying)
         totals.add(report)
         for file in report.late:
             live[file["id"]] = Known(**file)
         for id in report.deleted:
             del live[id]
             dead.append(id)
-        if totals.kills % 50 < 2:
+        if totals.kills % 50 < len(died):
             print(f"{totals.kills} kills, {len(live)} files", end="\r" if sys.stdout.isatty() else "\n", flush=True)
     return totals
 
@@ -173,37 +181,48 @@ class Died:
     events: list[dict[str, Any]]
 
 
-def kill_worker(place: Site, rng: random.Random, live: dict[str, int], failpoint: str | None, at_once: int) -> Died:
-    """One worker from its birth to its SIGKILL."""
-    seed, wanted = rng.getrandbits(60), f"{failpoint}:{rng.choice([1, 1, 2, 3])}"
-    leaning = failpoint.partition(".")[0] if failpoint else ""
-    ours, theirs = os.pipe()
+class Worker:
+    """A process at work on the store, from its birth to its SIGKILL."""
 
-    def run() -> None:
-        if failpoint:
-            os.environ["ROPEWALK_FAILPOINT"] = wanted
-        asyncio.run(work(place, emitter(theirs), seed, live, at_once, leaning))
+    def __init__(self, place: Site, rng: random.Random, live: dict[str, int], failpoint: str | None, at_once: int) -> None:
+        self.rng, self.failpoint = rng, failpoint
+        seed, wanted = rng.getrandbits(60), f"{failpoint}:{rng.choice([1, 1, 2, 3])}"
+        leaning = failpoint.partition(".")[0] if failpoint else ""
+        self.handle, theirs = os.pipe()
 
-    child = fork(run)
-    os.close(theirs)
-    told = bytearray()
-    # One random life in four is measured from its birth, so that the moments of opening the store are met as well.
-    if failpoint or rng.random() > 0.25:
-        told += os.read(ours, 1 << 16)
-    moment = time.monotonic() + (PATIENCE if failpoint else rng.choice([0.1, 0.3, 0.6]) * rng.random())
-    while (left := moment - time.monotonic()) > 0 and select.select([ours], [], [], left)[0]:
-        piece = os.read(ours, 1 << 16)
-        if not piece:
-            break
-        told += piece
-    else:
-        os.kill(child, signal.SIGKILL)
-        failpoint = None
-        while piece := os.read(ours, 1 << 16):
-            told += piece
-    os.close(ours)
-    reap(child, killed=True)
-    return Died(failpoint or "a random moment", [json.loads(line) for line in told.splitlines()])
+        def run() -> None:
+            if failpoint:
+                os.environ["ROPEWALK_FAILPOINT"] = wanted
+            asyncio.run(work(place, emitter(theirs), seed, live, at_once, leaning))
+
+        self.child = fork(run)
+        os.close(theirs)
+        self.told = bytearray()
+
+    def dies(self) -> Died:
+        """Waits for its death at the failpoint, or brings it about at a random moment."""
+        # One random life in four is measured from its birth, so that the moments of opening the store are met as well.
+        if self.failpoint or self.rng.random() > 0.25:
+            self.told += os.read(self.handle, 1 << 16)
+        until = time.monotonic() + (PATIENCE if self.failpoint else self.rng.choice([0.1, 0.3, 0.6]) * self.rng.random())
+        while (left := until - time.monotonic()) > 0 and select.select([self.handle], [], [], left)[0]:
+            piece = os.read(self.handle, 1 << 16)
+            if not piece:
+                return self._end(self.failpoint or "")
+            self.told += piece
+        return self.killed()
+
+    def killed(self) -> Died:
+        """Kills it now."""
+        os.kill(self.child, signal.SIGKILL)
+        while piece := os.read(self.handle, 1 << 16):
+            self.told += piece
+        return self._end("a random moment")
+
+    def _end(self, at: str) -> Died:
+        os.close(self.handle)
+        reap(self.child, killed=True)
+        return Died(at, [json.loads(line) for line in self.told.splitlines()])
 
 
 def kill_sweeper(place: Site, rng: random.Random) -> bool:
