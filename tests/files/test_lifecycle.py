@@ -190,7 +190,7 @@ def test_a_row_whose_bytes_are_gone_is_marked_and_named(opened: Callable) -> Non
     async def body(store, caller):
         lost, whole = await store.put(caller, b"lost", "a.txt"), await store.put(caller, b"whole", "b.txt")
         store.blobs.erase(lost.blob_id)
-        assert await sweep(store, look_for_missing=False) == SweepReport()
+        assert await sweep(store, thorough=False) == SweepReport()
         assert await sweep(store) == SweepReport(missing=1)
         assert await sweep(store) == SweepReport(), "known already"
         with pytest.raises(DamagedContent):

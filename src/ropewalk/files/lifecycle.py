@@ -92,20 +92,21 @@ async def _expire_some(store: Store) -> int:
 # -- the sweep
 
 
-async def sweep(store: Store, *, look_for_missing: bool = True) -> SweepReport:
-    """Expires what is due and sets right what crashes left; `look_for_missing` asks for the size of every stored content."""
+async def sweep(store: Store, *, thorough: bool = True) -> SweepReport:
+    """Expires what is due and sets right what crashes left; a thorough sweep looks at every stored name and every row."""
     report = SweepReport(expired=await expire(store), abandoned=await _abandon(store) + await resumable.expire(store))
-    report.orphans = await _sweep_staged(store) + await _sweep_published(store)
+    report.orphans = await _sweep_staged(store)
     report.erased = await _erase_again(store)
     report.purged = await _purge(store)
-    if look_for_missing:
+    if thorough:
+        report.orphans += await _sweep_published(store)
         report.missing = await _find_missing(store)
     await store.database.forget()
     return report
 
 
 async def _abandon(store: Store) -> int:
-    """Uploads whose lease has run out: what they reserved is given back; their bytes are orphans now."""
+    """Uploads whose lease has run out: what they reserved is given back, and what they stored is erased."""
     async with store.database.reading() as connection:
         late = uploads.c.lease_until < now()
         if (await connection.execute(select(uploads.c.id).where(late).limit(1))).first() is None:
@@ -115,6 +116,10 @@ async def _abandon(store: Store) -> int:
         for row in rows:
             owner = Caller(row.organization_id, row.workspace_id, row.key_id, row.user_id)
             await quotas.release(connection, owner, row.reserved_bytes, reserved=True)
+    for row in rows:  # should one of them publish its bytes after all, they are orphans, which a thorough sweep finds
+        await asyncio.to_thread(store.blobs.discard, row.id)
+        await asyncio.to_thread(store.blobs.erase, row.id)
+        failpoint("sweep.erased")
     return len(rows)
 
 

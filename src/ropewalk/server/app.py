@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
@@ -31,6 +32,7 @@ from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
 
 API = "/v1/"  # what lies under it needs a key
+THOROUGH_SECONDS = 3600.0  # between two sweeps that look at every stored name and every row
 DISCONNECTED = 499  # in the log only: the client went away before it was answered
 
 ROUTES: list[BaseRoute] = [
@@ -76,10 +78,17 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 async def _sweep(app: Starlette) -> None:
+    store, settings, thorough_at = app.state.store, app.state.settings, 0.0
     while True:
-        await asyncio.sleep(app.state.settings.sweep_seconds)
+        await asyncio.sleep(settings.sweep_seconds)
         try:
-            await sweep(app.state.store)
+            thorough = time.monotonic() >= thorough_at  # at the first round, after what may have been a crash
+            await sweep(store, thorough=thorough)
+            if thorough:
+                thorough_at = time.monotonic() + THOROUGH_SECONDS
+            scrubbed = await scrub_step(store, round(settings.scrub_bytes_per_second * settings.sweep_seconds))
+            for id, reason in scrubbed.damaged.items():
+                logs.event("file_damaged", logging.ERROR, file=id, reason=reason)
             app.state.metrics.sweeps.labels("ok").inc()
         except Exception as error:  # the next round tries again
             app.state.metrics.sweeps.labels("failed").inc()

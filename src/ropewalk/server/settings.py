@@ -21,6 +21,7 @@ class ServerSettings:
     drain_seconds: float = 30.0  # requests in progress may finish for so long after the signal to stop
     drain_notice_seconds: float = 0.0  # /ready says no for so long before the server stops listening
     sweep_seconds: float = 60.0  # between two rounds that erase what nobody refers to any more
+    scrub_bytes_per_second: float = 1e6  # at which stored bytes are read and verified, each content once a week; 0: not at all
     connections: int = 1000  # at once; more are answered 503
 
     @property
