@@ -19,6 +19,7 @@ from sqlalchemy import select, update
 from browser import CHROMIUM, chromium, pdf, visit
 from ropewalk.files.receipts import verify
 from ropewalk.files.tables import files
+from ropewalk.server import pages
 from ropewalk.tenants.keys import authenticate, create_key, revoke_key
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in $CHROMIUM")
@@ -214,35 +215,34 @@ def test_names_and_texts_are_never_markup(server, browser):
             expect(page.locator(".sheet pre")).to_have_text("</pre><script>alert(3)</script>")
 
 
-def test_the_list_is_paged_and_searched_in_place(server, browser):
+def test_the_list_is_paged_and_searched_in_place(server, browser, monkeypatch):
+    monkeypatch.setattr(pages, "ROWS", 5)
     _, key = server.workspace("pages many")
 
     async def fill() -> None:
         caller = await server.store.local_caller("pages many")
-        for n in range(120):
+        for n in range(14):
             await server.store.put(caller, b"", f"{'odd' if n % 2 else 'even'}-{n}.bin")
 
     server.run(fill())
-    # A search that overtakes the counting of tokens ends it, which htmx tells the console.
-    with visit(browser, server.url, expected=("htmx:sendAbort", "htmx:afterRequest")) as seen:
+    with visit(browser, server.url) as seen:
         page = seen.sign_in(key).page
         names = page.locator("th[scope=row] a")
-        expect(names.first).to_have_text("odd-119.bin")
-        expect(names).to_have_count(50)
+        expect(names).to_have_text([f"{'odd' if n % 2 else 'even'}-{n}.bin" for n in (13, 12, 11, 10, 9)])
         page.get_by_role("link", name="Older").click()
-        expect(names.first).to_have_text("odd-69.bin")
+        expect(names.first).to_have_text("even-8.bin")
         assert "page=page_" in page.url
         page.get_by_role("link", name="Older").click()
-        expect(names).to_have_count(20)
+        expect(names).to_have_count(4)
         expect(page.get_by_role("link", name="Older")).to_have_count(0)
         page.get_by_role("link", name="Newer").click()
-        expect(names.first).to_have_text("odd-69.bin")
+        expect(names.first).to_have_text("even-8.bin")
         page.go_back()
-        expect(names).to_have_count(20)
+        expect(names).to_have_count(4)
         page.goto(server.url + "/files")
-        page.get_by_role("searchbox").press_sequentially("even-1")
-        expect(names).to_have_count(15)  # 1? no: even; 10 12 14 16 18 and 100 to 118
-        assert page.url.endswith("name=even-1")
+        page.get_by_role("searchbox").press_sequentially("EVEN-1")
+        expect(names).to_have_text(["even-12.bin", "even-10.bin"])
+        assert page.url.endswith("name=EVEN-1")
         expect(page.get_by_role("searchbox")).to_be_focused()
         page.get_by_role("searchbox").fill("none such")
         expect(page.locator("#found")).to_contain_text("No file’s name begins with “none such”.")
@@ -386,7 +386,7 @@ def test_the_pictures_of_the_docs(server, browser, tmp_path):
 
     with visit(browser, server.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 760}) as seen:
         page = seen.sign_in(key).page
-        pages = [f"Lease agreement, page {n}\n\n" + "\n".join(CLAUSES[(n - 1) % 3]) for n in range(1, 13)]
+        leaves = [f"Lease agreement, page {n}\n\n" + "\n".join(CLAUSES[(n - 1) % 3]) for n in range(1, 13)]
         choose(
             page,
             chosen("claims-2026-10.jsonl", b'{"claim": "water damage", "paid": 1840}\n' * 32_000, "application/jsonl"),
@@ -398,7 +398,7 @@ def test_the_pictures_of_the_docs(server, browser, tmp_path):
             ),
         )
         page.get_by_label("Keep").select_option("30 days")
-        choose(page, chosen("Lease agreement.pdf", pdf(*pages), "application/pdf"))
+        choose(page, chosen("Lease agreement.pdf", pdf(*leaves), "application/pdf"))
         server.run(spread())
         page.goto(server.url + "/files")
         expect(page.get_by_role("row", name=re.compile("Lease agreement"))).to_contain_text("~")
