@@ -27,76 +27,89 @@ __all__ = ["Document", "PageImage", "Section", "document", "page_image", "read_d
 
 KEPT = bytes([VERSION])  # before all that is kept; of another version it is made again
 MAX_BYTES = 128 << 20
-CPU_SECONDS, SECONDS = 30, 120  # the second, by the clock, is met only on a machine that is busy with something else
+DOCUMENT, ERROR = b"D", b"E"
+CPU_SECONDS, DRAW_CPU_SECONDS = 30, 10
+SECONDS = 120  # by the clock; met only on a machine that is busy with something else
 MEMORY_BYTES = 1 << 30
 
 
 async def document(store: Store, caller: Caller, id: str) -> Document:
     """The document of a stored file, or the error that reading it gave; either is kept until the file is erased."""
     content = await store.open_content(caller, id)
-    read = await _kept(store, content, "text", content.file.mime_type, "read_serialised")
+    kept = await _kept(store, content)
+    if kept is None:
+        async with _reading.setdefault((asyncio.get_running_loop(), content.name), asyncio.Lock()):
+            kept = await _kept(store, content)  # by whoever held the lock
+            if kept is None:
+                kept = await _verdict(store, content)
+                await store.keep_derived(content.file, "text", content.file.mime_type, KEPT + kept)
+    if kept[:1] == ERROR:
+        raise _error(kept[1:])
     try:
-        return await asyncio.to_thread(Document.from_bytes, read)
+        return await asyncio.to_thread(Document.from_bytes, kept[1:])
     except (ValueError, KeyError, TypeError) as error:
         raise SandboxFailed("the process that read this file gave no document", "crash") from error
 
 
 async def page_image(store: Store, caller: Caller, id: str, number: int) -> bytes:
-    """A page of a stored PDF, or a stored picture (number 1), as PNG; kept until the file is erased."""
+    """A page of a stored PDF, or a stored picture (number 1), as PNG; drawn anew each time, since pictures are large to keep."""
+    shown = (await document(store, caller, id)).images
+    if number not in (image.number for image in shown):
+        raise DocumentError(f"there is no picture {number} of this file; it has {len(shown)}", "document_no_such_page")
     content = await store.open_content(caller, id)
-    return await _kept(store, content, "image", f"{number} {content.file.mime_type}", "render_page", number)
+    return await _call(store, content, DRAW_CPU_SECONDS, "render_page", number)
 
 
-_reading: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str, str, str], asyncio.Lock] = WeakValueDictionary()
+_reading: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
 
 
-async def _kept(store: Store, content: Content, kind: str, name: str, function: str, *arguments: int) -> bytes:
-    """What was made of this content before, or is made now: once, however many ask; a verdict on it counts as made."""
-    file = content.file
-    made = await store.derived(file, kind, name)
-    if made is None or made[:1] != KEPT:
-        key = (asyncio.get_running_loop(), content.name, kind, name)
-        async with _reading.setdefault(key, asyncio.Lock()):
-            made = await store.derived(file, kind, name)
-            if made is None or made[:1] != KEPT:
-                made = KEPT + await _make(store, content, function, *arguments)
-                await store.keep_derived(file, kind, name, made)
-    if made[1:2] == b"E":
-        said = json.loads(made[2:])
-        if said["reason"]:
-            raise SandboxFailed(said["message"], said["reason"])
-        raise DocumentError(said["message"], said["error_code"], **said["details"])
-    return made[2:]
+async def _kept(store: Store, content: Content) -> bytes | None:
+    """What reading this content as this type gave before."""
+    kept = await store.derived(content.file, "text", content.file.mime_type)
+    return kept[1:] if kept is not None and kept[:1] == KEPT else None
 
 
-async def _make(store: Store, content: Content, function: str, *arguments: int) -> bytes:
-    """b'R' and what the function returned, or b'E' and an error that would be the same next time."""
-    file = content.file
+async def _verdict(store: Store, content: Content) -> bytes:
+    """The document, or an error that would be the same next time."""
     try:
-        if file.size > MAX_BYTES:
-            raise DocumentError(
-                f"{file.size:,} bytes are more than the {MAX_BYTES:,} that can be read as a document", "document_too_large"
-            )
-        made = await call_async(
-            f"ropewalk.files.reading:{function}",
-            (file.mime_type, file.filename, *arguments),
-            data=content.chunks(),
-            seconds=SECONDS,
-            cpu_seconds=CPU_SECONDS,
-            memory_bytes=MEMORY_BYTES,
-            result_bytes=HEADER_BYTES + 4 * MAX_CHARACTERS,
-            task=f"reading this {file.mime_type.partition(';')[0]} file",
-        )
-        if not isinstance(made, bytes):
-            raise SandboxFailed("the process that read this file gave no document", "crash")
-        return b"R" + made
-    except DamagedContent:
-        await store.mark_damaged(content.name)
-        raise
+        return DOCUMENT + await _call(store, content, CPU_SECONDS, "read_serialised")
     except DocumentError as error:
         said = {"reason": "", "message": str(error), "error_code": error.error_code, "details": error.details}
     except SandboxFailed as error:
         if error.reason in ("time", "killed"):  # the machine was busy, or out of memory; not the file's fault
             raise
         said = {"reason": error.reason, "message": str(error)}
-    return b"E" + json.dumps(said).encode()
+    return ERROR + json.dumps(said).encode()
+
+
+def _error(kept: bytes) -> DocumentError | SandboxFailed:
+    said = json.loads(kept)
+    if said["reason"]:
+        return SandboxFailed(said["message"], said["reason"])
+    return DocumentError(said["message"], said["error_code"], **said["details"])
+
+
+async def _call(store: Store, content: Content, cpu_seconds: int, function: str, *arguments: int) -> bytes:
+    """What a function of reading.py makes of this content."""
+    file = content.file
+    if file.size > MAX_BYTES:
+        raise DocumentError(
+            f"{file.size:,} bytes are more than the {MAX_BYTES:,} that can be read as a document", "document_too_large"
+        )
+    try:
+        made = await call_async(
+            f"ropewalk.files.reading:{function}",
+            (file.mime_type, file.filename, *arguments),
+            data=content.chunks(),
+            seconds=SECONDS,
+            cpu_seconds=cpu_seconds,
+            memory_bytes=MEMORY_BYTES,
+            result_bytes=HEADER_BYTES + 4 * MAX_CHARACTERS,
+            task=f"reading this {file.mime_type.partition(';')[0]} file",
+        )
+    except DamagedContent:
+        await store.mark_damaged(content.name)
+        raise
+    if not isinstance(made, bytes):
+        raise SandboxFailed("the process that read this file gave no document", "crash")
+    return made

@@ -6,6 +6,8 @@ One reader in readers/ for each kind of file. Nothing here is asynchronous or kn
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -134,7 +136,7 @@ def render_page(data: bytes, media_type: str | None, filename: str, number: int)
 
 
 def _reader(head: bytes, media_type: str | None, filename: str) -> tuple[str, str]:
-    """The plain media type and the reader for it."""
+    """The media type and the reader for it."""
     full = sniff(head, filename, media_type)
     plain = full.partition(";")[0].strip()
     if plain in READERS:
@@ -148,17 +150,15 @@ def _reader(head: bytes, media_type: str | None, filename: str) -> tuple[str, st
     )
 
 
-class _damage_of:
+@contextmanager
+def _damage_of(media_type: str) -> Iterator[None]:
     """Whatever a library raises over hostile bytes is their fault; an error that says more, and lack of memory, pass."""
-
-    def __init__(self, media_type: str) -> None:
-        self.media_type = media_type
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RopewalkError | MemoryError):
-            why = "is nested too deeply" if isinstance(error, RecursionError) else "is damaged, or of another type"
-            raise DocumentError(
-                f"this file cannot be read as {self.media_type}: it {why} ({type(error).__name__})", "document_damaged"
-            ) from error
+    try:
+        yield
+    except (RopewalkError, MemoryError):
+        raise
+    except Exception as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else "is damaged, or of another type"
+        raise DocumentError(
+            f"this file cannot be read as {media_type}: it {why} ({type(error).__name__})", "document_damaged"
+        ) from error
