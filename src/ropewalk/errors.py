@@ -20,6 +20,7 @@
     ├── TooLarge                  413 request_too_large       exit 2   more bytes than may be sent
     ├── RateLimited               429 rate_limit_error        exit 1   too many requests in a minute
     ├── Overloaded                529 overloaded_error        exit 1   no room to work on this now
+    │   └── EngineDied                                                 the process of a model that ended while it was asked
     ├── DamagedContent            500 api_error               exit 1   stored bytes that are not those that were stored
     ├── TrainingStopped                                       exit 1   a run that cannot go on: a NaN, a dead worker
     └── VerificationFailed                                    exit 1   a result that differs from what it must equal
@@ -187,6 +188,10 @@ class Overloaded(RopewalkError):
 
     status = 529
     claude_type = "overloaded_error"
+
+
+class EngineDied(Overloaded):
+    """The process of a model that ended while it was asked; the next request starts another."""
 
 
 class DamagedContent(RopewalkError):

@@ -1,0 +1,172 @@
+"""The engine as whoever asks it sees it: an object of the event loop in front of a process of its own. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ropewalk import errors
+from ropewalk.engine.lines import EngineSettings, read_event, write_request
+from ropewalk.engine.request import Event, Request
+from ropewalk.errors import EngineDied, Overloaded, RopewalkError
+
+LINE = 1 << 26  # bytes of one line at most
+STOP_SECONDS = 10.0
+
+
+class EngineClient:
+    """One base, served by a process that starts with the first request."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.longest = settings.longest or 0  # known once it has started
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._streams: dict[str, asyncio.Queue[Event | None]] = {}
+        self._numbers = itertools.count()
+        self._adapters: dict[str, str] = {}  # name -> folder: what a new process is told first
+
+    async def start(self) -> None:
+        """Starts the process, if it is not there; raises what keeps it from starting."""
+        async with self._starting:
+            if self._process is not None and self._process.returncode is None:
+                return
+            command = [sys.executable, "-m", "ropewalk.engine.worker"]
+            pipe = asyncio.subprocess.PIPE
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWALK_ROOT_KEY")}
+            process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE, env=environment)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(asdict(self.settings)).encode() + b"\n")
+            first = await process.stdout.readline()
+            if not first:
+                raise EngineDied(f"the engine for {self.settings.base} did not start; its messages are on the error stream")
+            ready = json.loads(first)
+            if "failed" in ready:
+                await process.wait()
+                raise _error(ready["failed"], ready["message"])
+            self.longest, self._process = ready["longest"], process
+            self._reader = asyncio.create_task(self._read(process))
+            for name, folder in self._adapters.items():
+                await self._call("load_adapter", name=name, folder=folder)
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """What a request brings, as it comes; closing the iterator cancels it at once."""
+        await self.start()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        sent = replace(request, id=f"{request.id} {next(self._numbers)}")  # one who asks again is not who was cancelled
+        self._streams[sent.id] = events
+        left = request.samples
+        try:
+            await self._call("submit", request=write_request(sent))
+            while left:
+                event = await events.get()
+                if event is None:
+                    raise EngineDied("the engine stopped in the middle of this reply; ask again")
+                left -= bool(event.finish)
+                yield replace(event, id=request.id)
+        finally:
+            self._streams.pop(sent.id, None)
+            if left:
+                with suppress(EngineDied, Overloaded):
+                    self._send({"do": "cancel", "id": sent.id})
+
+    async def load_adapter(self, name: str, folder: Path) -> str:
+        """Makes an adapter known, now and after a restart of the process -> the digest of its files."""
+        await self.start()
+        answer = await self._call("load_adapter", name=name, folder=str(folder))
+        self._adapters[name] = str(folder)
+        return str(answer["digest"])
+
+    async def drop_adapter(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        if self.running:
+            await self._call("drop_adapter", name=name)
+
+    async def forget(self, paths: Iterable[str]) -> None:
+        """Drops segments that were kept under these paths, and all that were read after them."""
+        if self.running:
+            await self._call("forget", paths=list(paths))
+
+    async def flush(self) -> None:
+        """Returns when all segments are on disk."""
+        if self.running:
+            await self._call("flush")
+
+    async def stats(self) -> dict[str, Any]:
+        """What the prefix store did."""
+        return await self._call("stats") if self.running else {}
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def stop(self) -> None:
+        """Ends the process; what it was answering is cut off."""
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        if self._reader is not None:
+            await self._reader
+
+    async def _call(self, do: str, **values: Any) -> dict[str, Any]:
+        number = next(self._numbers)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self._send({"do": do, "call": number, **values})
+            found = await answer
+        finally:
+            self._answers.pop(number, None)
+        if "error" in found:
+            raise _error(found["error"], found["message"])
+        return found
+
+    def _send(self, command: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None or self._process.returncode is not None:
+            raise EngineDied("the engine is not running")
+        self._process.stdin.write(json.dumps(command, separators=(",", ":")).encode() + b"\n")
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            message = json.loads(line)
+            if "events" in message:
+                for found in message["events"]:
+                    event = read_event(found)
+                    if event.id in self._streams:
+                        self._streams[event.id].put_nowait(event)
+            elif message["call"] in self._answers:
+                self._answers[message["call"]].set_result(message)
+        await process.wait()
+        for events in self._streams.values():
+            events.put_nowait(None)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineDied("the engine stopped; ask again"))
+
+
+def _error(name: str, message: str) -> RopewalkError:
+    """An error of the other process, as it was raised there."""
+    kind = getattr(errors, name, RopewalkError)
+    error: RopewalkError = RopewalkError.__new__(kind)
+    Exception.__init__(error, message)
+    return error

@@ -1,0 +1,66 @@
+"""What the engine's process and its client say to each other, as JSON. No torch."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One base, and what its process may use."""
+
+    base: str  # folder
+    weights: str = ""  # names the weights' content
+    dtype: str = "auto"  # auto: the checkpoint's own on a GPU, float32 on CPU
+    device: str = "auto"
+    memory_bytes: int = 2 << 30  # of segments in memory
+    disk_bytes: int = 20 << 30  # of segments on disk
+    folder: str | None = None  # where they lie
+    int8_on_disk: bool = False
+    running: int = 64
+    waiting: int = 256
+    chunk: int = 512
+    longest: int | None = None
+    threads: int | None = None
+
+
+def write_request(request: Request) -> dict[str, Any]:
+    """A request as JSON."""
+    found = asdict(request)
+    for span in found["prefix"]:
+        if span["keep"] is not None:
+            span["keep"]["key"] = base64.b64encode(span["keep"]["key"]).decode()
+    return found
+
+
+def read_request(found: dict[str, Any]) -> Request:
+    """The request that `write_request` was given."""
+    spans = tuple(
+        Span(tuple(s["ids"]), Keep(s["keep"]["path"], base64.b64decode(s["keep"]["key"])) if s["keep"] else None)
+        for s in found["prefix"]
+    )
+    grammar = found["grammar"]
+    values = found | {
+        "prefix": spans,
+        "tail": tuple(found["tail"]),
+        "stop_ids": tuple(found["stop_ids"]),
+        "sampling": Sampling(**found["sampling"]),
+        "grammar": Grammar(grammar["kind"], grammar["text"], tuple(grammar["after"])) if grammar else None,
+    }
+    return Request(**values)
+
+
+def write_event(event: Event) -> dict[str, Any]:
+    """An event as JSON, without what is as usual."""
+    usual = asdict(Event(event.id, 0))
+    return {name: value for name, value in asdict(event).items() if name == "id" or value != usual[name]}
+
+
+def read_event(found: dict[str, Any]) -> Event:
+    """The event that `write_event` was given."""
+    values = {"sample": 0, **found}
+    return Event(**values | {name: tuple(values.get(name, ())) for name in ("ids", "logprobs")})
