@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
@@ -14,7 +15,7 @@ from torch import Tensor
 from ropewalk.engine.request import Grammar
 from ropewalk.errors import BadInput
 
-WHITESPACE = {"whitespace_pattern": "[ ]?"}  # else a model may go on with blanks for ever
+WHITESPACE: Any = {"whitespace_pattern": "[ ]?"}  # else a model may go on with blanks for ever
 
 
 class Grammars:
