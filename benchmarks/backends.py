@@ -16,6 +16,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def _keep_postgres() -> None:
             sys.stdin.read()
         finally:
             server.terminate()  # SIGTERM waits for clients; SIGINT, after it, does not
-            server.send_signal(2)
+            server.send_signal(signal.SIGINT)
             server.wait()
 
 
@@ -195,4 +196,5 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed on the way out
     {"s3": _keep_s3, "postgres": _keep_postgres}[sys.argv[1]]()

@@ -252,4 +252,5 @@ def summary(totals: Totals, backend: str, seed: int, entries: int, seconds: floa
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and servers are removed on the way out
     sys.exit(main())

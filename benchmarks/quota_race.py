@@ -19,6 +19,7 @@ import asyncio
 import gc
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -176,4 +177,5 @@ async def judge(place: Site, limit: Limit, racers: list[Racer]) -> dict[str, Any
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and servers are removed on the way out
     sys.exit(main())
