@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, Select, Text, and_, bindparam, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
@@ -100,7 +100,7 @@ async def find(connection: AsyncConnection, caller: Caller, id: str) -> File:
     """One file, or NotFound."""
     if not ID.fullmatch(id):
         raise missing(id)
-    row = (await connection.execute(_selected().where(files.c.id == id, visible(caller)))).first()
+    row = (await connection.execute(ONE, {"id": id, "workspace": caller.workspace_id, "user": caller.user_id})).first()
     if row is None:
         raise missing(id)
     return as_file(row)
@@ -200,3 +200,10 @@ def _has_tag(connection: AsyncConnection, tag: str) -> ColumnElement[bool]:
     each = (func.json_each if connection.dialect.name == "sqlite" else func.json_array_elements_text)(files.c.tags)
     values = each.table_valued("value")
     return select(1).select_from(values).where(values.c.value == tag).exists()
+
+
+ONE = _selected().where(  # `visible`, put together once: every request for a file asks it
+    files.c.id == bindparam("id"),
+    files.c.workspace_id == bindparam("workspace"),
+    bindparam("user", type_=Text).is_(None) | (files.c.user_id == bindparam("user", type_=Text)),
+)

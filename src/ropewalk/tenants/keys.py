@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -54,6 +54,11 @@ class Key:
 
 
 COLUMNS = [keys.c[field.name] for field in fields(Key)]
+OF_DIGEST = (  # put together once: every request asks it
+    select(*COLUMNS, keys.c.digest, workspaces.c.archived_at)
+    .join_from(keys, workspaces, keys.c.workspace_id == workspaces.c.id, isouter=True)
+    .where(keys.c.digest == bindparam("wanted"))
+)
 
 
 def digest(pepper: bytes, secret: str) -> bytes:
@@ -109,12 +114,7 @@ async def create_key(
 async def authenticate(connection: AsyncConnection, pepper: bytes, secret: str) -> Key | None:
     """The key of a secret, if it opens anything now. Asked anew for every request, so that a revocation holds at once everywhere."""
     wanted = digest(pepper, secret)
-    query = (
-        select(*COLUMNS, keys.c.digest, workspaces.c.archived_at)
-        .join_from(keys, workspaces, keys.c.workspace_id == workspaces.c.id, isouter=True)
-        .where(keys.c.digest == wanted)
-    )
-    row = (await connection.execute(query)).mappings().first()
+    row = (await connection.execute(OF_DIGEST, {"wanted": wanted})).mappings().first()
     if row is None or not hmac.compare_digest(bytes(row["digest"]), wanted) or row["archived_at"] is not None:
         return None
     key = _key(row)

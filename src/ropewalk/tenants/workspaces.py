@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, func, insert, select, tuple_, update
+from sqlalchemy import Select, Text, bindparam, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
@@ -53,6 +53,8 @@ class Page(Generic[Item]):
 
 
 COLUMNS = [workspaces.c[field.name] for field in fields(Workspace)]
+WANTED = bindparam("wanted", type_=Text)
+NAMED = select(*COLUMNS).where((workspaces.c.id == WANTED) | (workspaces.c.name == WANTED))  # once: every request asks it
 
 
 def new_id(kind: str) -> str:
@@ -119,8 +121,7 @@ async def create_workspace(
 
 async def find_workspace(connection: AsyncConnection, id_or_name: str) -> Workspace:
     """A workspace by its id or else its name, archived or not."""
-    query = select(*COLUMNS).where((workspaces.c.id == id_or_name) | (workspaces.c.name == id_or_name))
-    rows = (await connection.execute(query)).mappings().all()
+    rows = (await connection.execute(NAMED, {"wanted": id_or_name})).mappings().all()
     if not rows:
         raise NotFound(f"Workspace `{id_or_name}` not found.")
     return Workspace(**next((row for row in rows if row["id"] == id_or_name), rows[0]))
@@ -188,15 +189,17 @@ async def archive_workspace(
 
 
 async def destroy_workspace_key(database: Database, id: str, *, by: Caller | None = None, request_id: str = "") -> None:
-    """Makes everything that was ever sealed in an archived workspace unreadable, backups without the root key included."""
+    """Makes everything that was ever sealed in an archived workspace unreadable, for ever; its name is free again."""
     async with database.writing() as connection:
         found = await find_workspace(connection, id)
         if found.archived_at is None:
             raise BadInput(
                 f"the workspace '{found.name}' is in use: archive it first, `ropewalk workspaces archive {found.id}`"
             )
-        await connection.execute(update(workspaces).where(workspaces.c.id == found.id).values(sealed_key=None))
-        await append(connection, acting(by, found), "workspace_deleted", found.id, request_id=request_id)
+        mine = (workspaces.c.id == found.id) & workspaces.c.sealed_key.is_not(None)
+        destroyed = await connection.execute(update(workspaces).where(mine).values(sealed_key=None, name=found.id))
+        if destroyed.rowcount:
+            await append(connection, acting(by, found), "workspace_deleted", found.id, request_id=request_id)
     await database.forget()
 
 
