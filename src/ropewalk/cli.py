@@ -542,7 +542,13 @@ def _run_files_restore(arguments: argparse.Namespace) -> int:
 def _tenants(verbs: Verbs) -> None:
     from ropewalk.tenants.verbs import Tenants
 
-    Tenants(_add, _place).add(verbs)
+    Tenants(_add, _place, _run_workspaces_delete).add(verbs)
+
+
+def _run_workspaces_delete(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+
+    return commands.delete_workspace(_local_files(arguments), arguments.receipts, arguments.yes)
 
 
 def _place(arguments: argparse.Namespace) -> Place:

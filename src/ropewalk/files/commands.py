@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from ropewalk.database import timestamp
 from ropewalk.errors import BadInput, OutputError, VerificationFailed
 from ropewalk.files import backup as backups
-from ropewalk.files import integrity, lifecycle, receipts
+from ropewalk.files import closing, integrity, lifecycle, receipts
 from ropewalk.files.catalog import File
 from ropewalk.files.incoming import checked_expiry
 from ropewalk.files.local import LocalFiles, old_files
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
-from ropewalk.tenants.signing import key_id, public_pem, read_public_key
+from ropewalk.tenants.signing import public_pem, read_public_key
 
 SHOWN = 32 << 20  # bytes from which on a person wonders how long it takes
 BLOCK = 1 << 20
@@ -105,6 +105,26 @@ def delete(files: LocalFiles, ids: Sequence[str], receipt_file: Path | None) -> 
     return 0
 
 
+def delete_workspace(files: LocalFiles, receipts_file: Path | None, certain: bool) -> int:
+    """Erases a workspace and all in it; prints each receipt, or saves them, one a line."""
+    count = files.run(lambda store, _: closing.files_of(store, files.workspace))
+    if not certain:
+        raise BadInput(
+            f"the workspace '{files.workspace}' has {count:,} files, and none of them can be got back: say --yes to erase it all"
+        )
+
+    async def work(store: Store, _: Caller) -> None:
+        with receipts_file.open("a", encoding="ascii") if receipts_file else nullcontext(sys.stdout) as out:
+            async for receipt in closing.delete_workspace(store, files.workspace):
+                print(json.dumps(receipt.as_dict()), file=out, flush=True)
+
+    try:
+        files.run(work)
+    except OSError as error:
+        raise OutputError(f"cannot write '{receipts_file}': {error.strerror or error}") from error
+    return 0
+
+
 def verify(files: LocalFiles, as_json: bool) -> int:
     """Reads every byte of the store; exit code 1 and the ids of files that are not whole."""
 
@@ -138,7 +158,7 @@ def verify_receipt(files: Callable[[], LocalFiles], path: Path, public_key: Path
 def receipt_key(files: LocalFiles, as_json: bool) -> int:
     """The public key that receipts are verified with."""
     key = files.run(_public_key)
-    print(json.dumps(key_as_dict(key)) if as_json else public_pem(key), end="\n" if as_json else "")
+    print(json.dumps(receipts.key_as_dict(key)) if as_json else public_pem(key), end="\n" if as_json else "")
     return 0
 
 
@@ -190,11 +210,6 @@ def as_dict(file: File) -> dict[str, Any]:
         "expired": file.expired,
         "tags": list(file.tags),
     }
-
-
-def key_as_dict(key: Ed25519PublicKey) -> dict[str, str]:
-    """The receipts' public key for a program to read."""
-    return {"type": "receipt_key", "algorithm": "Ed25519", "key_id": key_id(key), "public_key": public_pem(key)}
 
 
 async def _public_key(store: Store, _: Caller) -> Ed25519PublicKey:

@@ -19,8 +19,8 @@ NONE = "or 'none'"
 class Tenants:
     """Adds the verbs to a command line; `place` says where the store is that the arguments mean."""
 
-    def __init__(self, add: Add, place: Callable[[argparse.Namespace], Place]) -> None:
-        self._add_verb, self._place = add, place
+    def __init__(self, add: Add, place: Callable[[argparse.Namespace], Place], delete_workspace: Verb) -> None:
+        self._add_verb, self._place, self._delete_workspace = add, place, delete_workspace
 
     def add(self, verbs: Verbs) -> None:
         """The three groups."""
@@ -46,6 +46,21 @@ class Tenants:
             inner, "workspaces archive", "close a workspace for good: its keys end at once", "acme", self._archive_workspace
         )
         archive.add_argument("workspace", help="name or id")
+        delete = self._verb(
+            inner,
+            "workspaces delete",
+            "archive a workspace, erase every file in it, destroy its key, and print the signed receipts, one a line",
+            "acme --yes --receipts acme.jsonl",
+            self._delete_workspace,
+        )
+        delete.add_argument("workspace", help="name or id")
+        delete.add_argument(
+            "--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)"
+        )
+        delete.add_argument("--yes", action="store_true", help="without it, only the number of files is told")
+        delete.add_argument(
+            "--receipts", type=Path, metavar="FILE", help="add the receipts to this file instead of printing them"
+        )
         limit = self._verb(
             inner,
             "workspaces limit",
@@ -214,7 +229,7 @@ class Tenants:
         verb = self._add_verb(verbs, name.split()[1], summary, f"ropewalk {name} {example}".rstrip(), run)
         verb.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
         verb.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
-        if name != "audit export":  # which is JSON in any case
+        if name not in ("audit export", "workspaces delete"):  # which print JSON in any case
             verb.add_argument("--json", action="store_true", help="print JSON")
         return verb
 
