@@ -21,6 +21,7 @@ from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.server import logs
 from ropewalk.server.app import create_app
+from ropewalk.server.protocol import BoundedProtocol
 from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.caller import RIGHTS
 from ropewalk.tenants.keys import create_key, list_keys
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=BoundedProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
