@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,8 @@ from ropewalk.database import Database
 from ropewalk.tenants.workspaces import ensure_default
 from ropewalk.vault import Vault
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 VAULT = Vault(bytes(range(32)))
 Story = Callable[[Database, Vault], Awaitable[Any]]
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Any]:
-    from backends import postgres, postgres_binaries
-
-    if postgres_binaries() is None:
-        pytest.skip("no PostgreSQL on this machine, neither the wheel pgserver nor a package of the system")
-    with postgres() as server:
-        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -35,7 +22,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ropewalk.db'}"
-    return request.getfixturevalue("postgres_server").new_database()
+    return str(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture
