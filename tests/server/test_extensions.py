@@ -4,7 +4,9 @@ import hashlib
 from itertools import count
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from ropewalk.errors import VerificationFailed
 from ropewalk.files.receipts import verify
 
 EXTENDED = {"x-ropewalk-extensions": "true"}
@@ -100,6 +102,17 @@ def test_a_deletion_that_names_nothing_deletes_nothing(http, body):
     assert http.post("/v1/files/delete", content=body).status_code == 400
     assert http.post("/v1/files/delete", json={"ids": [f"file_{n}" for n in range(101)]}).status_code == 400
     assert len(http.get("/v1/files").json()["data"]) == 1
+
+
+def test_a_receipt_verifies_with_the_key_that_the_server_gives(http):
+    id = upload(http)
+    receipt = http.delete(f"/v1/files/{id}", headers=EXTENDED).json()["receipt"]
+    key = http.get("/v1/files/receipt_key").json()
+    public = load_pem_public_key(key["public_key"].encode())
+    assert (key["algorithm"], key["key_id"]) == ("Ed25519", receipt["key_id"])
+    assert verify(receipt, public).is_of(id)
+    with pytest.raises(VerificationFailed):
+        verify({**receipt, "size_bytes": receipt["size_bytes"] + 1}, public)
 
 
 def test_usage_is_told_for_the_workspace_the_key_and_the_user(server):

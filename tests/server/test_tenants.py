@@ -177,6 +177,7 @@ WITHOUT_IDS = {
     ("POST", "/v1/files/resumable"): "begins an upload of the caller's own",
     ("OPTIONS", "/v1/files/resumable"): "tells what the server can",
     ("GET", "/v1/files/usage"): "of the caller's own; tested below",
+    ("GET", "/v1/files/receipt_key"): "the installation's public key",
     ("GET", "/v1/models"): "models are the installation's, and every key's",
     ("GET", "/v1/models/{model_id}"): "models are the installation's, and every key's",
     ("GET", "/health"): "public",

@@ -23,7 +23,7 @@ from ropewalk.database import now, timestamp
 from ropewalk.errors import NotFound, VerificationFailed
 from ropewalk.files.tables import deletions
 from ropewalk.tenants.caller import Caller
-from ropewalk.tenants.signing import canonical, check_signature, sign
+from ropewalk.tenants.signing import canonical, check_signature, key_id, public_pem, sign
 from ropewalk.tenants.tables import chains
 
 CHAIN = "receipts"
@@ -149,6 +149,11 @@ async def find(connection: AsyncConnection, caller: Caller, file_id: str, sequen
     if receipt is None or not receipt.is_of(file_id):
         raise NotFound(f"There is no receipt {sequence} of a file `{file_id}`.")
     return receipt
+
+
+def key_as_dict(key: Ed25519PublicKey) -> dict[str, str]:
+    """The public key that receipts are verified with, as a JSON object."""
+    return {"type": "receipt_key", "algorithm": "Ed25519", "key_id": key_id(key), "public_key": public_pem(key)}
 
 
 def id_digest(file_id: str) -> str:

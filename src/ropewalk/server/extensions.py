@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from ropewalk.database import timestamp
 from ropewalk.errors import BadInput, NotFound
-from ropewalk.files import catalog
+from ropewalk.files import catalog, receipts
 from ropewalk.files.store import Store
 from ropewalk.server import body, tus
 from ropewalk.server.auth import caller_of
@@ -124,8 +124,22 @@ def _strings(content: dict[str, Any], name: str) -> list[str]:
     return values
 
 
+@operation(
+    "the public key that the receipts of deletions are verified with",
+    {
+        200: record(
+            {"type": {"const": "receipt_key"}, "algorithm": {"const": "Ed25519"}, "key_id": STRING, "public_key": STRING}
+        )
+    },
+)
+async def receipt_key(request: Request) -> JSON:
+    """GET /v1/files/receipt_key"""
+    return JSON(receipts.key_as_dict(request.app.state.store.signing_key.public_key()))
+
+
 routes: list[BaseRoute] = [  # before those of files.py, which take any word for an id
     Route("/v1/files/usage", usage),
+    Route("/v1/files/receipt_key", receipt_key),
     Route("/v1/files/delete", delete_many, methods=["POST"]),
     *tus.routes,
     Route("/v1/files/{file_id}/details", details),
