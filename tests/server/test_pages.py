@@ -60,7 +60,7 @@ def choose(page: Page, *some: dict[str, object]) -> None:
 
 def test_sign_in_and_out(server, browser):
     _, key = server.workspace("pages sign in")
-    with visit(browser, server.url) as seen:
+    with visit(browser, server.url, expected=("401 (Unauthorized)",)) as seen:
         page = seen.page
         page.goto(server.url + "/files?name=x")
         assert page.url.startswith(server.url + "/login?next=")

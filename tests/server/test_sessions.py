@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import select
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,6 +18,7 @@ from ropewalk.database import now
 from ropewalk.server import pages, sessions, visitors, words
 from ropewalk.tenants.keys import authenticate, revoke_key
 from ropewalk.tenants.quotas import set_limit
+from ropewalk.tenants.tables import audit
 
 STATIC = Path(pages.__file__).parent / "static"
 TEMPLATES = Path(pages.__file__).parent / "templates"
@@ -405,6 +407,47 @@ def test_a_page_that_is_asked_wrongly_says_so(server):
             content=b"csrf=" + b"x" * 20_000,
         )
         assert long.status_code == 413
+
+
+def test_refusals_are_in_the_audit_log(server):
+    _, key = server.workspace("sessions refused")
+
+    async def entries() -> list[tuple[str, str]]:
+        async with server.store.database.reading() as connection:
+            query = select(audit.c.subject, audit.c.outcome).where(audit.c.action == "denied").order_by(audit.c.seq.desc())
+            return [tuple(row) for row in await connection.execute(query.limit(3))]
+
+    with browsing(server, key) as http:
+        assert http.get("/files/file_none").status_code == 404
+        assert http.send_form("/workspace", http.token("/files"), workspace_id="wrkspc_other").status_code == 403
+    with browsing(server) as http:
+        assert http.send_form("/login", http.token(), key="rw-key-wrong").status_code == 401
+    wanted = [("/login", "wrong_key"), ("/workspace", "missing_right"), ("file_none", "no_such_id")]
+    for _ in range(100):  # they are written once the answer is out
+        if (found := server.run(entries())) == wanted:
+            break
+        time.sleep(0.05)
+    assert found == wanted
+
+
+def test_a_damaged_file_is_said_so_and_the_list_stays(server):
+    _, key = server.workspace("sessions damaged")
+    file = upload(server, key, "damaged.txt", b"these bytes will change " * 100)
+    stored = server.run(server.store.show(server.run(server.store.local_caller("sessions damaged")), file))
+    place = next((server.data / "files").rglob(stored.blob_id))
+    place.write_bytes(place.read_bytes()[:-1] + b"x")
+    with browsing(server, key) as http:
+        assert "damaged.txt" in http.get("/files?read=1").text
+        page = http.get(f"/files/{file}?from=0")
+        assert (page.status_code, "What is stored of this file is damaged" in page.text) == (200, True)
+        assert http.get(f"/files/{file}/content").status_code == 500
+
+
+def test_requests_are_counted_against_the_limit_of_the_workspace(server):
+    _, key = server.workspace("sessions limited", requests_per_minute=2)
+    with browsing(server, key) as http:
+        assert [http.get("/files").status_code for _ in range(3)] == [200, 200, 429]
+        assert int(http.get("/files").headers["retry-after"]) > 0
 
 
 # -- words

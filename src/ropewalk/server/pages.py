@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from ropewalk.errors import BadInput, NotFound, PermissionDenied, RopewalkError
+from ropewalk.errors import AuthenticationFailed, BadInput, DamagedContent, NotFound, PermissionDenied, RopewalkError
 from ropewalk.files import receipts
 from ropewalk.files.catalog import File, Listing
 from ropewalk.files.documents import document, page_image
 from ropewalk.server import body, download, forms, sessions, texts, views, wire, words
+from ropewalk.server.denied import write_down
 from ropewalk.server.previews import Preview, preview_of
 from ropewalk.server.sessions import Session
 from ropewalk.server.visitors import (
@@ -68,10 +70,12 @@ async def login(request: Request) -> Response:
         key = await authenticate(connection, store.pepper, form.get("key", "").strip())
     if key is None:
         problem = "This key opens nothing here: it is mistyped, revoked or expired, or another server’s."
-        return await _login_page(request, session, target, problem)
-    response = RedirectResponse(target, 303)
-    sessions.write(response, request, store.vault, sessions.begin(key.id))
-    return response
+        response = await _login_page(request, session, target, problem)
+        response.status_code, response.background = 401, BackgroundTask(write_down, request, AuthenticationFailed(problem))
+        return response
+    redirect = RedirectResponse(target, 303)
+    sessions.write(redirect, request, store.vault, sessions.begin(key.id))
+    return redirect
 
 
 async def logout(request: Request, visitor: Visitor) -> Response:
@@ -161,14 +165,14 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
         known |= await texts.count_some(store, visitor.caller, [] if known else [found])
         try:
             preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", start)
-        except BadInput as error:
-            preview = Preview(problem=words.sentence(str(error)))
+        except (BadInput, DamagedContent) as error:
+            preview = Preview(problem=words.sentence(wire.failure(error).message))
     page = views.file_page(
         found,
         known.get(id),
         preview,
         later,
-        base=str(request.base_url).rstrip("/"),
+        base=f"{'https' if sessions.by_tls(request) else 'http'}://{request.url.netloc}",
         may_download=found.downloadable and not found.expired and visitor.may("download"),
         may_write=visitor.may("write"),
     )

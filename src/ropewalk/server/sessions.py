@@ -46,19 +46,22 @@ def begin(key_id: str | None = None, workspace_id: str | None = None) -> Session
 
 def read(request: Request, vault: Vault) -> Session | None:
     """The session of a request; None for no cookie, a forged one or one whose hours have passed."""
-    text = request.cookies.get(SECURE) or request.cookies.get(PLAIN, "")
-    try:
-        sealed = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
-        session = Session(**json.loads(vault.unwrap(sealed, PURPOSE)))
-    except (ValueError, DamagedContent):
-        return None
-    return session if now() < session.ends_at else None
+    for name in (SECURE, PLAIN):
+        text = request.cookies.get(name, "")
+        try:
+            sealed = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
+            session = Session(**json.loads(vault.unwrap(sealed, PURPOSE)))
+        except (ValueError, DamagedContent):
+            continue
+        if now() < session.ends_at:
+            return session
+    return None
 
 
 def write(response: Response, request: Request, vault: Vault, session: Session) -> None:
     """Hands the session to the browser, for as long as it still lasts."""
     sealed = vault.wrap(json.dumps(asdict(session)).encode(), PURPOSE)
-    secure = _by_tls(request)
+    secure = by_tls(request)
     name, other = (SECURE, PLAIN) if secure else (PLAIN, SECURE)
     _delete(response, {other} & set(request.cookies))
     response.set_cookie(
@@ -104,6 +107,8 @@ def check_origin(request: Request) -> None:
         )
 
 
-def _by_tls(request: Request) -> bool:
-    # Behind a proxy that ends TLS only the browser knows: it says so with each form, and could deceive but itself.
-    return request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")
+def by_tls(request: Request) -> bool:
+    """Whether the browser reached us over TLS. Behind a proxy that ends it only the browser knows: it says so with each form, and by
+    which cookie it was given; it could deceive but itself."""
+    told = SECURE in request.cookies or request.headers.get("origin", "").startswith("https://")
+    return told or request.url.scheme == "https"

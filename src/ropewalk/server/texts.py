@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import select
 
-from ropewalk.errors import BadInput, NotFound, Overloaded
+from ropewalk.errors import BadInput, DamagedContent, NotFound, Overloaded, SandboxFailed
 from ropewalk.files.catalog import File
 from ropewalk.files.documents import document
 from ropewalk.files.store import Store
@@ -44,11 +44,11 @@ async def _read(store: Store, caller: Caller, file: File) -> str | None:
     try:
         text = (await document(store, caller, file.id)).text
         name = str(-(-len(text.encode()) // BYTES_PER_TOKEN)) if text.strip() else NO_TEXT
-    except Overloaded:
-        return None
-    except BadInput:
+    except BadInput as error:
+        if isinstance(error, SandboxFailed) and error.reason in ("time", "killed"):  # the machine's fault, not the file's
+            return None
         name = NO_TEXT
-    except NotFound:  # deleted meanwhile, or expired
+    except (Overloaded, DamagedContent, NotFound):  # the last: deleted meanwhile, or expired
         return None
     try:
         await store.keep_derived(file, KIND, name, b"")

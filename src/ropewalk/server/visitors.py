@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ropewalk.errors import AuthenticationFailed, BadInput, NotFound, RopewalkError, TooLarge
 from ropewalk.files.store import Store
 from ropewalk.server import body, sessions, views, wire, words
+from ropewalk.server.denied import write_down
 from ropewalk.server.sessions import Session
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.keys import Key, admit, find_key
@@ -163,14 +166,17 @@ def _sign_in_first(request: Request) -> Response:
 
 async def _refusal(request: Request, visitor: Visitor | None, error: RopewalkError) -> Response:
     failure = wire.failure(error)
+    refused = BackgroundTask(write_down, request, error)
     if wants_json(request):
-        return wire.JSON(failure.body(request_id_of(request)), failure.status)
+        return wire.JSON(failure.body(request_id_of(request)), failure.status, background=refused)
     try:
         heading = HTTPStatus(failure.status).phrase
     except ValueError:
         heading = "Busy"
     response = await show(request, visitor, "error.html", heading, views.ErrorPage(heading, words.sentence(failure.message)))
-    response.status_code = failure.status
+    response.status_code, response.background = failure.status, refused
+    if failure.retry_after is not None:
+        response.headers["retry-after"] = str(math.ceil(failure.retry_after))
     return response
 
 
