@@ -40,7 +40,7 @@ from crash_work import Known, Report, check, emitter, prepare, sweep_once, verif
 from forks import fork, forked, reap
 from measure import machine, table, write_json
 from ropewalk.files import buckets
-from sites import BACKENDS, Site, site
+from sites import BACKENDS, Site, sites
 
 PIECE = 400_000  # of a blob in a bucket, so that many blobs are several objects, and some are killed half copied
 ABSENT = (  # an upload killed there is not there
@@ -83,8 +83,9 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = arguments.kills or (100 if arguments.quick else 1000)
     begun = time.perf_counter()
-    with site(arguments.backend) as place:
+    with sites(arguments.backend) as new_site:
         buckets.PIECE = PIECE
+        place = new_site()
         place = replace(place, callers=tuple(forked(prepare, place)))
         gc.freeze()  # what every forked process shares is not to be copied by its garbage collector
         totals = torture(place, wanted, random.Random(arguments.seed))
@@ -120,6 +121,7 @@ def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
             totals.kills += 1
             totals.places[one.at] += 1
             totals.acknowledged += remember(one.events, live, dead)
+            totals.faults["lost"] += [event["lost"] for event in one.events if "lost" in event]
         if rng.random() < 0.15 and totals.kills < wanted and kill_sweeper(place, rng):
             totals.kills += 1
             totals.places["sweep.erased, or within a sweep"] += 1

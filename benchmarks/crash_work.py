@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import func, select, text
 
 from ropewalk.database import now
-from ropewalk.errors import FileExpired, NotFound, OutputError, Overloaded, QuotaExceeded
+from ropewalk.errors import DamagedContent, FileExpired, NotFound, OutputError, Overloaded, QuotaExceeded
 from ropewalk.files import tables
 from ropewalk.files.lifecycle import expire, sweep
 from ropewalk.files.store import Store
@@ -188,6 +188,8 @@ class Work:
             assert hashlib.sha256(data).hexdigest() == content.file.sha256
         except FileExpired:
             pass
+        except DamagedContent as error:
+            self.emit({"lost": f"{id}: {error}"})
         self.live[id] = caller
         self.end(number)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import os
 import random
 import signal
@@ -35,10 +36,10 @@ from ropewalk.files import tables
 from ropewalk.files.store import Store
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
-from sites import BACKENDS, Site, site
+from sites import BACKENDS, Site, sites
 
 UPLOADS = 200
-RACES = (("local", 1), ("local", 4), ("postgres-s3", 1), ("postgres-s3", 4))  # backend, processes
+PROCESSES = (1, 4)
 LEASE = 60.0
 
 
@@ -69,13 +70,13 @@ def main() -> int:
     uploads = 60 if arguments.quick else UPLOADS
     rng = random.Random(arguments.seed)
     rows: list[dict[str, Any]] = []
-    for backend, processes in RACES:
-        if arguments.backend not in (None, backend):
-            continue
-        for what in ("bytes", "files"):
-            sizes = [rng.randrange(50_000) for _ in range(uploads)]
-            limit = Limit(sum(sizes) // 3, None) if what == "bytes" else Limit(None, uploads // 3)
-            rows.append({"backend": backend, "processes": processes, "limit": what, **race(backend, processes, sizes, limit)})
+    for backend in [arguments.backend] if arguments.backend else BACKENDS:
+        with sites(backend) as new_site:
+            for processes, what in itertools.product(PROCESSES, ("bytes", "files")):
+                sizes = [rng.randrange(50_000) for _ in range(uploads)]
+                limit = Limit(sum(sizes) // 3, None) if what == "bytes" else Limit(None, uploads // 3)
+                row = {"backend": backend, "processes": processes, "limit": what}
+                rows.append({**row, **race(new_site(), processes, sizes, limit)})
     shown = ("backend", "processes", "limit", "uploads", "acknowledged", "refused", "filled", "over", "lost", "seconds")
     print(table(shown, [[row[key] for key in shown] for row in rows]))
     over, lost = (sum(row[key] for row in rows) for key in ("over", "lost"))
@@ -83,20 +84,19 @@ def main() -> int:
     return int(bool(over or lost))
 
 
-def race(backend: str, processes: int, sizes: list[int], limit: Limit) -> dict[str, Any]:
+def race(place: Site, processes: int, sizes: list[int], limit: Limit) -> dict[str, Any]:
     """One race in a place of its own."""
-    with site(backend) as place:
-        place = replace(place, callers=(forked(prepare, place, limit),))
-        gc.freeze()
-        start, go = os.pipe()
-        begun = time.perf_counter()
-        answers = [Answer(run, place, sizes[n::processes], limit, start) for n in range(processes)]
-        os.write(go, bytes(processes))
-        racers = [answer.wait() for answer in answers]
-        seconds = time.perf_counter() - begun
-        os.close(start)
-        os.close(go)
-        return {**forked(judge, place, limit, racers), "uploads": len(sizes), "seconds": round(seconds, 2)}
+    place = replace(place, callers=(forked(prepare, place, limit),))
+    gc.freeze()
+    start, go = os.pipe()
+    begun = time.perf_counter()
+    answers = [Answer(run, place, sizes[n::processes], limit, start) for n in range(processes)]
+    os.write(go, bytes(processes))
+    racers = [answer.wait() for answer in answers]
+    seconds = time.perf_counter() - begun
+    os.close(start)
+    os.close(go)
+    return {**forked(judge, place, limit, racers), "uploads": len(sizes), "seconds": round(seconds, 2)}
 
 
 async def prepare(place: Site, limit: Limit) -> Caller:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +32,15 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(backend: str) -> Iterator[Site]:
-    """An empty place for a store, gone afterwards; with a root key of its own in the environment."""
+def sites(backend: str) -> Iterator[Callable[[], Site]]:
+    """Makes empty places for stores, all gone afterwards; with a root key of its own in the environment."""
     os.environ["ROPEWALK_ROOT_KEY"] = base64.b64encode(os.urandom(32)).decode()
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="ropewalk-site-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if backend == "local":
-            yield Site(str(folder))
-            return
-        server, bucket = stack.enter_context(postgres()), stack.enter_context(s3())
-        os.environ.update(bucket.environment)
-        yield Site(str(folder), server.new_database(), bucket.new_url())
+            yield lambda: Site(tempfile.mkdtemp(dir=folder))
+        else:
+            server, bucket = stack.enter_context(postgres()), stack.enter_context(s3())
+            os.environ.update(bucket.environment)
+            yield lambda: Site(tempfile.mkdtemp(dir=folder), server.new_database(), bucket.new_url())
