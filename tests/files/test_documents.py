@@ -492,6 +492,18 @@ def test_a_file_too_large_to_read_is_not_opened(opened, calls, monkeypatch):
     opened(body)
 
 
+def test_what_the_machine_lacks_is_said(monkeypatch):
+    held = sandbox.containment()
+    assert held["seccomp"]
+    monkeypatch.setattr(documents, "containment", lambda: {**held, "landlock": True})
+    assert documents.weakness() is None
+    monkeypatch.setattr(documents, "containment", lambda: {**held, "landlock": False})
+    assert "a user of its own" in documents.weakness()
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(documents, "containment", sandbox.containment)
+    assert "run the server in a container" in documents.weakness()
+
+
 def test_every_reader_is_there():
     for name in {*reading.READERS.values(), "text"}:
         assert Path(reading.__file__).with_name("readers").joinpath(f"{name}.py").is_file()

@@ -14,16 +14,16 @@ import json
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from ropewalk.errors import DamagedContent, DocumentError, SandboxFailed
+from ropewalk.errors import DamagedContent, DocumentError, RopewalkError, SandboxFailed
 from ropewalk.files.reading import HEADER_BYTES, MAX_CHARACTERS, VERSION, Document, PageImage, Section, read_document
-from ropewalk.sandbox import call_async
+from ropewalk.sandbox import call_async, containment
 
 if TYPE_CHECKING:
     from ropewalk.files.content import Content
     from ropewalk.files.store import Store
     from ropewalk.tenants.caller import Caller
 
-__all__ = ["Document", "PageImage", "Section", "document", "page_image", "read_document"]
+__all__ = ["Document", "PageImage", "Section", "document", "page_image", "read_document", "weakness"]
 
 KEPT = bytes([VERSION])  # before all that is kept; of another version it is made again
 MAX_BYTES = 128 << 20
@@ -58,6 +58,20 @@ async def page_image(store: Store, caller: Caller, id: str, number: int) -> byte
         raise DocumentError(f"there is no picture {number} of this file; it has {len(shown)}", "document_no_such_page")
     content = await store.open_content(caller, id)
     return await _call(store, content, DRAW_CPU_SECONDS, "render_page", number)
+
+
+def weakness() -> str | None:
+    """What whoever runs the server should know of how hostile documents are held on this machine; None if all is in place."""
+    try:
+        held = containment()
+    except RopewalkError as error:
+        return f"no document can be read here: {error}"
+    if not held["landlock"]:
+        return (
+            "this kernel has no Landlock, so a process that a hostile document takes over can read what this user can: "
+            "run the server as a user of its own, and keep the root key out of files"
+        )
+    return None
 
 
 _reading: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()

@@ -17,6 +17,7 @@ import uvloop
 from starlette.applications import Starlette
 
 from ropewalk.errors import BadInput
+from ropewalk.files.documents import weakness
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.server import logs
@@ -119,6 +120,8 @@ async def _greet(store: Store, settings: ServerSettings, url: str, tell: Callabl
             logging.WARNING,
             url=url,
         )
+    if lacking := await asyncio.to_thread(weakness):
+        logs.event(lacking, logging.WARNING)
     if (await list_keys(store.database, limit=1)).items:
         return
     if not sys.stdout.isatty():  # a secret does not belong in a log
