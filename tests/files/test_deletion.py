@@ -177,6 +177,28 @@ def test_an_erasure_that_was_cut_short_is_done_by_the_sweep(opened: Callable, mo
     opened(body)
 
 
+def test_what_was_made_on_another_machine_waits_for_its_own_sweep(
+    opened: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(store, caller):
+        made = tmp_path / "made"
+        with monkeypatch.context() as patch:
+            patch.setattr("platform.node", lambda: "trainer")
+            file = await store.put(caller, b"rows", "a.txt")
+            await store.register_path(file.id, "tokens", made)
+        await store.delete(caller, file.id)  # by a server that does not see the trainer's disk
+        assert (await sweep(store)).erased == 0
+        made.mkdir()
+        (made / "tokens.bin").write_bytes(b"rows")
+        with monkeypatch.context() as patch:
+            patch.setattr("platform.node", lambda: "trainer")
+            assert (await sweep(store)).erased == 1
+            assert not made.exists()
+            assert (await sweep(store)).erased == 0
+
+    opened(body)
+
+
 def test_two_deletions_at_once_give_one_receipt(opened: Callable) -> None:
     async def body(store, caller):
         file = await store.put(caller, b"once", "a.txt")

@@ -165,9 +165,8 @@ async def _erase_again(store: Store) -> int:
         if not rows:
             return count
         last = (rows[-1].place, rows[-1].stored)
-        await store.erase([(row.place, row.stored) for row in rows])
+        count += await store.erase([(row.place, row.stored) for row in rows])
         failpoint("sweep.erased")
-        count += len(rows)
 
 
 async def _purge(store: Store) -> int:

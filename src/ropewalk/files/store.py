@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -229,18 +229,22 @@ class Store:
             await connection.execute(self.database.upsert(erasures).on_conflict_do_nothing(), rows)
         return Released(tuple(sorted({row.kind for row in made})), shared, tuple(doomed))
 
-    async def erase(self, doomed: Sequence[Doomed]) -> None:
-        """Erases bytes that the table of erasures names, and then their names from it."""
+    async def erase(self, doomed: Sequence[Doomed]) -> int:
+        """Erases bytes that the table of erasures names, and then their names from it; how many that were."""
         done = []
         for place, stored in doomed:
             try:
-                await asyncio.to_thread(_erase_path if place == "path" else self.blobs.erase, stored)
+                if place == "blobs":
+                    await asyncio.to_thread(self.blobs.erase, stored)
+                elif not await asyncio.to_thread(_erase_path, stored):
+                    continue  # it lies on another machine, whose own sweep will find its name in the table
                 done.append((place, stored))
             except (OSError, OutputError) as error:  # the table still names them, and the sweep tries again
                 log.warning("cannot erase bytes of a deleted file yet: %s", type(error).__name__)
         if done:
             async with self.database.writing() as connection:
                 await connection.execute(delete(erasures).where(tuple_(erasures.c.place, erasures.c.stored).in_(done)))
+        return len(done)
 
     # -- what is made from files
 
@@ -277,7 +281,7 @@ class Store:
 
     async def register_path(self, file_id: str, kind: str, path: Path) -> None:
         """A file or folder outside the store that was made from a file, to be erased with it."""
-        stored = str(path.resolve())
+        stored = f"{platform.node()}:{path.resolve()}"
         row = {"owner": file_id, "kind": kind, "name": stored, "place": "path", "stored": stored, "size": 0}
         async with self.database.writing() as connection:
             if not (await connection.execute(select(files.c.id).where(files.c.id == file_id))).scalar():
@@ -313,10 +317,15 @@ class Store:
             return None
 
 
-def _erase_path(stored: str) -> None:
-    path = Path(stored)
+def _erase_path(stored: str) -> bool:
+    """Erases MACHINE:PATH; False where it is neither here nor this machine's. Machines may change their names, so being here counts."""
+    machine, _, name = stored.partition(":")
+    path = Path(name)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        return True
+    try:
+        path.unlink()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return machine == platform.node()
