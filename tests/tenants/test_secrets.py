@@ -3,11 +3,13 @@
 import asyncio
 
 import pytest
+from sqlalchemy import select
 
 from ropewalk.database import Database
 from ropewalk.errors import BadInput
 from ropewalk.tenants.keys import authenticate, create_key
 from ropewalk.tenants.secrets import NAMES, open_secret, rotate_root, signing_key
+from ropewalk.tenants.tables import secrets, workspaces
 from ropewalk.tenants.workspaces import (
     archive_workspace,
     create_workspace,
@@ -89,8 +91,8 @@ def test_a_rotation_leaves_no_key_wrapped_by_the_old_root_in_the_files(tmp_path)
         database = await Database.open(f"sqlite:///{tmp_path / 'ropewalk.db'}")
         await ensure_default(database, vault)
         async with database.reading() as connection:
-            before = (await connection.exec_driver_sql("SELECT sealed FROM secrets")).scalars().all()
-            before += (await connection.exec_driver_sql("SELECT sealed_key FROM workspaces")).scalars().all()
+            before = (await connection.execute(select(secrets.c.sealed))).scalars().all()
+            before += (await connection.execute(select(workspaces.c.sealed_key))).scalars().all()
         await rotate_root(database, vault, OTHER)
         kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
         await database.close()

@@ -189,7 +189,7 @@ async def archive_workspace(
 
 
 async def destroy_workspace_key(database: Database, id: str, *, by: Caller | None = None, request_id: str = "") -> None:
-    """Makes everything that was ever sealed in an archived workspace unreadable, for ever; its name is free again."""
+    """Makes everything that is sealed in an archived workspace unreadable, but in backups; its name is free again."""
     async with database.writing() as connection:
         found = await find_workspace(connection, id)
         if found.archived_at is None:
