@@ -110,3 +110,39 @@ def test_a_body_may_take_longer_than_a_head(server, monkeypatch):
             time.sleep(0.15)
             connection.sendall(body[start : start + 40_000])
         assert received(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_that_was_answered_is_not_read_for_ever(server, monkeypatch):
+    monkeypatch.setattr(protocol, "DISCARD_SECONDS", 0.3)
+    with connected(server) as connection:
+        connection.sendall(b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
+        with pytest.raises(ConnectionError):
+            trickle(connection, 400)
+
+
+def trickle(connection: socket.socket, count: int) -> None:
+    for _ in range(count):
+        connection.sendall(b"x")
+        time.sleep(0.02)
+
+
+def test_the_rest_of_a_body_that_was_answered_may_take_longer_than_a_head(server, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+    with connected(server) as connection:
+        connection.sendall(b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
+        for _ in range(10):
+            time.sleep(0.05)
+            connection.sendall(b"x" * 100)
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_is_no_request_is_answered_in_the_shape_of_all_errors(server):
+    with connected(server) as connection:
+        connection.sendall(b"nothing of the kind\r\n\r\n")
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert f"request-id: {json.loads(body)['request_id']}" in head.decode()
