@@ -54,7 +54,7 @@ ABSENT = (  # an upload killed there is not there
 COMMITTED = ("upload.committed",)
 DELETED = ("delete.committed", "delete.erased")
 FAILPOINTS = (*ABSENT, *COMMITTED, *DELETED, "expire.committed")
-PATIENCE = 3.0  # seconds until a worker that did not reach its failpoint is killed where it is
+PATIENCE = 1.5  # seconds until a worker that did not reach its failpoint is killed where it is
 
 
 @dataclass

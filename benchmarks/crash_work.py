@@ -27,7 +27,7 @@ from ropewalk.tenants.workspaces import create_workspace
 from ropewalk.vault import CHUNK, sealed_size
 from sites import Site
 
-LEASE = 0.25  # seconds; an upload that its process took with it is given up after so long
+LEASE = 0.15  # seconds; an upload that its process took with it is given up after so long
 SIZES = [0, 1, 700, 5_000, 70_000, CHUNK - 1, CHUNK, CHUNK + 1, 2_500_000]
 LIKELY = [1, 1, 6, 6, 4, 1, 1, 1, 1]
 SHARED = 6  # contents that are uploaded again and again, so that bytes are shared
