@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from collections.abc import Mapping
@@ -72,6 +73,8 @@ BROKEN_JSON = [
 ]
 BROKEN_JSON += [b"\xef\xbb\xbf{}", b'{"limit_bytes":1e400}', b'{"limit_bytes":99999999999999999999999}', b'{"ids":["\\u0000"]}']
 
+HEADER_VALUES += [b"y" * 5_000, b"y" * 100_000]
+
 ODD_TEXT = st.one_of(st.text(max_size=300), st.sampled_from(NASTY_NAMES))
 ODD_BYTES = st.one_of(ODD_TEXT.map(str.encode), st.binary(max_size=300), st.just(b"\xff\xfe"), st.just(b"\x80" * 50))
 ONE_LINE = ODD_BYTES.map(lambda value: value.replace(b"\r", b"").replace(b"\n", b""))
@@ -96,7 +99,7 @@ class Hostile:
 
 FAULTS = (
     "name filename number part-header media encoding no-headers many-headers long-header boundary other-boundary ending preamble cut bytes "
-    "content-type request-header many-parts more less twice both none odd bad-chunks pause hang-up"
+    "content-type request-header many-parts gzip more less twice both none odd bad-chunks pause hang-up"
 ).split()
 # One thing wrong at a time reaches deeper than ten, and often there is nothing wrong but what the part holds.
 SOME_FAULTS = st.lists(st.sampled_from(FAULTS), max_size=2).map(frozenset)
@@ -168,6 +171,10 @@ def uploads(draw: st.DrawFn, secret: bytes) -> Hostile:
     head = [b"POST /v1/files HTTP/1.1", b"host: localhost", b"x-api-key: " + secret, b"content-type: " + _line(kind)]
     head += draw(headers()) if "request-header" in faults else []
     chunked = "bad-chunks" in faults or (not faults & {"none", "odd", "more", "less", "twice"} and draw(st.booleans()))
+    if "gzip" in faults:
+        whole = gzip.compress(body + b"\r\n" * draw(st.sampled_from([0, 1, 5_000_000])))
+        body = whole[: draw(st.integers(0, len(whole)))] if draw(st.booleans()) else whole
+        head.append(b"content-encoding: gzip")
     length = len(body) + 100 * ("more" in faults) - min(10, len(body)) * ("less" in faults)
     if "odd" in faults:
         head.append(b"content-length: " + _line(draw(NUMBERS)))
