@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,39 @@ class Template:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a text that is only content: what looks like a control token is the characters it is written with."""
+        plain = self._content_tokenizer
+        ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+        if self._controls.isdisjoint(ids):
+            return ids
+        # Some added tokens are no special ones to the tokenizer, and still steer the template: their first character stands alone.
+        ids, start = [], 0
+        for match in self._control_words.finditer(text):
+            for part in (text[start : match.start() + 1], text[match.start() + 1 : match.end()]):
+                ids += plain.encode(part, add_special_tokens=False).ids if part else []
+            start = match.end()
+        return ids + (plain.encode(text[start:], add_special_tokens=False).ids if text[start:] else [])
+
+    def has_control_tokens(self, text: str) -> bool:
+        """Whether the tokenizer would take some of this text for a control token."""
+        return self._control_words.search(text) is not None
+
+    @cached_property
+    def _content_tokenizer(self) -> Tokenizer:
+        twin = Tokenizer.from_str(self.tokenizer.to_str())
+        twin.encode_special_tokens = True
+        return twin
+
+    @cached_property
+    def _controls(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _control_words(self) -> re.Pattern[str]:
+        words = sorted((t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.content.strip()), key=len)
+        return re.compile("|".join(re.escape(word) for word in reversed(words)) or r"(?!)")
+
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text with what the tokenizer itself puts around a document (a beginning token, for most)."""
         ids: list[int] = self.tokenizer.encode(text).ids
@@ -198,14 +232,7 @@ class Template:
     ) -> Rendered:
         """A conversation's ids; with `rules`, the mask of what is trained (else nothing is: a prompt)."""
         render = partial(self._run, tools=tools, variables=variables)
-        try:
-            text = render(messages, add_generation_prompt=add_generation_prompt)
-        except DataError:
-            written = with_written_arguments(messages)
-            if written == list(messages):
-                raise
-            messages = written
-            text = render(messages, add_generation_prompt=add_generation_prompt)
+        messages, text = self._rendered(messages, render, add_generation_prompt)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         mask = [False] * len(encoding.ids)
         if rules is not None:
@@ -214,6 +241,17 @@ class Template:
                 mask[first:last] = [True] * (last - first)
         return Rendered(text, encoding.ids, mask)
 
+    def render_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text, before it becomes ids."""
+        return self._rendered(messages, partial(self._run, tools=tools, variables=variables), add_generation_prompt)[1]
+
     def save(self, folder: Path) -> None:
         """Write what `load` reads, so that an adapter carries its tokenizer and chat template."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -221,6 +259,15 @@ class Template:
         if self._source is not None:
             (folder / "chat_template.jinja").write_text(self._source, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def _rendered(self, messages: Sequence[Message], render: Any, add_generation_prompt: bool) -> tuple[Sequence[Message], str]:
+        try:
+            return messages, render(messages, add_generation_prompt=add_generation_prompt)
+        except DataError:
+            written = with_written_arguments(messages)
+            if written == list(messages):
+                raise
+            return written, render(written, add_generation_prompt=add_generation_prompt)
 
     def _run(self, messages: Sequence[Message], **options: Any) -> str:
         return self.needed.run(in_parts(messages) if self.wants_parts else messages, **options)

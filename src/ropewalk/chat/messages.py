@@ -1,0 +1,210 @@
+"""A conversation and its reply, as everything here speaks of them; the JSON of the Claude API is server/wire_messages.py's.
+
+wire -> MessagesRequest -> prompt -> engine -> reply blocks -> wire
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+# -- what is asked
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A source whose bytes came with the request."""
+
+    media_type: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class FileId:
+    """A source that lies in the file store."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Url:
+    """A source that is to be fetched."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A source in blocks of the caller's own: the citable pieces are these."""
+
+    texts: tuple[str, ...]
+
+
+Source: TypeAlias = Bytes | FileId | Url | Pieces
+
+
+@dataclass(frozen=True)
+class Cited:
+    """A citation, in the terms of its document's source."""
+
+    kind: Literal["char_location", "page_location", "content_block_location"]
+    text: str
+    document: int  # index over all documents of the request
+    title: str | None
+    file_id: str | None
+    start: int  # characters and blocks from 0, pages from 1
+    end: int  # exclusive
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    citations: tuple[Cited, ...] = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    source: Source
+    title: str | None = None
+    context: str | None = None  # told to the model, never cited
+    citations: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    source: Source
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    id: str
+    name: str
+    input: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    tool_use_id: str
+    content: tuple[Text | Document | Image, ...]
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
+class Thinking:
+    thinking: str
+    signature: str = ""
+
+
+Block: TypeAlias = Text | Document | Image | ToolUse | ToolResult | Thinking
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Literal["user", "assistant", "system"]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    description: str
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    kind: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class MessagesRequest:
+    """One question, with everything said before."""
+
+    model: str
+    max_tokens: int
+    turns: tuple[Turn, ...]
+    system: tuple[Text, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_sequences: tuple[str, ...] = ()
+    thinking: bool = False
+    schema: Mapping[str, Any] | None = None  # of a structured reply
+    stream: bool = False
+    caching: bool = False  # a cache_control stands somewhere: what is kept is told as kept
+
+    def documents(self) -> list[Document]:
+        """All documents, in the order in which citations count them."""
+        found: list[Document] = []
+        for turn in self.turns:
+            for block in turn.blocks:
+                inner = block.content if isinstance(block, ToolResult) else (block,)
+                found += [part for part in inner if isinstance(part, Document)]
+        return found
+
+
+# -- what is answered
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens. The three kinds of input together are the rendered prompt."""
+
+    input: int = 0  # read for this question alone
+    cache_creation: int = 0  # read now and kept
+    cache_read: int = 0  # read before
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The reply begins."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class BlockStarted:
+    """A block of the reply begins: text or thinking that is still empty, or a tool's call without its input."""
+
+    block: Text | Thinking | ToolUse
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More of the block at hand: text, thinking, or the JSON of a tool's input."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CitationAdded:
+    """The text block at hand is supported by this."""
+
+    citation: Cited
+
+
+@dataclass(frozen=True)
+class BlockEnded:
+    """The block is whole; `signature` is that of a thinking block."""
+
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The reply is whole."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
+    usage: Usage
+
+
+ReplyEvent: TypeAlias = Started | BlockStarted | Delta | CitationAdded | BlockEnded | Ended

@@ -1,0 +1,194 @@
+"""A conversation as ids: cut at the ends of its documents, so that what was read of a document is used again.
+
+Text that callers bring cannot speak for the template: wherever it holds words that the tokenizer takes for control tokens, they are
+encoded as the plain characters they are. Documents are always encoded by themselves, so that their ids do not depend on what is
+written around them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ropewalk.chat.messages import Document, Image, MessagesRequest, Text, Thinking, ToolResult, ToolUse, Turn
+from ropewalk.chat.template import Template
+from ropewalk.errors import BadInput
+
+SEAM = "\n"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A document's text as the model is to see it, in citable pieces or whole."""
+
+    text: str
+    file_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Ids up to a place where the prompt is cut: what stands before the documents, each document, each turn."""
+
+    ids: tuple[int, ...]
+    files: tuple[str, ...]  # of the documents up to here, in order
+    kept: bool  # whether everything up to here is instructions and stored files: it may lie on disk
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine is asked."""
+
+    prefix: tuple[Piece, ...]
+    tail: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(len(piece.ids) for piece in self.prefix) + len(self.tail)
+
+
+@dataclass
+class _Marks:
+    """Stand-ins for what is not to be read by the template's tokenizer: sown into messages, found again in the rendered text."""
+
+    salt: str = field(default_factory=lambda: secrets.token_hex(8))
+    meant: dict[str, str | Shown | None] = field(default_factory=dict)
+
+    def sow(self, meant: str | Shown | None) -> str:
+        """A stand-in for a text, for a document, or (None) for a place to cut."""
+        # Private-use characters, which no template touches and no tokenizer joins with anything.
+        mark = f"\ue000{self.salt}{len(self.meant)}\ue001"
+        self.meant[mark] = meant
+        return mark
+
+
+def render(template: Template, request: MessagesRequest, documents: Sequence[Shown]) -> Prompt:
+    """The prompt of a request whose documents read so; `documents` in the order of `request.documents()`."""
+    marks = _Marks()
+    messages = _messages(template, request, iter(documents), marks)
+    text = template.render_text(
+        messages,
+        tools=[_tool(tool) for tool in request.tools] or None,
+        add_generation_prompt=request.turns[-1].role != "assistant",
+        variables={"enable_thinking": request.thinking},
+    )
+    if request.turns[-1].role == "assistant":
+        text = _open_ended(text, messages[-1])
+    return _cut(template, text, marks)
+
+
+def _cut(template: Template, text: str, marks: _Marks) -> Prompt:
+    pieces: list[Piece] = []
+    ids: list[int] = []
+    files: list[str] = []
+    durable = True
+
+    def end_piece() -> None:
+        nonlocal ids
+        if ids:
+            pieces.append(Piece(tuple(ids), tuple(files), durable))
+            ids = []
+
+    for plain, mark in _parts(text, marks):
+        ids += template.encode(plain) if plain else []
+        if mark is None:
+            break
+        meant = marks.meant[mark]
+        if isinstance(meant, str):
+            ids += template.encode_content(meant)
+        elif meant is None:  # a later turn: used again while the conversation goes on, never kept on disk
+            durable = False
+            end_piece()
+        else:
+            if not files:
+                end_piece()
+            durable = durable and meant.file_id is not None
+            files += [meant.file_id] if meant.file_id is not None else []
+            ids += template.encode_content(meant.text)
+            end_piece()
+    return Prompt(tuple(pieces), tuple(ids))
+
+
+def _parts(text: str, marks: _Marks) -> list[tuple[str, str | None]]:
+    """The rendered text between marks, each with the mark that follows it."""
+    found: list[tuple[str, str | None]] = []
+    while text:
+        begin = text.find(f"\ue000{marks.salt}")
+        if begin < 0:
+            break
+        end = text.index("\ue001", begin) + 1
+        found.append((text[:begin], text[begin:end]))
+        text = text[end:]
+    return [*found, (text, None)]
+
+
+def _messages(template: Template, request: MessagesRequest, documents: Any, marks: _Marks) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    system = "\n\n".join(block.text for block in request.system if block.text)
+    if system:
+        messages.append({"role": "system", "content": _said(template, system, marks)})
+    for number, turn in enumerate(request.turns):
+        begins = marks.sow(None) if number and turn.role == "user" else ""
+        messages += _of_turn(template, turn, documents, marks, begins)
+    return messages
+
+
+def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begins: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    content: list[str] = []
+    message: dict[str, Any] = {"role": turn.role}
+    for block in turn.blocks:
+        match block:
+            case Text(text):
+                content.append(_said(template, text, marks))
+            case Document():
+                content.append(marks.sow(_framed(block, next(documents))) + SEAM)
+            case Thinking(thinking):
+                message["reasoning_content"] = thinking
+            case ToolUse(id, name, arguments):
+                call = {"id": id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+                message.setdefault("tool_calls", []).append(call)
+            case ToolResult(id, inner, failed):
+                texts = ["Error: "] if failed else []
+                for part in inner:
+                    if isinstance(part, Document):
+                        texts.append(marks.sow(_framed(part, next(documents))) + SEAM)
+                    elif isinstance(part, Text):
+                        texts.append(_said(template, part.text, marks))
+                    else:
+                        raise _unseen()
+                found.append({"role": "tool", "tool_call_id": id, "content": "".join(texts)})
+            case Image():
+                raise _unseen()
+    if content or "tool_calls" in message or "reasoning_content" in message:
+        said = "\n".join(content) if turn.role != "assistant" else "".join(content)
+        found.append({**message, "content": begins + said})
+    return found
+
+
+def _framed(document: Document, shown: Shown) -> Shown:
+    title = f' title="{document.title}"' if document.title else ""
+    context = f"<context>\n{document.context}\n</context>\n" if document.context else ""
+    return Shown(f"<document{title}>\n{context}{shown.text}\n</document>", shown.file_id)
+
+
+def _said(template: Template, text: str, marks: _Marks) -> str:
+    """The text itself, or a stand-in for one that holds control tokens."""
+    return marks.sow(text) if template.has_control_tokens(text) else text
+
+
+def _open_ended(text: str, message: Mapping[str, Any]) -> str:
+    """The text up to the end of the last message's content: a reply that the caller has begun goes on there."""
+    content = str(message.get("content") or "").rstrip()
+    place = text.rfind(content)
+    return text[: place + len(content)] if content and place >= 0 else text
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.schema)}
+    return {"type": "function", "function": function}
+
+
+def _unseen() -> BadInput:
+    return BadInput("image: this model reads no images; send the text instead, or ask a model that does")
