@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ropewalk.errors import BadInput, MissingExtra, OutputError
+from ropewalk.folders import make_folder
 
 metadata = MetaData()
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -217,7 +218,7 @@ def _prepare_sqlite(engine: Engine) -> None:
 
 def _private_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ropewalk.errors import BadInput, DamagedContent
+from ropewalk.folders import make_folder, sync_folder
 
 CHUNK = 1 << 20  # plain bytes of a sealed chunk
 TAG = 16
@@ -159,7 +160,7 @@ def _read_or_make(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the root key {path}: {error}; name another file in $ROPEWALK_ROOT_KEY_FILE") from error
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent)
         # Written aside and linked: of two processes that start at once, one key wins and none is ever half there.
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
@@ -172,9 +173,7 @@ def _read_or_make(path: Path) -> str:
             pass
         finally:
             beside.unlink()
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise BadInput(f"cannot make a root key at {path}: {error.strerror or error}; give one in {ROOT_KEY_WAYS}") from error
     return path.read_text(encoding="ascii")

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace: apt-get install strace")
 
-CALLS = "write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
+CALLS = "write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,openat"
 SCRIPT = """
 import asyncio, os, sys
 from pathlib import Path
@@ -31,8 +31,8 @@ asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    """Every traced call from the start of the upload, as one line, with descriptors shown as paths."""
+def every_call(tmp_path_factory):
+    """Every traced call as one line, with descriptors shown as paths."""
     folder = tmp_path_factory.mktemp("strace")
     (folder / "script.py").write_text(SCRIPT)
     environment = {"ROPEWALK_ROOT_KEY": "A" * 43 + "=", "PATH": "/usr/bin:/bin"}
@@ -43,8 +43,13 @@ def calls(tmp_path_factory):
     if b"Operation not permitted" in done.stderr:
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr.decode()
-    lines = joined((folder / "trace").read_text().splitlines())
-    return lines[next(i for i, line in enumerate(lines) if "BEGUN" in line) :]
+    return joined((folder / "trace").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def calls(every_call):
+    """Those from the start of the upload."""
+    return every_call[next(i for i, line in enumerate(every_call) if "BEGUN" in line) :]
 
 
 def joined(lines):
@@ -79,10 +84,18 @@ def test_an_upload_is_on_the_disk_before_its_row_and_its_row_before_the_answer(c
     assert order == sorted(order), [calls[i] for i in order]
 
 
-def test_a_folder_made_for_the_bytes_is_on_the_disk_before_the_answer(calls):
-    folder = positions(calls, r"^fsync\(\d+<[^>]*/files/blobs>")
-    assert folder
-    assert folder[0] < positions(calls, "UPLOADED")[0]
+def test_every_name_on_the_way_to_the_bytes_and_rows_is_on_the_disk_before_the_answer(every_call):
+    """A synced file whose name, or whose folder's name, is lost with the power is lost as well."""
+    answered = positions(every_call, "UPLOADED")[0]
+    renamed = (re.search(r"^rename\w*\(.*\"([^\"]*/blobs/\w\w/\w+)\"", call) for call in every_call)
+    placed = next(found[1] for found in renamed if found)
+    data = placed.partition("/files/blobs/")[0]
+    names = [data, f"{data}/ropewalk.db", f"{data}/ropewalk.db-wal", f"{data}/files", f"{data}/files/blobs"]
+    for name in [*names, placed.rpartition("/")[0]]:
+        created = positions(every_call, rf"^(mkdir\w*\(.*\"{name}\"|openat\(.*\"{name}\", .*O_CREAT)")
+        parent = name.rpartition("/")[0]
+        synced = [i for i in positions(every_call, rf"^fsync\(\d+<{parent}>") if created[0] < i < answered]
+        assert synced, f"{name} is not on the disk before the answer"
 
 
 def test_a_deletion_is_recorded_before_the_bytes_are_erased_and_both_before_the_answer(calls):

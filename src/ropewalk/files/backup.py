@@ -34,6 +34,7 @@ from ropewalk.files.blobs import Blobs, LocalBlobs, open_blobs
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.files.tables import blobs, derived, erasures, files, parts, resumables, uploads
+from ropewalk.folders import sync_folder
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.secrets import check_root
@@ -257,9 +258,7 @@ def _replace(fresh: Path, folder: Path, report: BackupReport) -> None:
         _remove_database(folder / ROWS, only_log=True)  # a log that is left of the old rows must not be read into the new ones
         os.replace(fresh, folder / ROWS)
         os.replace(mark, folder / MARK)
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync_folder(folder)
     except OSError as error:
         raise OutputError(f"cannot finish the backup in '{folder}': {error.strerror or error}") from error
 

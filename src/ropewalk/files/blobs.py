@@ -18,6 +18,7 @@ from typing import Protocol
 
 from ropewalk.errors import OutputError
 from ropewalk.failpoints import failpoint
+from ropewalk.folders import make_folder, sync_folder
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 WRITE_BEHIND = 16 << 20
@@ -87,7 +88,7 @@ class LocalBlobs:
         self._shards: set[Path] = set()
         with _writing(self.folder):
             for inner in (self.folder / "blobs", self.folder / "incoming"):
-                _make_durable(inner)
+                make_folder(inner)
 
     def stage(self, name: str) -> LocalStaged:
         return LocalStaged(self, self.folder / "incoming" / safe(name))
@@ -110,7 +111,7 @@ class LocalBlobs:
         with _writing(self.folder), suppress(FileNotFoundError):
             with suppress(FileNotFoundError):
                 path.unlink()
-            _sync_folder(path.parent)  # also when the file was gone: whoever unlinked it may have died before this
+            sync_folder(path.parent)  # also when the file was gone: whoever unlinked it may have died before this
 
     def names(self) -> Iterator[str]:
         for shard in os.scandir(self.folder / "blobs"):
@@ -138,7 +139,7 @@ class LocalBlobs:
         """The path of a name to be published; its folder exists and is itself on the disk."""
         path = self._path(name)
         if path.parent not in self._shards:  # synced once by each process: another may have made it and not yet synced it
-            _make_durable(path.parent)
+            make_folder(path.parent)
             self._shards.add(path.parent)
         return path
 
@@ -173,7 +174,7 @@ class LocalStaged:
             os.rename(self.path, path)
             self._close()
             failpoint("blob.renamed")
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def discard(self) -> None:
         if self.handle is not None:
@@ -191,22 +192,6 @@ class LocalStaged:
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
-
-
-def _make_durable(folder: Path) -> None:
-    """The folder exists, and so do the names of it and of every parent that had to be made, on the disk."""
-    if not folder.parent.exists():
-        _make_durable(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
