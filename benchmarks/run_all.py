@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("day0.py", "moe_lora.py", "train_cpu.py", "resume.py")
+SCRIPTS = (
+    *("day0.py", "moe_lora.py", "train_cpu.py", "resume.py"),
+    *("files.py", "crash_files.py", "quota_race.py", "fuzz_files.py"),
+)
 
 
 def main() -> int:
