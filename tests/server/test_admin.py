@@ -1,6 +1,7 @@
 """Administration over HTTP: the official client drives what the Admin API has, a plain one what goes beyond it."""
 
 import json
+import re
 import time
 from contextlib import ExitStack
 
@@ -292,3 +293,17 @@ def test_refusals_beyond_so_many_a_minute_are_counted(start):
         found = denied(admin, 61)
         assert len(found) == 61
         assert [entry["detail"] for entry in found[:2]] == [{"not_written_before": 10}, {}]
+
+
+def test_refusals_on_pages_are_in_the_log_too(server, admin):
+    workspace, key = server.workspace("pages refused")
+    with httpx.Client(base_url=server.url, headers={"origin": server.url}) as browser:
+        token = re.search(r'name="csrf" value="([^"]+)"', browser.get("/login").text)[1]
+        assert browser.post("/login", data={"csrf": token, "key": key}).status_code == 303
+        assert browser.get("/files/file_000000000000000000000000").status_code == 404
+        assert browser.get("/files/canary-name.txt").status_code == 404
+    found = denied(admin, 2, workspace_id=workspace.id)
+    assert [(entry["outcome"], entry["subject"]) for entry in found] == [
+        ("no_such_id", "/files/{id}"),
+        ("no_such_id", "file_000000000000000000000000"),
+    ]

@@ -16,13 +16,13 @@ OUTCOMES = {AuthenticationFailed: "wrong_key", PermissionDenied: "missing_right"
 ID = re.compile(r"(file|wrkspc|key|up)_[A-Za-z0-9]{1,64}")
 
 
-async def write_down(request: Request, error: BaseException) -> None:
+async def write_down(request: Request, error: BaseException, caller: Caller | None = None) -> None:
     """An entry of the audit log if the error is a refusal; called when it has been answered, so that it takes no time from there."""
     outcome = next((told for kind, told in OUTCOMES.items() if isinstance(error, kind)), None)
     if outcome is None or isinstance(error, FileExpired):
         return
     denials: Denials = request.app.state.denials
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller = caller or getattr(request.state, "caller", None)
     try:
         await denials.tell(caller, subject_of(request), outcome, request.state.request_id)
     except Exception as failure:  # the client has its answer; whoever runs the server must hear of this
@@ -34,4 +34,4 @@ def subject_of(request: Request) -> str:
     for value in request.scope.get("path_params", {}).values():
         if isinstance(value, str) and ID.fullmatch(value):
             return value
-    return str(getattr(request.scope.get("route"), "path", "none"))
+    return str(getattr(request.scope.get("route"), "path_format", "none"))

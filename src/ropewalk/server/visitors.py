@@ -166,7 +166,7 @@ def _sign_in_first(request: Request) -> Response:
 
 async def _refusal(request: Request, visitor: Visitor | None, error: RopewalkError) -> Response:
     failure = wire.failure(error)
-    refused = BackgroundTask(write_down, request, error)
+    refused = BackgroundTask(write_down, request, error, visitor.caller if visitor else None)
     if wants_json(request):
         return wire.JSON(failure.body(request_id_of(request)), failure.status, background=refused)
     try:
