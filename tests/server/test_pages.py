@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,11 @@ import pytest
 
 pytest.importorskip("playwright", reason="the package playwright is not installed: pip install playwright")
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import select, update
@@ -22,6 +28,8 @@ from browser import CHROMIUM, chromium, pdf, visit
 from ropewalk.files.receipts import verify
 from ropewalk.files.tables import files
 from ropewalk.server import pages
+from ropewalk.server.sessions import SECURE
+from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.keys import authenticate, create_key, revoke_key
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in $CHROMIUM")
@@ -275,6 +283,31 @@ def test_a_key_that_is_revoked_ends_an_open_page(server, browser):
         revoke(server, key)
         page.get_by_role("searchbox").press_sequentially("a")
         page.wait_for_url("**/login")
+
+
+def test_over_tls_the_session_is_bound_to_the_host(start, browser, tmp_path):
+    certify(tmp_path)
+    with start(settings=ServerSettings(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")) as found:
+        origin = found.url.replace("http:", "https:")
+        with visit(browser, origin, ignore_https_errors=True) as seen:
+            page = seen.sign_in(found.key).page
+            (cookie,) = seen.context.cookies()
+            assert (cookie["name"], cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (SECURE, True, True, "Strict")
+            choose(page, chosen("a.txt", b"over TLS"))
+            page.get_by_role("link", name="a.txt").click()
+            expect(page.locator("pre.block")).to_contain_text(f"{origin}/v1/files/file_")
+
+
+def certify(folder: Path) -> None:
+    """A certificate for 127.0.0.1 that nobody else vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    begins = datetime.now(UTC) - timedelta(hours=1)
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), begins, begins + timedelta(days=1)
+    )
+    (folder / "cert.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 # -- for everybody

@@ -394,11 +394,16 @@ def test_a_page_that_is_asked_wrongly_says_so(server):
             f"/files/{file}?from=-1",
             f"/files/{file}?from=x",
             f"/files/{file}/pages/1",
+            f"/files/{file}/pages/{'9' * 5000}",
+            f"/files/{file}/receipt/{'9' * 19}",
+            f"/files/{file}/receipt/-1/json",
         ):
             answer = http.get(path)
             assert answer.status_code == 400, path
             assert "Bad Request" in answer.text
-        assert http.get("/files?name=%00&name=%ff").status_code == 200
+        for path in ("/files?name=%00&name=%ff", "/files?stored=%00&stored=x", f"/files/{file}?from={'9' * 18}"):
+            assert http.get(path).status_code == 200, path
+        assert http.get(f"/files/{file}/receipt/{'9' * 18}").status_code == 404
         answer = http.post("/logout", headers={"origin": server.url}, content=b"{}")
         assert answer.status_code == 400
         long = http.post(

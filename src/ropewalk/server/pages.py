@@ -87,7 +87,7 @@ async def logout(request: Request, visitor: Visitor) -> Response:
 
 async def switch_workspace(request: Request, visitor: Visitor) -> Response:
     form = await read_form(request, visitor.session)
-    chosen = sessions.in_workspace(visitor.session, form.get("workspace_id", ""))
+    chosen = sessions.in_workspace(visitor.session, form.get("workspace_id", "").replace("\0", ""))
     if await visitor_of(request, chosen) is None:
         raise NotFound(f"Workspace `{chosen.workspace_id}` not found.")
     response = RedirectResponse("/files", 303)
@@ -102,7 +102,8 @@ async def list_files(request: Request, visitor: Visitor) -> Response:
     store, asked = store_of(request), request.query_params
     name = asked.get("name", "").replace("\0", "")[:255]
     listing, newer, older = await _listed(request, visitor, name)
-    stored = await store.find(visitor.caller, asked.getlist("stored")[:64]) if "stored" in asked else []
+    just_now = [id.replace("\0", "") for id in asked.getlist("stored")[:64]]
+    stored = await store.find(visitor.caller, just_now) if just_now else []
     tokens = await texts.tokens(store, listing.files)
     unread = texts.unread(listing.files, tokens)
     if "read" in asked:
@@ -153,7 +154,7 @@ async def upload(request: Request, visitor: Visitor) -> Response:
 
 async def show_file(request: Request, visitor: Visitor) -> Response:
     """One file with its text: at once if it has been read before or is asked for, else fetched once the page is shown."""
-    store, id, start = store_of(request), request.path_params["id"], _offset(request)
+    store, id, start = store_of(request), request.path_params["id"], _number(request.query_params.get("from", "0"))
     found = await store.show(visitor.caller, id)
     known = await texts.tokens(store, [found])
     preview, later = Preview(), None
@@ -188,7 +189,8 @@ async def download_file(request: Request, visitor: Visitor) -> Response:
 
 async def show_picture(request: Request, visitor: Visitor) -> Response:
     """A page of a PDF, or a picture, drawn anew in the confined process: no byte of the file itself reaches the browser."""
-    png = await page_image(store_of(request), visitor.caller, request.path_params["id"], request.path_params["number"])
+    number = _number(request.path_params["number"])
+    png = await page_image(store_of(request), visitor.caller, request.path_params["id"], number)
     # Browsers put a picture that is looked at by itself into a page with styles of their own.
     return Response(
         png, media_type="image/png", headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -259,8 +261,9 @@ async def _listed(request: Request, visitor: Visitor, name: str) -> tuple[Listin
 
 
 async def _receipt(request: Request, visitor: Visitor) -> receipts.Receipt:
+    id, sequence = request.path_params["id"], _number(request.path_params["sequence"])
     async with store_of(request).database.reading() as connection:
-        return await receipts.find(connection, visitor.caller, request.path_params["id"], request.path_params["sequence"])
+        return await receipts.find(connection, visitor.caller, id, sequence)
 
 
 def _scope(visitor: Visitor) -> tuple[str, str]:
@@ -268,10 +271,10 @@ def _scope(visitor: Visitor) -> tuple[str, str]:
     return ("user", f"{caller.workspace_id}/{caller.user_id}") if caller.user_id else ("workspace", caller.workspace_id)
 
 
-def _offset(request: Request) -> int:
-    text = request.query_params.get("from", "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 12):
-        raise BadInput(f"from: '{text[:20]}' is no place in a text; expected a number of characters")
+def _number(text: str) -> int:
+    """A number from an address: one that a database can hold."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise BadInput(f"'{text[:40]}' in the address is no whole number of at most 18 digits")
     return int(text)
 
 
@@ -296,10 +299,10 @@ routes: list[BaseRoute] = [
     Route("/files", signed_in(upload), methods=["POST"]),
     Route(_ID, signed_in(show_file), methods=["GET"]),
     Route(f"{_ID}/content", signed_in(download_file), methods=["GET"]),
-    Route(f"{_ID}/pages/{{number:int}}", signed_in(show_picture), methods=["GET"]),
+    Route(f"{_ID}/pages/{{number}}", signed_in(show_picture), methods=["GET"]),
     Route(f"{_ID}/delete", signed_in(delete_form), methods=["GET"]),
     Route(f"{_ID}/delete", signed_in(delete_file), methods=["POST"]),
-    Route(f"{_ID}/receipt/{{sequence:int}}", signed_in(show_receipt), methods=["GET"]),
-    Route(f"{_ID}/receipt/{{sequence:int}}/json", signed_in(download_receipt), methods=["GET"]),
+    Route(f"{_ID}/receipt/{{sequence}}", signed_in(show_receipt), methods=["GET"]),
+    Route(f"{_ID}/receipt/{{sequence}}/json", signed_in(download_receipt), methods=["GET"]),
     Mount("/static", Static(directory=Path(__file__).parent / "static")),
 ]
