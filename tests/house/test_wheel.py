@@ -12,7 +12,19 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = {"torchao", "liger_kernel", "wandb", "mlflow", "datasets", "pyarrow", "triton", "torch.utils.tensorboard"}
+OPTIONAL = {
+    "torchao",
+    "liger_kernel",
+    "wandb",
+    "mlflow",
+    "datasets",
+    "pyarrow",
+    "triton",
+    "torch.utils.tensorboard",
+    "obstore",
+    "asyncpg",
+}
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "python_docx": "docx", "python_pptx": "pptx"}
 
 
 def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path):
@@ -59,7 +71,8 @@ def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path
 
 def test_every_package_that_is_imported_is_asked_for():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    asked = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in wanted} | {"yaml", "ropewalk"}
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in wanted}
+    asked = {IMPORTED_AS.get(name, name) for name in names} | {"ropewalk"}
     found = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
