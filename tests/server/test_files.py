@@ -516,6 +516,22 @@ def test_damaged_bytes_are_an_error_and_never_sent(server):
     client.files.delete(file.id)
 
 
+def test_a_client_that_goes_away_ends_its_download(start):
+    with start() as found, found.http() as http:
+        id = upload(http, content=os.urandom(40_000_000))
+        with http.stream("GET", f"/v1/files/{id}/content") as answer:
+            next(answer.iter_raw(1000))
+        for _ in range(100):
+            shown = http.get("/metrics").text
+            if "ropewalk_requests_in_progress 1.0" in shown:  # this one
+                break
+            time.sleep(0.05)
+        [sent] = [
+            line for line in shown.splitlines() if line.startswith('ropewalk_sent_bytes_total{route="/v1/files/{file_id}/con')
+        ]
+        assert float(sent.split()[1]) < 40_000_000
+
+
 def test_a_workspace_may_keep_its_uploads_from_being_downloaded(server):
     _, key = server.workspace("kept", downloads="nobody")
     client = server.sdk(key)

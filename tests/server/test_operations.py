@@ -128,6 +128,12 @@ def test_the_page_of_the_api_names_routes_and_codes_that_there_are(server):
         assert f'"{code}"' in source, code
 
 
+@pytest.mark.parametrize("option", ["--max-file-mb", "--requests-per-minute", "--drain-seconds"])
+def test_a_limit_that_lets_nothing_through_is_refused(option, tmp_path, capsys):
+    assert main(["serve", "--data", str(tmp_path), option, "0"]) == 2
+    assert f"{option} is 0; expected more than nothing" in capsys.readouterr().err
+
+
 def test_a_port_in_use_says_what_to_do():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

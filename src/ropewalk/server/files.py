@@ -112,7 +112,7 @@ class UploadForm:
             self._file.media_type,
             expires_in=_expiry([value for name, value in values if name == "expires_in_seconds"]),
             tags=checked_tags([value for name, value in values if name in ("tags", "tags[]")]),
-            retried=self._request.headers.get("x-stainless-retry-count", "0") != "0",
+            retried=bool(re.fullmatch(r"[1-9][0-9]*", self._request.headers.get("x-stainless-retry-count", ""))),
         )
 
     async def _begin_file(self, part: Begin) -> None:

@@ -32,8 +32,8 @@ KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection: none is closed
 
 def serve(store_settings: Settings, settings: ServerSettings, tell: Callable[[str], None] = print) -> int:
     """Answers until SIGINT or SIGTERM."""
+    _check(store_settings, settings)
     logs.configure()
-    _check_tls(settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(store_settings, settings, tell))
     return 0
@@ -142,7 +142,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_tls(settings: ServerSettings) -> None:
+def _check(store_settings: Settings, settings: ServerSettings) -> None:
+    for option, value in (
+        ("--max-file-mb", store_settings.max_file_bytes),
+        ("--requests-per-minute", settings.requests_per_minute),
+        ("--drain-seconds", settings.drain_seconds),
+    ):
+        if value is not None and value <= 0:
+            raise BadInput(f"{option} is {value:g}; expected more than nothing")
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise BadInput("TLS needs both --tls-cert and --tls-key")
     for path in (settings.tls_cert, settings.tls_key):
