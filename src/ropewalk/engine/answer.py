@@ -1,0 +1,225 @@
+"""A conversation in, the reply's blocks out: by a base or adapter of this machine.
+
+    request -> documents' text -> prompt in pieces -> engine -> text -> blocks
+
+Pieces that come from stored files lie on disk under a key made of those files' own, registered with each of them: deleting a file
+erases them, and without its data key they could not be opened anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers.decoders import DecodeStream
+
+from ropewalk.chat.messages import (
+    Bytes,
+    Document,
+    Ended,
+    FileId,
+    MessagesRequest,
+    Pieces,
+    ReplyEvent,
+    Started,
+    StopReason,
+    Url,
+    Usage,
+)
+from ropewalk.chat.parsers import Parser, Plain, held_back
+from ropewalk.chat.prompt import Prompt, Shown, render
+from ropewalk.chat.template import Template
+from ropewalk.engine.client import EngineClient
+from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
+from ropewalk.errors import BadInput
+from ropewalk.files.documents import document
+from ropewalk.files.store import Store
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.workspaces import workspace_key
+from ropewalk.vault import derive
+
+FOLDER = "prefixes"  # in the data folder
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """One model of this machine, ready to be asked."""
+
+    store: Store
+    client: EngineClient
+    template: Template
+    weights: str  # names the base's content
+    adapter: str | None = None
+    adapter_digest: str = ""
+    invocation: tuple[int, ...] | None = None  # of an activated adapter
+
+    async def count(self, caller: Caller, request: MessagesRequest) -> int:
+        """Ids of the rendered prompt."""
+        return (await self._prompt(caller, request)).length
+
+    async def warm(self, caller: Caller, request: MessagesRequest) -> Usage:
+        """Reads the documents of a conversation ahead of its first question."""
+        prompt = await self._prompt(caller, request)
+        sent = Request(_id(), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
+        async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
+            event = await anext(events)
+        return Usage(0, event.created or 0, event.read or 0, 0)
+
+    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+        """The reply, as it comes; closing the iterator ends it at once."""
+        prompt = await self._prompt(caller, request)
+        await self.client.start()
+        room = self.client.longest - prompt.length
+        if room < 1:
+            raise BadInput(
+                f"prompt is too long: {prompt.length:,} tokens > {self.client.longest - 1:,} maximum; "
+                "leave a document out, or ask about a part of it"
+            )
+        sent = Request(
+            _id(),
+            await self._spans(caller, prompt),
+            prompt.tail,
+            min(request.max_tokens, room),
+            self.adapter,
+            Sampling(request.temperature, request.top_p, request.top_k),
+            self.template.stop_ids,
+            self._grammar(request),
+            scope=caller.workspace_id,
+        )
+        async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
+            async for event in self._reply(request, prompt, events, cut_short=room < request.max_tokens):
+                yield event
+
+    async def _reply(
+        self, request: MessagesRequest, prompt: Prompt, events: AsyncIterator[Event], cut_short: bool
+    ) -> AsyncIterator[ReplyEvent]:
+        parser: Parser = Plain(thinks_first=request.thinking and self._ends_in_thinking(prompt))
+        text = _Text(self.template, request.stop_sequences)
+        usage, produced = Usage(), 0
+        reason: StopReason = "end_turn"
+        async for event in events:
+            if event.read is not None:
+                created = event.created or 0
+                usage = Usage(prompt.length - event.read - created, created, event.read)
+                yield Started(usage)
+            produced += len(event.ids)
+            for said in parser.feed(text.feed(event.ids)):
+                yield said
+            if text.stopped_by is not None:
+                reason = "stop_sequence"
+                break
+            if event.finish == "length":
+                reason = "model_context_window_exceeded" if cut_short else "max_tokens"
+        for said in parser.feed(text.finish()) + parser.finish():
+            yield said
+        whole = Usage(usage.input, usage.cache_creation, usage.cache_read, produced)
+        yield Ended(reason, text.stopped_by, whole)
+
+    # -- prompts
+
+    async def _prompt(self, caller: Caller, request: MessagesRequest) -> Prompt:
+        shown = [await self._shown(caller, part) for part in request.documents()]
+        return render(self.template, request, shown)
+
+    async def _shown(self, caller: Caller, asked: Document) -> Shown:
+        match asked.source:
+            case FileId(id):
+                return Shown((await document(self.store, caller, id)).text, id)
+            case Bytes(media_type, data) if media_type == "text/plain":
+                return Shown(data.decode("utf-8"))
+            case Pieces(texts):
+                return Shown("\n".join(texts))
+            case Bytes(media_type, _):
+                raise BadInput(f"document: a source of type {media_type} cannot be read here; upload it and send its file_id")
+            case Url(url):
+                raise BadInput(f"document: {url} is not fetched by this server; upload the file and send its file_id")
+
+    async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
+        """The prompt's pieces, with the place and the key of those that may lie on disk."""
+        keys = {id: (await self.store.open_content(caller, id)).key for id in {id for p in prompt.prefix for id in p.files}}
+        async with self.store.database.reading() as connection:
+            own = derive(await workspace_key(connection, self.store.vault, caller.workspace_id), "prefixes")
+        spans: list[Span] = []
+        name, position = "", 0
+        acts_from = self._acts_from(prompt)
+        for piece in prompt.prefix:
+            position += len(piece.ids)
+            adapter = self.adapter_digest if position > acts_from else ""
+            parts = [name, self.weights, self.template.digest, adapter, caller.workspace_id, list(piece.ids)]
+            name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            keep = None
+            if piece.kept:
+                sealing = hashlib.sha256(b"".join([own, *(keys[id] for id in piece.files)])).digest()
+                path = self.store.settings.data / FOLDER / name[:2] / name
+                keep = Keep(str(path), derive(sealing, "segment"))
+                for id in dict.fromkeys(piece.files):
+                    await self._register(id, path)
+            spans.append(Span(piece.ids, keep))
+        return tuple(spans)
+
+    def _acts_from(self, prompt: Prompt) -> int:
+        """The position from which the adapter acts: of an activated one, the last occurrence of its invocation."""
+        if self.adapter is None:
+            return prompt.length
+        if self.invocation is None:
+            return 0
+        ids = [id for piece in prompt.prefix for id in piece.ids] + list(prompt.tail)
+        count = len(self.invocation)
+        places = (i for i in range(len(ids) - count, -1, -1) if tuple(ids[i : i + count]) == self.invocation)
+        return next(places, prompt.length)
+
+    async def _register(self, file_id: str, path: Path) -> None:
+        registered = _registered.setdefault(id(self.store), set())
+        if (file_id, str(path)) not in registered:
+            await self.store.register_path(file_id, "kv", path)
+            registered.add((file_id, str(path)))
+
+    def _grammar(self, request: MessagesRequest) -> Grammar | None:
+        if request.schema is None:
+            return None
+        after = tuple(self.template.encode("</think>")) if request.thinking else ()
+        return Grammar("json_schema", json.dumps(request.schema), after)
+
+    def _ends_in_thinking(self, prompt: Prompt) -> bool:
+        return self.template.decode(prompt.tail[-8:], skip_special_tokens=False).rstrip().endswith("<think>")
+
+
+_registered: dict[int, set[tuple[str, str]]] = {}
+
+
+class _Text:
+    """Ids as text while they come; ends before a stop sequence."""
+
+    def __init__(self, template: Template, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stop_ids, self._stops = template.tokenizer, set(template.stop_ids), [s for s in stops if s]
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """What can be said now: whole characters that are no beginning of a stop sequence."""
+        for id in ids:
+            if id not in self._stop_ids:
+                self._held += self._stream.step(self._tokenizer, id) or ""
+        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            place, self.stopped_by = min(places)
+            said, self._held = self._held[:place], ""
+            return said
+        kept = held_back(self._held, self._stops)
+        said, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return said
+
+    def finish(self) -> str:
+        """What was held back."""
+        said, self._held = self._held, ""
+        return said
+
+
+def _id() -> str:
+    return "msg_" + secrets.token_hex(12)
