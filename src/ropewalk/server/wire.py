@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from ropewalk.database import timestamp
@@ -41,12 +42,12 @@ class Dialect:
     extensions: bool = False
 
 
-def dialect(headers: Mapping[str, str]) -> Dialect:
+def dialect(headers: Headers) -> Dialect:
     """The dialect that these headers ask for; BadInput for a version that nobody knows."""
     version = headers.get("anthropic-version")
     if version is not None and version not in VERSIONS:
         raise BadInput(f"anthropic-version: '{version[:100]}' is not a version of the API; expected {' or '.join(VERSIONS)}")
-    betas = {name.strip() for name in headers.get("anthropic-beta", "").split(",")}
+    betas = {name.strip() for line in headers.getlist("anthropic-beta") for name in line.split(",")}
     return Dialect(
         old_lists=bool(betas & {FILES_BETA, AGENTS_BETA}),
         new_lists=FILES_BETA not in betas,
