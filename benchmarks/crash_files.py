@@ -2,7 +2,8 @@
 
     python benchmarks/crash_files.py [--kills N] [--backend local|postgres-s3] [--quick] [--json FILE] [--seed S]
 
-A worker process does mixed work on a store through its public interface; after each call has returned it writes an
+A worker process does mixed work on a store through its public interface (uploads, in one request and in several, some given up;
+deletions; expiry; what is derived from files; sweeps); after each call has returned it writes an
 acknowledgement into a pipe. It dies by SIGKILL: two times of three at an injected point (the failpoints of the store, each at its
 first to third pass), else at a random moment. Now and then a second worker shares the store and dies with it, or the sweep that
 follows is killed as well. A new process then opens the store, sweeps, and compares:
@@ -36,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crash_work import Known, Report, check, emitter, prepare, sweep_once, verify_chains, work
+from crash_work import Begun, Known, Report, Share, check, emitter, prepare, sweep_once, verify_chains, work
 from forks import fork, forked, reap
 from measure import machine, table, write_json
 from ropewalk.files import buckets
@@ -53,7 +54,7 @@ ABSENT = (  # an upload killed there is not there
 )
 COMMITTED = ("upload.committed",)
 DELETED = ("delete.committed", "delete.erased")
-FAILPOINTS = (*ABSENT, *COMMITTED, *DELETED, "expire.committed")
+FAILPOINTS = (*ABSENT, *COMMITTED, *DELETED, "expire.committed", "resumable.published", "resumable.committed")
 PATIENCE = 1.5  # seconds until a worker that did not reach its failpoint is killed where it is
 
 
@@ -106,13 +107,13 @@ def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
     totals = Totals()
     live: dict[str, Known] = {}
     dead: list[str] = []
+    begun: dict[str, Begun] = {}
     turns = itertools.cycle(name for name in FAILPOINTS if place.blobs or name != "blob.copied")
     while totals.kills < wanted and not any(totals.faults.values()):
         # Now and then two processes share the store, each with half of the files in its hands, and die together.
+        together = 1 if rng.random() < 0.7 or wanted - totals.kills < 2 else 2
         callers = [(id, known.caller) for id, known in live.items()]
-        shares = (
-            [dict(callers)] if rng.random() < 0.7 or wanted - totals.kills < 2 else [dict(callers[::2]), dict(callers[1::2])]
-        )
+        shares = [Share(dict(callers[n::together]), list(begun.values())[n::together]) for n in range(together)]
         at_once = rng.choice([1, 4])
         failpoint = next(turns) if rng.random() < 2 / 3 else None
         first, *second = [Worker(place, rng, share, None if n else failpoint, at_once) for n, share in enumerate(shares)]
@@ -120,18 +121,19 @@ def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
         for one in died:
             totals.kills += 1
             totals.places[one.at] += 1
-            totals.acknowledged += remember(one.events, live, dead)
+            totals.acknowledged += remember(one.events, live, dead, begun)
             totals.faults["lost"] += [event["lost"] for event in one.events if "lost" in event]
         if rng.random() < 0.15 and totals.kills < wanted and kill_sweeper(place, rng):
             totals.kills += 1
             totals.places["sweep.erased, or within a sweep"] += 1
         flying = [event for one in died for event in in_flight(one.events)]
-        report = forked(check, place, live, dead, flying)
+        report = forked(check, place, live, dead, begun, flying)
         if at_once == 1 and not second:
             demand(report, died[0].at, flying)
         totals.add(report)
         for file in report.late:
             live[file["id"]] = Known(**file)
+        begun = {upload.id: upload for upload in report.begun}
         for id in report.deleted:
             del live[id]
             dead.append(id)
@@ -140,15 +142,24 @@ def torture(place: Site, wanted: int, rng: random.Random) -> Totals:
     return totals
 
 
-def remember(events: list[dict[str, Any]], live: dict[str, Known], dead: list[str]) -> int:
+def remember(events: list[dict[str, Any]], live: dict[str, Known], dead: list[str], begun: dict[str, Begun]) -> int:
     """Notes what was acknowledged, and returns how many operations were."""
-    begun = {event["begin"]: event for event in events if "begin" in event}
+    starts = {event["begin"]: event for event in events if "begin" in event}
     ended = [event for event in events if "end" in event]
     for event in ended:
-        start = begun[event["end"]]
-        if start["operation"] == "upload" and event["result"] == "ok":
+        start = starts[event["end"]]
+        operation = start["operation"]
+        if event["result"] != "ok":
+            continue
+        if operation in ("upload", "finish"):
             live[event["id"]] = Known(**start["file"] | {"id": event["id"], "expires_at": event["expires_at"]})
-        elif start["operation"] == "delete":
+        if operation == "create":
+            begun[event["id"]] = Begun(event["id"], Known(**start["file"]), start["seed"])
+        elif operation == "append":
+            begun[start["id"]].received = event["received"]
+        elif operation == "finish":
+            del begun[start["id"]]
+        elif operation == "delete":
             del live[start["id"]]
             dead.append(start["id"])
     return len(ended)
@@ -163,7 +174,7 @@ def in_flight(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def demand(report: Report, died_at: str, flying: list[dict[str, Any]]) -> None:
     """Where one thing was done at a time, the failpoint says what must have become of it."""
     for event in flying:
-        if event["operation"] == "upload":
+        if event["operation"] in ("upload", "finish"):
             if died_at in ABSENT and report.late:
                 report.ghosts.append(f"{event['file']['name']} is visible; its upload died at {died_at}, before its commit")
             if died_at in COMMITTED and not report.late:
@@ -186,7 +197,7 @@ class Died:
 class Worker:
     """A process at work on the store, from its birth to its SIGKILL."""
 
-    def __init__(self, place: Site, rng: random.Random, live: dict[str, int], failpoint: str | None, at_once: int) -> None:
+    def __init__(self, place: Site, rng: random.Random, share: Share, failpoint: str | None, at_once: int) -> None:
         self.rng, self.failpoint = rng, failpoint
         seed, wanted = rng.getrandbits(60), f"{failpoint}:{rng.choice([1, 1, 2, 3])}"
         leaning = failpoint.partition(".")[0] if failpoint else ""
@@ -195,7 +206,7 @@ class Worker:
         def run() -> None:
             if failpoint:
                 os.environ["ROPEWALK_FAILPOINT"] = wanted
-            asyncio.run(work(place, emitter(theirs), seed, live, at_once, leaning))
+            asyncio.run(work(place, emitter(theirs), seed, share, at_once, leaning))
 
         self.child = fork(run)
         os.close(theirs)

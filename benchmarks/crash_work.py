@@ -8,15 +8,15 @@ import json
 import os
 import random
 import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import func, select, text
 
 from ropewalk.database import now
 from ropewalk.errors import DamagedContent, FileExpired, NotFound, OutputError, Overloaded, QuotaExceeded
-from ropewalk.files import tables
+from ropewalk.files import resumable, tables
 from ropewalk.files.lifecycle import expire, sweep
 from ropewalk.files.store import Store
 from ropewalk.tenants import quotas
@@ -33,8 +33,12 @@ LIKELY = [1, 1, 6, 6, 4, 1, 1, 1, 1]
 SHARED = 6  # contents that are uploaded again and again, so that bytes are shared
 FEW = 5
 ENOUGH = 25  # files; beyond this the work deletes more than it uploads
-MIX = {"upload": 40, "delete": 22, "abandon": 8, "derive": 8, "read": 6, "expire": 4, "sweep": 4}
-LEANINGS = {"delete": {"delete": 30}, "expire": {"expire": 30}}  # by the failpoint that is aimed at
+MIX = {"upload": 36, "resume": 10, "delete": 22, "abandon": 8, "derive": 8, "read": 6, "expire": 4, "sweep": 4}
+LEANINGS = {
+    "delete": {"delete": 30},
+    "expire": {"expire": 30},
+    "resumable": {"resume": 60},
+}  # by the failpoint that is aimed at
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -53,6 +57,24 @@ class Known:
 
 
 @dataclass
+class Begun:
+    """An upload in several requests that the store has acknowledged, and how much of it."""
+
+    id: str
+    file: Known
+    seed: int
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker may lay its hands on."""
+
+    live: dict[str, int]  # id of a file -> its caller
+    begun: list[Begun]
+
+
+@dataclass
 class Report:
     """What the check found after one kill."""
 
@@ -62,6 +84,7 @@ class Report:
     orphans: list[str] = field(default_factory=list)
     late: list[dict[str, Any]] = field(default_factory=list)  # committed, but the kill took the answer
     deleted: list[str] = field(default_factory=list)  # the same of deletions
+    begun: list[Begun] = field(default_factory=list)  # uploads in several requests that are not yet a file
 
 
 async def prepare(site: Site) -> list[Caller]:
@@ -90,9 +113,9 @@ async def prepare(site: Site) -> list[Caller]:
 class Work:
     """Operations through the store's public interface, each announced before and acknowledged after."""
 
-    def __init__(self, store: Store, site: Site, emit: Emit, rng: random.Random, live: dict[str, int], leaning: str) -> None:
+    def __init__(self, store: Store, site: Site, emit: Emit, rng: random.Random, share: Share, leaning: str) -> None:
         self.store, self.site, self.emit, self.rng = store, site, emit, rng
-        self.live = dict(live)  # id -> caller
+        self.live, self.begun = dict(share.live), list(share.begun)
         self.weights = MIX | LEANINGS.get(leaning, {})
         self.number = 0
         self.soon = 0.5 if leaning == "expire" else 0.15  # share of uploads that expire
@@ -111,14 +134,18 @@ class Work:
         operations: dict[str, Callable[[int], Awaitable[None]]] = {
             "upload": self.upload,
             "delete": self.delete,
+            "resume": self.resume,
             "abandon": self.abandon,
             "derive": self.derive,
             "read": self.read,
             "expire": self.expire,
             "sweep": self.sweep,
         }
+        await operations[name](self.next())
+
+    def next(self) -> int:
         self.number += 1
-        await operations[name](self.number)
+        return self.number
 
     def begin(self, number: int, operation: str, **more: Any) -> None:
         self.emit({"begin": number, "operation": operation, **more})
@@ -126,18 +153,18 @@ class Work:
     def end(self, number: int, result: str = "ok", **more: Any) -> None:
         self.emit({"end": number, "result": result, **more})
 
-    def invent(self) -> tuple[Known, bytes]:
-        """A file to upload, and its bytes."""
+    def invent(self) -> tuple[Known, int]:
+        """A file to upload, and what its bytes are made from."""
         seed = self.rng.randrange(SHARED) if self.rng.random() < 0.4 else self.rng.getrandbits(60)
-        size = random.Random(seed).choices(SIZES, LIKELY)[0]
-        data = random.Random(seed).randbytes(size)
+        data = contents(seed)
         expires_in = self.rng.choice([0, 1]) if self.rng.random() < self.soon else None
         caller = self.rng.randrange(len(self.site.callers))
-        known = Known(f"{secrets.token_hex(8)}.bin", size, hashlib.sha256(data).hexdigest(), caller, expires_in)
-        return known, data
+        known = Known(f"{secrets.token_hex(8)}.bin", len(data), hashlib.sha256(data).hexdigest(), caller, expires_in)
+        return known, seed
 
     async def upload(self, number: int) -> None:
-        known, data = self.invent()
+        known, seed = self.invent()
+        data = contents(seed)
         self.begin(number, "upload", file=asdict(known))
         announced = len(data) if self.rng.random() < 0.5 else None
         try:
@@ -152,8 +179,50 @@ class Work:
             self.end(number, id=file.id, expires_at=file.expires_at)
             self.live[file.id] = known.caller
 
+    async def resume(self, number: int) -> None:
+        """The next request of an upload in several; the last makes the file."""
+        if self.begun and self.rng.random() < 0.8:
+            begun = self.begun.pop(self.rng.randrange(len(self.begun)))
+        else:
+            known, seed = self.invent()
+            self.begin(number, "create", file=asdict(known), seed=seed)
+            try:
+                made = await resumable.create(
+                    self.store, self.site.callers[known.caller], known.size, known.name, expires_in=known.expires_in
+                )
+            except QuotaExceeded as error:
+                self.end(number, type(error).__name__)
+                return
+            self.end(number, id=made.id)
+            begun, number = Begun(made.id, known, seed), self.next()
+        caller, data = self.site.callers[begun.file.caller], contents(begun.seed)
+        upload = await resumable.show(self.store, caller, begun.id)
+        if upload.received < upload.length:
+            until = min(len(data), upload.received + max(1, len(data) // self.rng.choice([1, 2, 3])))
+            self.begin(number, "append", id=begun.id)
+            upload = await resumable.append(
+                self.store, caller, begun.id, upload.received, in_pieces(data[upload.received : until])
+            )
+            self.end(number, received=upload.received)
+            number = self.next()
+        if upload.received == upload.length:
+            self.begin(number, "finish", id=begun.id, file=asdict(begun.file))
+            try:
+                upload = await resumable.finish(self.store, upload)
+            except (QuotaExceeded, Overloaded, OutputError) as error:
+                self._is_expected(error)
+                self.end(number, type(error).__name__)
+            else:
+                assert upload.file_id is not None
+                file = await self.store.show(caller, upload.file_id)
+                self.end(number, id=file.id, expires_at=file.expires_at)
+                self.live[file.id] = begun.file.caller
+                return
+        self.begun.append(begun)
+
     async def abandon(self, number: int) -> None:
-        known, data = self.invent()
+        known, seed = self.invent()
+        data = contents(seed)
         self.begin(number, "abandon", file=asdict(known))
         try:
             async with self.store.incoming(self.site.callers[known.caller], None) as incoming:
@@ -214,11 +283,21 @@ class Work:
             raise error
 
 
-async def work(site: Site, emit: Emit, seed: int, live: dict[str, int], at_once: int, leaning: str) -> None:
+def contents(seed: int) -> bytes:
+    """The bytes that are made from a number."""
+    return random.Random(seed).randbytes(random.Random(seed).choices(SIZES, LIKELY)[0])
+
+
+async def in_pieces(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), 300_000):
+        yield data[start : start + 300_000]
+
+
+async def work(site: Site, emit: Emit, seed: int, share: Share, at_once: int, leaning: str) -> None:
     """Works until the process is killed."""
     store = await Store.open(site.settings(LEASE))
     emit({"ready": True})
-    busy = Work(store, site, emit, random.Random(seed), live, leaning)
+    busy = Work(store, site, emit, random.Random(seed), share, leaning)
     await asyncio.gather(*(busy.run_forever() for _ in range(at_once)))
 
 
@@ -235,7 +314,9 @@ async def sweep_once(site: Site) -> None:
 # -- the check
 
 
-async def check(site: Site, live: dict[str, Known], dead: list[str], flying: list[dict[str, Any]]) -> Report:
+async def check(
+    site: Site, live: dict[str, Known], dead: list[str], begun: dict[str, Begun], flying: list[dict[str, Any]]
+) -> Report:
     """Opens the store as a new process does, sweeps, and compares everything with what had been acknowledged."""
     store = await Store.open(site.settings(LEASE))
     try:
@@ -246,7 +327,7 @@ async def check(site: Site, live: dict[str, Known], dead: list[str], flying: lis
             listing = await store.list(caller, 1000)
             assert not listing.more
             found.update({file.id: file for file in listing.files})
-        uploads = {event["file"]["name"]: event["file"] for event in flying if event["operation"] == "upload"}
+        uploads = {event["file"]["name"]: event["file"] for event in flying if event["operation"] in ("upload", "finish")}
         deletions = {event["id"] for event in flying if event["operation"] == "delete"}
         for id, known in live.items():
             if id in deletions and id not in found:
@@ -266,6 +347,7 @@ async def check(site: Site, live: dict[str, Known], dead: list[str], flying: lis
         for id in dead[-10:]:
             await _expect_missing(store, site.callers[0], id, report)
         report.ghosts += [f"{id} was deleted and is visible" for id in set(dead) & set(found)]
+        await _compare_begun(store, begun, flying, report)
         await _compare_bytes(store, report)
         await _compare_usage(store, report)
         return report
@@ -327,6 +409,29 @@ async def _expect_missing(store: Store, caller: Caller, id: str, report: Report)
         pass
 
 
+async def _compare_begun(store: Store, begun: dict[str, Begun], flying: list[dict[str, Any]], report: Report) -> None:
+    """Uploads in several requests have at least what was acknowledged of them, and none is there that nobody began."""
+    async with store.database.reading() as connection:
+        rows = {row.id: row for row in (await connection.execute(select(tables.resumables))).all()}
+    creations = {event["file"]["name"]: event for event in flying if event["operation"] == "create"}
+    finishing = {event["id"] for event in flying if event["operation"] == "finish"}
+    for id, known in begun.items():
+        row = rows.get(id)
+        if row is None or row.received < known.received:
+            report.lost.append(f"{id}: {known.received} bytes of it were acknowledged, and {row and row.received} are there")
+        elif row.file_id is None:
+            report.begun.append(replace(known, received=row.received))
+        elif id not in finishing:
+            report.ghosts.append(f"{id} has become a file that nobody asked for")
+    for id, row in rows.items():
+        if id not in begun and row.file_id is None:
+            if row.filename in creations:
+                event = creations[row.filename]
+                report.begun.append(Begun(id, Known(**event["file"]), event["seed"], row.received))
+            else:
+                report.ghosts.append(f"the upload {id} is there, and nobody began it")
+
+
 async def _compare_bytes(store: Store, report: Report) -> None:
     """Published names are exactly those of the rows; nothing is staged, reserved for an upload, or waiting to be erased."""
     async with store.database.reading() as connection:
@@ -334,6 +439,7 @@ async def _compare_bytes(store: Store, report: Report) -> None:
         held = select(tables.files.c.blob_id, func.count()).where(tables.files.c.blob_id.is_not(None))
         refs = dict((await connection.execute(held.group_by(tables.files.c.blob_id))).tuples().all())
         made = set((await connection.execute(select(tables.derived.c.stored))).scalars())
+        parts = dict((await connection.execute(select(tables.parts.c.name, tables.parts.c.size))).tuples().all())
         waiting = [
             (await connection.execute(select(func.count()).select_from(table))).scalar_one()
             for table in (tables.uploads, tables.erasures)
@@ -341,9 +447,13 @@ async def _compare_bytes(store: Store, report: Report) -> None:
     names = set(await asyncio.to_thread(lambda: set(store.blobs.names())))
     staged = await asyncio.to_thread(lambda: list(store.blobs.staged()))
     ids = {row.id for row in rows}
+    made |= parts.keys()
+    report.lost += [
+        f"the part {name} was counted and is not there" for name, size in parts.items() if size and name not in names
+    ]
     report.lost += [f"the bytes {name} have a row and are not there" for name in ids - names]
     report.orphans += [f"the bytes {name} have no row" for name in names - ids - made]
-    # What was being made from a file may still come, and has a row that says so; the sweep gives it up after some minutes.
+    # What is made from a file, or is part of an upload in several requests, has a row that says so, and is given up later.
     report.orphans += [f"the bytes {name} are staged by nobody" for name in staged if name not in made]
     report.orphans += [f"{count} rows of {what} are left" for count, what in zip(waiting, ("uploads", "erasures")) if count]
     for row in rows:
@@ -354,13 +464,19 @@ async def _compare_bytes(store: Store, report: Report) -> None:
 
 
 async def _compare_usage(store: Store, report: Report) -> None:
-    """Every counter equals the sum over the rows; nothing is reserved."""
+    """Every counter equals the sum over the rows; only uploads in several requests have anything reserved."""
     async with store.database.reading() as connection:
         query = select(tables.files, tenants.workspaces.c.organization_id)
         query = query.join(tenants.workspaces, tenants.workspaces.c.id == tables.files.c.workspace_id)
         rows = (await connection.execute(query.where(tables.files.c.expired_at.is_(None)))).all()
         counters = (await connection.execute(select(tenants.usage))).all()
+        held = (await connection.execute(select(tables.resumables).where(tables.resumables.c.reserved))).all()
     sums: dict[tuple[str, str], tuple[int, int]] = {}
+    reserved: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in held:
+        for scope in quotas.scopes(Caller(row.organization_id, row.workspace_id, row.key_id, row.user_id)):
+            size, count = reserved.get(scope, (0, 0))
+            reserved[scope] = size + row.length, count + 1
     for row in rows:
         for scope in quotas.scopes(Caller(row.organization_id, row.workspace_id, row.key_id, row.user_id)):
             used, count = sums.get(scope, (0, 0))
@@ -370,10 +486,15 @@ async def _compare_usage(store: Store, report: Report) -> None:
         if told.get(scope, (0, 0)) != sums.get(scope, (0, 0)):
             report.quota_errors.append(f"{scope}: counted {told.get(scope)}, the rows hold {sums.get(scope)}")
     for row in counters:
-        if row.reserved_bytes or row.reserved_files:
-            report.quota_errors.append(f"{row.scope} {row.id}: {row.reserved_bytes} bytes, {row.reserved_files} files reserved")
+        taken = (row.reserved_bytes, row.reserved_files)
+        if taken != (expected := reserved.get((row.scope, row.id), (0, 0))):
+            report.quota_errors.append(f"{row.scope} {row.id}: {taken} bytes and files reserved, should be {expected}")
 
 
 def emitter(handle: int) -> Emit:
     """Writes events as lines, each by one system call, so that a kill cuts none in two."""
-    return lambda event: os.write(handle, json.dumps(event).encode() + b"\n") and None
+
+    def emit(event: dict[str, Any]) -> None:
+        os.write(handle, json.dumps(event).encode() + b"\n")
+
+    return emit
