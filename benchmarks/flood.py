@@ -132,7 +132,7 @@ def stall(flood: Flood, secret: bytes) -> None:
 
 def memory(process_id: int) -> int:
     """Resident bytes of a server and its children, once it has come to rest."""
-    time.sleep(2.0)
+    time.sleep(1.0)
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE for pid in descendants(process_id))
 
 
