@@ -21,6 +21,7 @@ from ropewalk.failpoints import failpoint
 from ropewalk.files.blobs import safe
 
 PIECE = 8 << 20  # part of the format: where a byte lies is computed from it
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")  # http:// there is what was meant
 IN_FLIGHT = 2  # pieces of one upload on their way at a time; bounds its memory
 
 
@@ -36,7 +37,7 @@ class BucketBlobs:
             raise MissingExtra("obstore", "buckets", f"a bucket such as {url}") from error
         self.url = url
         self.client, self.failure = obstore, BaseError
-        plain = any(os.environ.get(key, "").startswith("http://") for key in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+        plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
         with self.asking():
             self.bucket = from_url(url, client_options={"allow_http": plain})
         self.workers = ThreadPoolExecutor(8, thread_name_prefix="bucket")
