@@ -278,10 +278,12 @@ def _run_models_list(arguments: argparse.Namespace) -> int:
 
 
 def _run_models_add(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.folder import lineage
+
     if arguments.base:
-        _registry().publish_adapter(arguments.name, arguments.folder, arguments.base)
+        _registry().publish_adapter(arguments.name, arguments.folder, arguments.base, lineage(arguments.folder))
     else:
-        _registry().publish_base(arguments.name, arguments.folder)
+        _registry().publish_base(arguments.name, arguments.folder, lineage(arguments.folder))
     return 0
 
 
@@ -465,7 +467,7 @@ def _settings(arguments: argparse.Namespace, **more: Any) -> Settings:
 def _local_files(arguments: argparse.Namespace) -> LocalFiles:
     from ropewalk.files.local import LocalFiles
 
-    return LocalFiles(_settings(arguments), arguments.workspace, lambda id: _registry().adapters_trained_on(id))
+    return LocalFiles(_settings(arguments), arguments.workspace, lambda id: _registry().trained_on(id))
 
 
 def _run_files_put(arguments: argparse.Namespace) -> int:

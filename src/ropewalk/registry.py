@@ -53,9 +53,9 @@ class Registry:
         """Everything published, by name."""
         return [_entry(self._read(), name) for name in sorted(self._read()["entries"])]
 
-    def adapters_trained_on(self, file_id: str) -> list[str]:
-        """Names of the adapters in whose lineage a file stands."""
-        return [entry.name for entry in self.entries() if entry.kind == "adapter" and file_id in entry.lineage.values()]
+    def trained_on(self, file_id: str) -> list[str]:
+        """Names of what is published and has a file in its lineage."""
+        return [entry.name for entry in self.entries() if file_id in " ".join(entry.lineage.values()).split()]
 
     def aliases(self) -> dict[str, str]:
         """Each alias and the name it points at now."""

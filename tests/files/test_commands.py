@@ -118,9 +118,13 @@ def test_the_receipt_lists_the_adapters_trained_on_the_file(say: Say, notes: Pat
     id = say("put", notes).strip()
     registry = Registry(tmp_path / "home" / "registry")
     registry.publish_base("base", tmp_path)
-    registry.publish_adapter("house", tmp_path, "base", {"file": id})
+    registry.publish_adapter("house", tmp_path, "base", {"file": f"file_first {id}"})
     registry.publish_adapter("other", tmp_path, "base", {"file": "file_other"})
-    assert json.loads(say("delete", id))["adapters"] == ["house"]
+    adapter = tmp_path / "run" / "adapter"  # as `ropewalk train` leaves it
+    adapter.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"datasets": [{"path": "rows.jsonl"}, {"path": id}]}}))
+    assert main(["models", "add", "added", str(adapter), "--base", "base"]) == 0
+    assert json.loads(say("delete", id))["adapters"] == ["added", "house"]
 
 
 def test_workspaces_do_not_see_each_other(say: Say, notes: Path) -> None:

@@ -58,7 +58,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.store = store
     app.state.settings = settings = settings or ServerSettings()
     app.state.registry = registry = Registry(store.settings.data.expanduser() / "registry")
-    store.adapters_of = registry.adapters_trained_on
+    store.adapters_of = registry.trained_on
     app.state.limits = Limits(settings.requests_per_minute)
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ropewalk.errors import ConfigError, OutputError
+from ropewalk.files.local import is_id
 
 # Keys that may change between a kill and the next start: none of them changes a loss.
 NEUTRAL = frozenset(
@@ -94,6 +95,17 @@ def join_folder(path: Path) -> RunFolder:
     if (path / "run.json").exists():
         folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     return folder
+
+
+def lineage(result: Path) -> dict[str, str]:
+    """What an adapter or model was made by and from: its run's folder and the ids of stored files; nothing where no run made it."""
+    run = result.resolve().parent
+    if not (run / "run.json").is_file():
+        return {}
+    config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    sources = config.get("datasets") or config.get("pretraining_dataset") or []
+    ids = [source["path"] for source in sources if is_id(source["path"])]
+    return {"run": str(run)} | ({"file": " ".join(ids)} if ids else {})
 
 
 def versions() -> dict[str, str]:
