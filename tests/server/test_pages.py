@@ -163,7 +163,7 @@ def test_progress_is_shown_and_a_cancelled_upload_leaves_nothing(server, browser
 
 
 def test_what_cannot_be_stored_is_said_beside_the_file(server, browser):
-    _, key = server.workspace("pages refused", limit_bytes=100_000)
+    _, key = server.workspace("pages too much", limit_bytes=100_000)
     with visit(browser, server.url, expected=("400 (Bad Request)",)) as seen:
         page = seen.sign_in(key).page
         page.set_input_files("#pick", [chosen("much.bin", b"x" * 3_000_000), chosen("a:b.txt", b"x"), chosen("fits.txt", b"x")])

@@ -415,7 +415,7 @@ def test_a_page_that_is_asked_wrongly_says_so(server):
 
 
 def test_refusals_are_in_the_audit_log(server):
-    _, key = server.workspace("sessions refused")
+    _, key = server.workspace("sessions denied")
 
     async def entries() -> list[tuple[str, str]]:
         async with server.store.database.reading() as connection:
