@@ -185,6 +185,25 @@ def test_a_request_in_progress_is_answered_before_the_server_stops(start):
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
+def test_an_upload_that_does_not_end_is_cut_short_and_leaves_nothing(start):
+    with start(settings=ServerSettings(drain_seconds=1)) as found:
+        host, port = found.url.removeprefix("http://").split(":")
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nx-api-key: {found.key}\r\nContent-Length: 9000000\r\n"
+        body = b'--B\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + b"x" * 3_000_000
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=B\r\n\r\n" + body)
+            while not found.run(_reserved(found)):
+                time.sleep(0.02)
+            found.stop()
+            with suppress(ConnectionError):
+                assert not connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    with start() as again, again.http() as http:
+        used = http.get("/v1/files/usage").json()["workspace"]
+        assert (used["used_bytes"], used["reserved_bytes"], used["reserved_files"]) == (0, 0, 0)
+        assert again.run(_reserved(again)) == 0
+        assert [path for path in (again.data / "files").rglob("*") if path.is_file()] == []
+
+
 def _connect_again_and_again(host: str, port: int) -> None:
     for _ in range(100):
         socket.create_connection((host, port), timeout=10).close()

@@ -27,6 +27,7 @@ from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.caller import RIGHTS
 from ropewalk.tenants.keys import create_key, list_keys
 
+UNDO_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection: none is closed while a request is on its way
 
 
@@ -98,6 +99,15 @@ class Server(uvicorn.Server):
         finally:
             for name in signals:
                 loop.remove_signal_handler(name)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; and what it has cut short may still undo what it had begun, before the store is closed."""
+        await super().shutdown(sockets)
+        if tasks := [*self.server_state.tasks]:
+            if self.force_exit:  # then uvicorn has not
+                for task in tasks:
+                    task.cancel()
+            await asyncio.wait(tasks, timeout=UNDO_SECONDS)
 
     def stop(self) -> None:
         """The first time, gently; the second, at once."""
