@@ -236,8 +236,9 @@ def parse_rights(text: str) -> list[str]:
 
 
 def _told(item: workspaces.Workspace | keys.Key) -> dict[str, Any]:
-    shown = {name: timestamp(value) if value and name.endswith("_at") else value for name, value in asdict(item).items()}
-    return {**shown, "rights": sorted(item.rights), "status": item.status} if isinstance(item, keys.Key) else shown
+    told = {name: getattr(item, name) for name in keys.NAMES} if isinstance(item, keys.Key) else asdict(item)
+    told = {name: timestamp(value) if value and name.endswith("_at") else value for name, value in told.items()}
+    return {**told, "rights": sorted(item.rights), "status": item.status} if isinstance(item, keys.Key) else told
 
 
 def _show(told: Mapping[str, Any], text: str, as_json: bool) -> None:

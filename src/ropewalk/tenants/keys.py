@@ -8,7 +8,8 @@ import json
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sqlalchemy import bindparam, insert, select, update
@@ -21,6 +22,7 @@ from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import RIGHTS, Caller
 from ropewalk.tenants.secrets import open_secret
 from ropewalk.tenants.tables import keys, workspaces
+from ropewalk.tenants.workspaces import COLUMNS as WORKSPACE_COLUMNS
 from ropewalk.tenants.workspaces import DEFAULT, PAGE, Page, Workspace, acting, find_workspace, new_id, organization, page_of
 from ropewalk.vault import Vault
 
@@ -44,6 +46,7 @@ class Key:
     created_at: int
     expires_at: int | None
     revoked_at: int | None
+    workspace: Workspace | None = field(default=None, compare=False, repr=False)  # as it was when the key was authenticated
 
     @property
     def status(self) -> str:
@@ -53,9 +56,11 @@ class Key:
         return "expired" if self.expires_at is not None and self.expires_at <= now() else "active"
 
 
-COLUMNS = [keys.c[field.name] for field in fields(Key)]
+NAMES = [field.name for field in fields(Key) if field.name != "workspace"]
+COLUMNS = [keys.c[name] for name in NAMES]
+OF_WORKSPACE = {f"workspace_{column.name}": column for column in WORKSPACE_COLUMNS if column.name != "id"}
 OF_DIGEST = (  # put together once: every request asks it
-    select(*COLUMNS, keys.c.digest, workspaces.c.archived_at)
+    select(*COLUMNS, keys.c.digest, *(column.label(name) for name, column in OF_WORKSPACE.items()))
     .join_from(keys, workspaces, keys.c.workspace_id == workspaces.c.id, isouter=True)
     .where(keys.c.digest == bindparam("wanted"))
 )
@@ -101,7 +106,7 @@ async def create_key(
             revoked_at=None,
         )
         kept = digest(await open_secret(connection, vault, "pepper"), secret)
-        row = {field.name: getattr(key, field.name) for field in fields(Key)}
+        row = {name: getattr(key, name) for name in NAMES}
         try:
             await connection.execute(insert(keys).values({**row, "rights": json.dumps(sorted(granted)), "digest": kept}))
         except IntegrityError as error:
@@ -115,9 +120,12 @@ async def authenticate(connection: AsyncConnection, pepper: bytes, secret: str) 
     """The key of a secret, if it opens anything now. Asked anew for every request, so that a revocation holds at once everywhere."""
     wanted = digest(pepper, secret)
     row = (await connection.execute(OF_DIGEST, {"wanted": wanted})).mappings().first()
-    if row is None or not hmac.compare_digest(bytes(row["digest"]), wanted) or row["archived_at"] is not None:
+    if row is None or not hmac.compare_digest(bytes(row["digest"]), wanted) or row["workspace_archived_at"] is not None:
         return None
     key = _key(row)
+    if key.workspace_id is not None:
+        known = {column.name: row[name] for name, column in OF_WORKSPACE.items()}
+        key = replace(key, workspace=Workspace(id=key.workspace_id, **known))
     return key if key.status == "active" else None
 
 
@@ -130,10 +138,10 @@ async def admit(
         raise PermissionDenied(
             f"this key is for one workspace, and it is not '{workspace_id}'; leave anthropic-workspace-id out"
         )
-    try:
-        workspace = await find_workspace(connection, key.workspace_id or workspace_id or DEFAULT)
-    except NotFound:
-        workspace = None
+    workspace = key.workspace
+    if workspace is None:
+        with suppress(NotFound):
+            workspace = await find_workspace(connection, key.workspace_id or workspace_id or DEFAULT)
     if workspace is None or workspace.archived_at is not None or workspace_id not in (None, workspace.id):
         raise NotFound(f"Workspace `{workspace_id}` not found.")
     if user_id is not None and user_id != key.user_id:
@@ -237,5 +245,5 @@ def _has_status(status: str) -> Any:
 
 
 def _key(row: Any) -> Key:
-    values = {field.name: row[field.name] for field in fields(Key)}
+    values = {name: row[name] for name in NAMES}
     return Key(**{**values, "rights": frozenset(json.loads(row["rights"]))})
