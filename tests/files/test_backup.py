@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from ropewalk.cli import main
 from ropewalk.errors import BadInput, DamagedContent, NotFound
 from ropewalk.files import backup as backups
+from ropewalk.files import resumable
 from ropewalk.files.backup import backup, restore
 from ropewalk.files.integrity import verify
 from ropewalk.files.lifecycle import expire
@@ -227,6 +228,27 @@ def test_a_backup_that_is_killed_leaves_the_older_one_and_is_made_again(tmp_path
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     asyncio.run(restore(tmp_path / "backup", Settings(data=tmp_path / "new")))
     assert asyncio.run(names(Settings(data=tmp_path / "new"))) == {f"{r}-{n}" for r in (0, 1) for n in range(5)}
+
+
+def test_uploads_under_way_are_not_in_a_backup_nor_what_they_reserved(tmp_path):
+    async def pieces():
+        yield b"half"
+
+    async def test():
+        async with opened(Settings(data=tmp_path / "data")) as (store, caller):
+            await store.put(caller, b"whole", "whole")
+            upload = await resumable.create(store, caller, 8, "half")
+            await resumable.append(store, caller, upload.id, 0, pieces())
+            async with store.incoming(caller, 1000) as incoming:
+                await incoming.write(b"x" * 1000)
+                report = await backup(store, tmp_path / "backup")
+        assert (report.files, report.contents) == (1, 1)
+        async with opened(Settings(data=tmp_path / "backup")) as (store, caller):
+            assert await contents(store, caller) == {"whole": b"whole"}
+            assert await counted(store, caller) == (5, 1)  # and nothing is reserved
+            assert len(list(store.blobs.names())) == 1
+
+    asyncio.run(test())
 
 
 def one_file(tmp_path):
