@@ -209,6 +209,26 @@ def test_two_deletions_at_once_give_one_receipt(opened: Callable) -> None:
     opened(body)
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_is_made_by_several_at_once_is_one_and_dies_with_the_file(opened: Callable, tmp_path: Path, deleted: bool) -> None:
+    async def body(store, caller):
+        file = await store.put(caller, b"read by all at once", "a.txt")
+        made = [store.keep_derived(file, "text", "", b"%d" % number) for number in range(4)]
+        made += [store.register_path(file.id, "tokens", tmp_path / "made") for _ in range(2)]
+        if deleted:
+            made.insert(3, store.delete(caller, file.id))
+        done = await asyncio.gather(*made, return_exceptions=True)
+        assert {type(one) for one in done} <= {type(None), receipts.Receipt, NotFound}
+        await sweep(store)
+        assert len(list(store.blobs.names())) == (0 if deleted else 2)
+        if not deleted:
+            assert await store.derived(file, "text", "") in (b"0", b"1", b"2", b"3")
+            assert (await store.delete(caller, file.id)).derived == ("text", "tokens")
+        assert list(store.blobs.names()) == []
+
+    opened(body)
+
+
 def test_a_receipt_taken_out_of_the_log_is_told(opened: Callable) -> None:
     async def body(store, caller):
         for number in range(3):

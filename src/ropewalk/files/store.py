@@ -258,7 +258,8 @@ class Store:
         row = {"owner": content.name, "kind": kind, "name": name, "place": "blobs", "stored": stored, "size": len(data)}
         # The row comes first: a row without bytes is only something not made yet, while bytes without a row would be swept.
         async with self.database.writing() as connection:
-            if not (await connection.execute(select(blobs.c.id).where(blobs.c.id == content.name))).scalar():
+            alive = select(blobs.c.id).where(blobs.c.id == content.name).with_for_update()  # until this is committed, and for one at a time
+            if not (await connection.execute(alive)).scalar():
                 raise catalog.missing(file.id)
             old = await self._replace_derived(connection, {**row, "created_at": now()})
         await asyncio.to_thread(self._publish_derived, content.key, stored, data)
@@ -284,7 +285,8 @@ class Store:
         stored = f"{platform.node()}:{path.resolve()}"
         row = {"owner": file_id, "kind": kind, "name": stored, "place": "path", "stored": stored, "size": 0}
         async with self.database.writing() as connection:
-            if not (await connection.execute(select(files.c.id).where(files.c.id == file_id))).scalar():
+            alive = select(files.c.id).where(files.c.id == file_id).with_for_update()
+            if not (await connection.execute(alive)).scalar():
                 raise catalog.missing(file_id)
             await self._replace_derived(connection, {**row, "created_at": now()})
 
