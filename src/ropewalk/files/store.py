@@ -258,7 +258,8 @@ class Store:
         row = {"owner": content.name, "kind": kind, "name": name, "place": "blobs", "stored": stored, "size": len(data)}
         # The row comes first: a row without bytes is only something not made yet, while bytes without a row would be swept.
         async with self.database.writing() as connection:
-            alive = select(blobs.c.id).where(blobs.c.id == content.name).with_for_update()  # until this is committed, and for one at a time
+            # Locked, so that it is there until this is committed, and that those who make the same take turns.
+            alive = select(blobs.c.id).where(blobs.c.id == content.name).with_for_update()
             if not (await connection.execute(alive)).scalar():
                 raise catalog.missing(file.id)
             old = await self._replace_derived(connection, {**row, "created_at": now()})
