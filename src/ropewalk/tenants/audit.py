@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy import RowMapping, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
@@ -50,6 +50,12 @@ ACTIONS = frozenset(
 )
 
 
+# Put together once: every upload, download and deletion runs them.
+HEAD = select(chains.c.seq, chains.c.head).where(chains.c.name == "audit").with_for_update()
+ENTRY = insert(audit)
+ADVANCE = update(chains).where(chains.c.name == "audit").values(seq=bindparam("to_seq"), head=bindparam("to_head"))
+
+
 @dataclass(frozen=True)
 class AuditReport:
     """What `verify` found."""
@@ -76,7 +82,7 @@ async def append(
 ) -> None:
     """Adds an entry to the transaction; best as its last statement, since the chain is locked from here to the commit."""
     assert action in ACTIONS, action
-    head = await _lock_head(connection)
+    head = (await connection.execute(HEAD)).one()
     entry = {
         "seq": head.seq + 1,
         "at": now(),
@@ -92,8 +98,8 @@ async def append(
         "previous": head.head,
     }
     digest = entry_digest(_shown(entry))
-    await connection.execute(insert(audit).values(**entry, digest=digest))
-    await connection.execute(update(chains).where(chains.c.name == "audit").values(seq=head.seq + 1, head=digest))
+    await connection.execute(ENTRY, {**entry, "digest": digest})
+    await connection.execute(ADVANCE, {"to_seq": head.seq + 1, "to_head": digest})
 
 
 async def start_chain(connection: AsyncConnection, database: Database) -> None:
@@ -216,11 +222,6 @@ class _Chain:
     def fault(self, message: str) -> None:
         if len(self.faults) < FAULTS:
             self.faults.append(message)
-
-
-async def _lock_head(connection: AsyncConnection) -> Any:
-    query = select(chains.c.seq, chains.c.head).where(chains.c.name == "audit").with_for_update()
-    return (await connection.execute(query)).one()
 
 
 def _signed(sequence: int, head: str, key: Ed25519PrivateKey) -> dict[str, Any]:
