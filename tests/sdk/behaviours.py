@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.client
 import io
 import json
 import os
 import random
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import anthropic
@@ -343,6 +347,46 @@ def test_an_upload_that_the_sdk_repeats_is_one_file(client):
     meant = files(client).upload(file=("a.txt", b"abc", "text/plain"))
     assert again.id == first.id
     assert meant.id != first.id
+
+
+@contextmanager
+def losing_answers(server: str, lost: int) -> Iterator[str]:
+    """A proxy before the server that hangs up instead of handing on the first answers, as a broken network would."""
+    address, left = server.removeprefix("http://"), [lost]
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            onward = http.client.HTTPConnection(address, timeout=60)
+            onward.request("POST", self.path, body, dict(self.headers))
+            answer = onward.getresponse()
+            content = answer.read()
+            onward.close()
+            self.close_connection = True
+            if left[0]:
+                left[0] -= 1
+                return
+            self.send_response(answer.status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
+        thread.join()
+
+
+def test_an_upload_whose_answers_are_lost_is_sent_again_and_is_one_file(seeder, workspace, client):
+    with losing_answers(seeder.server, lost=2) as url, Anthropic(base_url=url, api_key=workspace["secret"]) as patient:
+        file = files(patient).upload(file=("a.txt", b"abc", "text/plain"))
+    assert [found.id for found in files(client).list()] == [file.id]
 
 
 def test_the_key_is_taken_from_either_header(seeder, workspace):
