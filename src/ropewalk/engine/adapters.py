@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ropewalk.engine.cache import focus
+from ropewalk.engine.cache import Part, focus
 from ropewalk.engine.engine import Rows
 from ropewalk.errors import ModelError, NotFound
 from ropewalk.models.experts import expert_modules, experts_forward
@@ -138,8 +138,7 @@ class Adapters:
         count = x.numel() // x.shape[-1]
         rows = self._rows
         if rows and focus:
-            begin, end = focus[-1].begin, focus[-1].end
-            rows = [(n, max(b, begin) - begin, min(e, end) - begin) for n, b, e in rows if b < end and e > begin]
+            rows = _within(rows, focus[-1])
         if rows and count != rows[-1][2]:
             assert count == len(self._last), f"{count} rows reach a layer; the step has {rows[-1][2]}"
             rows = [(name, index, index + 1) for index, name in enumerate(self._last)]
@@ -151,6 +150,19 @@ class Adapters:
             else:
                 found.append((acts, begin, end))
         return found
+
+
+def _within(rows: Sequence[Rows], parts: Sequence[Part]) -> list[Rows]:
+    """Those of the rows that lie in these parts, counted from the first of them."""
+    found: list[Rows] = []
+    offset = 0
+    for part in parts:
+        for name, begin, end in rows:
+            if begin < part.end and end > part.begin:
+                shift = offset - part.begin
+                found.append((name, max(begin, part.begin) + shift, min(end, part.end) + shift))
+        offset += part.end - part.begin
+    return found
 
 
 def _mixed_experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

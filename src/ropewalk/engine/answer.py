@@ -44,6 +44,30 @@ from ropewalk.tenants.workspaces import workspace_key
 from ropewalk.vault import derive
 
 FOLDER = "prefixes"  # in the data folder
+MOST_REMEMBERED = 100_000
+
+
+class Places:
+    """Where pieces of prompts lie on disk: each is registered with the files it was read from, and erased with them."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._registered: set[tuple[str, Path]] = set()  # so that the database is asked once
+
+    def folder(self, weights: str) -> Path:
+        """What was read with these weights; an engine keeps it within its budget."""
+        return self._store.settings.data.expanduser().resolve() / FOLDER / weights[:16]
+
+    def path(self, weights: str, name: str) -> Path:
+        return self.folder(weights) / name[:2] / name
+
+    async def register(self, file_id: str, path: Path) -> None:
+        """Has the path erased with the file; before anything lies there."""
+        if (file_id, path) not in self._registered:
+            await self._store.register_path(file_id, "kv", path)
+            if len(self._registered) >= MOST_REMEMBERED:
+                self._registered.clear()
+            self._registered.add((file_id, path))
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,7 @@ class Answerer:
     """One model of this machine, ready to be asked."""
 
     store: Store
+    places: Places
     client: EngineClient
     template: Template
     weights: str  # names the base's content
@@ -68,10 +93,16 @@ class Answerer:
         sent = Request(_id(), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
             event = await anext(events)
-        return Usage(0, event.created or 0, event.read or 0, 0)
+        created, read = event.created or 0, event.read or 0
+        return Usage(prompt.length - created - read, created, read)
 
     async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
         """The reply, as it comes; closing the iterator ends it at once."""
+        if not request.max_tokens:  # only to read ahead
+            usage = await self.warm(caller, request)
+            yield Started(usage)
+            yield Ended("max_tokens", None, usage)
+            return
         prompt = await self._prompt(caller, request)
         await self.client.start()
         room = self.client.longest - prompt.length
@@ -155,10 +186,10 @@ class Answerer:
             keep = None
             if piece.kept:
                 sealing = hashlib.sha256(b"".join([own, *(keys[id] for id in piece.files)])).digest()
-                path = self.store.settings.data / FOLDER / name[:2] / name
+                path = self.places.path(self.weights, name)
                 keep = Keep(str(path), derive(sealing, "segment"))
                 for id in dict.fromkeys(piece.files):
-                    await self._register(id, path)
+                    await self.places.register(id, path)
             spans.append(Span(piece.ids, keep))
         return tuple(spans)
 
@@ -173,12 +204,6 @@ class Answerer:
         places = (i for i in range(len(ids) - count, -1, -1) if tuple(ids[i : i + count]) == self.invocation)
         return next(places, prompt.length)
 
-    async def _register(self, file_id: str, path: Path) -> None:
-        registered = _registered.setdefault(id(self.store), set())
-        if (file_id, str(path)) not in registered:
-            await self.store.register_path(file_id, "kv", path)
-            registered.add((file_id, str(path)))
-
     def _grammar(self, request: MessagesRequest) -> Grammar | None:
         if request.schema is None:
             return None
@@ -187,9 +212,6 @@ class Answerer:
 
     def _ends_in_thinking(self, prompt: Prompt) -> bool:
         return self.template.decode(prompt.tail[-8:], skip_special_tokens=False).rstrip().endswith("<think>")
-
-
-_registered: dict[int, set[tuple[str, str]]] = {}
 
 
 class _Text:

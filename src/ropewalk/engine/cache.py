@@ -10,7 +10,8 @@ Legend: K key-value heads, T tokens, D head size, W window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -235,9 +236,35 @@ class Batch:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self._joined: DynamicCache | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
+
+    @contextmanager
+    def joined(self, parts: Sequence[Part], layer_idx: int) -> Iterator[DynamicCache]:
+        """The recurrent states of several readings beside each other; what becomes of them is theirs again afterwards."""
+        layers: list[Any] = [part.reading.states.layers[layer_idx] for part in parts if part.reading.states is not None]
+        if self._joined is None:
+            self._joined = DynamicCache(config=parts[0].reading.layout.config)
+        together: Any = self._joined.layers[layer_idx]
+        for name in ("conv_states", "recurrent_states"):
+            for index in range(together.number_of_states):
+                own = [getattr(layer, name)[index] for layer in layers]
+                if own[0] is not None:
+                    getattr(together, name)[index] = torch.cat(own)
+                    getattr(together, f"is_{name}_initialized")[index] = True
+        for index in range(together.number_of_states):
+            together.conv_kernel_size[index] = layers[0].conv_kernel_size[index]
+            together.has_previous_state[index] = True
+        together.dtype, together.device = layers[0].dtype, layers[0].device
+        yield self._joined
+        for name in ("conv_states", "recurrent_states"):
+            for index in range(together.number_of_states):
+                tensor = getattr(together, name)[index]
+                for row, layer in enumerate(layers):
+                    if tensor is not None:
+                        getattr(layer, name)[index] = tensor[row : row + 1]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
         """Appends new keys and values [1, K, T, D] to each request's tail; attention reads them from there."""
@@ -248,7 +275,17 @@ class Batch:
         return keys, values
 
 
-focus: list[Part] = []  # the one part whose rows a recurrent layer is working on, if it is
+focus: list[Sequence[Part]] = []  # the parts whose rows a recurrent layer is working on, if it is
+
+
+@contextmanager
+def focused(parts: Sequence[Part]) -> Iterator[None]:
+    """Within it, the rows that layers see are those of these parts alone."""
+    focus.append(parts)
+    try:
+        yield
+    finally:
+        focus.pop()
 
 
 def per_request(module: Any) -> None:
@@ -258,14 +295,20 @@ def per_request(module: Any) -> None:
     def forward(hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **more: Any) -> Tensor:
         if not isinstance(cache_params, Batch):
             return plain(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **more)  # type: ignore[no-any-return]
-        outs = []
-        for part in cache_params.parts:
-            focus.append(part)
-            try:
+        outs = [hidden_states[:, :0]] * len(cache_params.parts)
+        single = [n for n, part in enumerate(cache_params.parts) if part.end - part.begin == 1]
+        if len(single) > 1:  # they decode: one call with their states beside each other
+            parts = [cache_params.parts[n] for n in single]
+            own = torch.cat([hidden_states[:, part.begin : part.end] for part in parts])
+            with cache_params.joined(parts, module.layer_idx) as states, focused(parts):
+                for n, out in zip(single, plain(own, cache_params=states, attention_mask=None, **more).split(1)):
+                    outs[n] = out
+        for n, part in enumerate(cache_params.parts):
+            if n in single and len(single) > 1:
+                continue
+            with focused([part]):
                 own = hidden_states[:, part.begin : part.end]
-                outs.append(plain(own, cache_params=part.reading.states, attention_mask=None, **more))
-            finally:
-                focus.pop()
+                outs[n] = plain(own, cache_params=part.reading.states, attention_mask=None, **more)
         return torch.cat(outs, dim=1)
 
     module.forward = forward

@@ -1,0 +1,305 @@
+"""The second question about a document beside the first: CPU seconds of one thread, the same weights, the same greedy ids.
+
+For models shaped like Qwen3, Gemma 4 (sliding windows, experts) and Qwen3.5-MoE (recurrent layers, experts), with random weights:
+
+    ttft_ratio_4k, _16k           CPU seconds to the first id, first question : second question about a document of so many ids
+    ttft_ratio_16k_restart        the same after the engine was closed: keys and values come from disk, sealed
+    ttft_ratio_16k_other_adapter  the same for an activated adapter, over what the base has read
+    warm_cold_max_logit_diff      of the next id's log-probability, the second time and the first
+    users16_ratio                 16 users decoding over one document: CPU seconds per id of transformers' own generation, one after
+                                  the other : ours together
+
+Correctness gates: the greedy ids of the second time are those of the first, and the first ids are those of transformers' own
+generation over its own cache (in bfloat16 only where ours are equal bit for bit; a difference there is told, not failed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from measure import machine, table, write_json
+from ropewalk.engine.adapters import Adapters
+from ropewalk.engine.engine import Engine
+from ropewalk.engine.prefixes import Prefixes
+from ropewalk.engine.request import Event, Keep, Request, Sampling, Span
+from ropewalk.engine.runner import Runner
+from ropewalk.engine.scheduler import Limits
+from ropewalk.models.lora import LoraSpec, attach
+
+VOCABULARY = 32_000
+QUESTION = 32  # ids
+INVOCATION = (7, 8, 9)
+NEW = 8  # ids that are compared
+GREEDY = Sampling(temperature=0)
+
+
+@dataclass
+class Result:
+    """What one architecture showed."""
+
+    architecture: str
+    ttft_ratio_4k: float = 0.0
+    ttft_ratio_16k: float = 0.0
+    ttft_ratio_16k_restart: float = 0.0
+    ttft_ratio_16k_other_adapter: float = 0.0
+    warm_cold_max_logit_diff: float = 0.0
+    users16_ratio: float = 0.0
+    cold_16k_cpu_s: float = 0.0
+    ours_ms_per_id: float = 0.0
+    sequential_ms_per_id: float = 0.0
+    equal_to_generate: bool = True
+
+
+def qwen3(**size: Any) -> Any:
+    return Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True))
+
+
+def gemma4(**size: Any) -> Any:
+    layers = size["num_hidden_layers"]
+    return Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **size,
+            num_key_value_heads=4,
+            head_dim=64,
+            global_head_dim=128,
+            num_global_key_value_heads=2,
+            attention_k_eq_v=True,
+            sliding_window=1024,
+            hidden_size_per_layer_input=0,
+            vocab_size_per_layer_input=VOCABULARY,
+            enable_moe_block=True,
+            num_experts=8,
+            top_k_experts=2,
+            moe_intermediate_size=384,
+            layer_types=[*["sliding_attention"] * 3, "full_attention"] * (layers // 4),
+        )
+    )
+
+
+def qwen3_5_moe(**size: Any) -> Any:
+    layers = size.pop("num_hidden_layers")
+    size.pop("intermediate_size")
+    return Qwen3_5MoeForCausalLM(
+        Qwen3_5MoeTextConfig(
+            **size,
+            num_hidden_layers=layers,
+            num_key_value_heads=2,
+            head_dim=64,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+            linear_num_key_heads=4,
+            linear_num_value_heads=8,
+            linear_conv_kernel_dim=4,
+            moe_intermediate_size=256,
+            shared_expert_intermediate_size=256,
+            num_experts=16,
+            num_experts_per_tok=4,
+            layer_types=[*["linear_attention"] * 3, "full_attention"] * (layers // 4),
+        )
+    )
+
+
+ARCHITECTURES: dict[str, Callable[..., Any]] = {"qwen3": qwen3, "gemma4": gemma4, "qwen3_5_moe": qwen3_5_moe}
+
+
+def build(name: str, quick: bool) -> Any:
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256 if quick else 512,
+        "intermediate_size": 768 if quick else 1536,
+        "num_hidden_layers": 4 if quick else 8,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 65_536,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return ARCHITECTURES[name](**size).to(torch.bfloat16).eval()
+
+
+def ids(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(100, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def cpu(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of this process, and what came of them."""
+    gc.collect()
+    before = time.process_time()
+    found = work()
+    return time.process_time() - before, found
+
+
+def answer(engine: Engine, request: Request) -> tuple[float, list[Event]]:
+    """CPU seconds to the first id, and all events."""
+    events: list[Event] = []
+
+    def first() -> None:
+        engine.submit(request)
+        while not any(event.ids for event in events):
+            events.extend(engine.step())
+
+    seconds, _ = cpu(first)
+    while engine.busy:
+        events.extend(engine.step())
+    return seconds, events
+
+
+def texts(events: list[Event]) -> list[int]:
+    return [id for event in events for id in event.ids]
+
+
+def measure(name: str, quick: bool, folder: Path) -> Result:
+    result = Result(name)
+    model = build(name, quick)
+    adapters = {n: save_adapter(name, quick, folder / f"adapter{n}", n) for n in (1, 2)}
+    runner = Runner(model)
+    over = Adapters(model)
+    for number, path in adapters.items():
+        over.load(str(number), path)
+
+    def opened() -> Engine:
+        prefixes = Prefixes(
+            runner.layout, name, memory_bytes=4 << 30, disk_bytes=8 << 30, folder=folder / "segments", device="cpu"
+        )
+        return Engine(runner, prefixes, over, limits=Limits(running=64, chunk=2048))
+
+    def asked(id: str, length: int, question: int, adapter: str | None = None, new: int = NEW) -> Request:
+        keep = Keep(str(folder / "segments" / f"{name}{length}"), b"k" * 32)
+        tail = ids(QUESTION, 100 + question)
+        tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
+        return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=True)
+
+    engine = opened()
+    long = 4096 if quick else 16_384
+    ratios = {}
+    for length in (4096, long) if long != 4096 else (4096,):
+        cold, first = answer(engine, asked(f"cold{length}", length, 1))
+        engine.prefixes.flush()  # type: ignore[attr-defined]
+        warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(4))
+        _, again = answer(engine, asked(f"again{length}", length, 1))
+        if texts(again) != texts(first):
+            raise SystemExit(f"{name}: the second time, other ids than the first")
+        difference = max(abs(a - b) for x, y in zip(first, again) for a, b in zip(x.logprobs, y.logprobs))
+        result.warm_cold_max_logit_diff = max(result.warm_cold_max_logit_diff, difference)
+        ratios[length] = cold / warm
+        if length == long:
+            result.cold_16k_cpu_s = cold
+            engine = opened()
+            restarted, found = answer(engine, asked("restart", length, 1))
+            if texts(found) != texts(first) or found[0].read != length:
+                raise SystemExit(f"{name}: after a restart, other ids or nothing found on disk")
+            result.ttft_ratio_16k_restart = cold / restarted
+            answer(engine, asked("adapter0", length, 3, "1"))
+            other, events = answer(engine, asked("adapter1", length, 3, "2"))
+            if events[0].read != length:
+                raise SystemExit(f"{name}: an activated adapter read the document anew")
+            result.ttft_ratio_16k_other_adapter = cold / other
+    result.ttft_ratio_4k, result.ttft_ratio_16k = ratios[4096], ratios[long]
+    users(result, engine, asked, long)
+    sequential(result, model, long, texts(first))
+    return result
+
+
+def users(result: Result, engine: Engine, asked: Callable[..., Request], length: int) -> None:
+    """16 users decode over one document."""
+    steps = 24
+    for user in range(16):
+        engine.submit(asked(f"user{user}", length, 10 + user, new=steps + 40))
+    produced: set[str] = set()
+    while len(produced) < 16:
+        produced |= {event.id for event in engine.step() if event.ids}
+    seconds, events = cpu(lambda: [event for _ in range(steps) for event in engine.step()])
+    result.ours_ms_per_id = seconds / len(texts(events)) * 1e3
+    for user in range(16):
+        engine.cancel(f"user{user}")
+    engine.step()
+
+
+@torch.inference_mode()
+def sequential(result: Result, model: Any, length: int, expected: list[int]) -> None:
+    """transformers' own decoding of one user, over its own cache."""
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # as transformers made it
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    tail = ids(QUESTION, 101)
+    tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
+    document = torch.tensor([ids(length, length)])
+    for start in range(0, length, 2048):
+        model(input_ids=document[:, start : start + 2048], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = model(input_ids=torch.tensor([tail]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    out = []
+
+    def decode(count: int) -> None:
+        nonlocal logits
+        for _ in range(count):
+            out.append(int(logits[0, -1].argmax()))
+            logits = model(input_ids=torch.tensor([[out[-1]]]), past_key_values=cache, use_cache=True).logits
+
+    decode(NEW)
+    seconds, _ = cpu(lambda: decode(12))
+    result.sequential_ms_per_id = seconds / 12 * 1e3
+    result.users16_ratio = result.sequential_ms_per_id / result.ours_ms_per_id
+    result.equal_to_generate = out[:NEW] == expected
+
+
+def save_adapter(name: str, quick: bool, folder: Path, seed: int) -> Path:
+    """An activated adapter whose factors are not zero, saved as the trainer saves it."""
+    adapter = attach(build(name, quick), LoraSpec(r=8, alora_invocation_tokens=INVOCATION), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    adapter.save(folder)
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller models and documents of 4,096 ids only; under three minutes"
+    )
+    parser.add_argument("--only", choices=sorted(ARCHITECTURES), help="one architecture")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in [arguments.only] if arguments.only else ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(name, arguments.quick, Path(folder)))
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(results[-1]).items()}), flush=True)
+    names = [field for field in asdict(results[0]) if field != "architecture"]
+    print(table(["", *(r.architecture for r in results)], [[n, *(_shown(getattr(r, n)) for r in results)] for n in names]))
+    if arguments.json:
+        found = {"machine": machine(), "quick": arguments.quick} | {r.architecture: asdict(r) for r in results}
+        write_json(arguments.json, found)
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

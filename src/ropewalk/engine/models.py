@@ -1,0 +1,298 @@
+"""What is served: names and aliases -> whoever answers for them. Engines start at first use, adapters are loaded as they are asked for.
+
+    models = Models(store, registry, serving)
+    answerer = await models.answerer("answers")
+    async for event in answerer.stream(caller, request): ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from ropewalk.chat.messages import Document, FileId, MessagesRequest, ReplyEvent, Turn, Usage
+from ropewalk.chat.template import Template
+from ropewalk.config.serving import Serving
+from ropewalk.engine.answer import Answerer, Places
+from ropewalk.engine.client import EngineClient
+from ropewalk.engine.lines import EngineSettings
+from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
+from ropewalk.files.store import Store
+from ropewalk.models.hub import cached_folder, ensure_tokenizer
+from ropewalk.models.identity import stamp, weights_digest
+from ropewalk.registry import Registry
+from ropewalk.tenants.caller import Caller
+
+START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
+RETRY_SECONDS = 15.0
+
+log = logging.getLogger("ropewalk.engine")
+
+
+class Answers(Protocol):
+    """Whoever answers: an engine of this machine, or another server."""
+
+    async def count(self, caller: Caller, request: MessagesRequest) -> int: ...
+
+    async def warm(self, caller: Caller, request: MessagesRequest) -> Usage: ...
+
+    def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]: ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A served model, as lists show it."""
+
+    name: str
+    shown: str
+    created: str
+    longest: int | None  # tokens; None: not known before it has been loaded
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name stands for now: folders of this machine, or (both None) the remote of that name."""
+
+    base: Path | None = None
+    adapter: Path | None = None
+
+
+@dataclass
+class Base:
+    """A base and its engine."""
+
+    stamp: str
+    weights: str
+    template: Template
+    client: EngineClient
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # stamp -> what the engine has loaded
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    starting: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in an engine."""
+
+    name: str  # there
+    digest: str
+    invocation: tuple[int, ...] | None  # of an activated one
+
+
+class Models:
+    """The models of one server."""
+
+    def __init__(self, store: Store, registry: Registry, serving: Serving | None = None) -> None:
+        self.store, self.registry, self.serving = store, registry, serving or Serving()
+        self._places = Places(store)
+        self._bases: dict[Path, Base] = {}
+        self._opening = asyncio.Lock()
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        store.forgetters.append(self.forget)
+
+    async def answerer(self, name: str, *, loaded: bool = True) -> Answers:
+        """Who answers for this name now. `loaded`: ready to answer, not only to count."""
+        target = await asyncio.to_thread(self._target, name)
+        if target.base is None:
+            return self._remote(name)
+        base = await self._base(target.base)
+        if not loaded:
+            return Answerer(self.store, self._places, base.client, base.template, base.weights)
+        await self._started(name, base)
+        if target.adapter is None:
+            return Answerer(self.store, self._places, base.client, base.template, base.weights)
+        adapter = await self._adapter(base, target.adapter)
+        return Answerer(
+            self.store,
+            self._places,
+            base.client,
+            base.template,
+            base.weights,
+            adapter.name,
+            adapter.digest,
+            adapter.invocation,
+        )
+
+    async def warm(self, caller: Caller, name: str, file_id: str) -> Usage:
+        """Reads a file ahead of the first question about it."""
+        request = MessagesRequest(name, 0, (Turn("user", (Document(FileId(file_id)),)),))
+        return await (await self.answerer(name)).warm(caller, request)
+
+    def listed(self) -> list[Listed]:
+        """All that is served, newest first."""
+        if self.serving.models is not None:
+            found = [self._listed(name) for name in self.serving.models]
+        else:
+            entries = {entry.name: entry for entry in self.registry.entries()}
+            named = {**entries, **{alias: entries[to] for alias, to in self.registry.aliases().items() if to in entries}}
+            found = [self._listed(name) for name in named]
+        return sorted(found, key=lambda listed: (listed.created, listed.name), reverse=True)
+
+    def find(self, name: str) -> Listed:
+        """One of them; NotFound for a name that is not served."""
+        if self.serving.models is not None and name not in self.serving.models:
+            raise _unknown(name)
+        return self._listed(name)
+
+    async def preload(self) -> None:
+        """Starts the engines that shall not wait for the first question; what keeps one from starting is logged."""
+        for name in self.serving.preload:
+            try:
+                await self.answerer(name)
+            except Overloaded:
+                continue  # it goes on loading
+            except RopewalkError as error:
+                log.error("%s cannot be loaded: %s", name, error)
+
+    async def forget(self, paths: Sequence[str]) -> None:
+        """Drops what was read from deleted files from the memory of all engines."""
+        for base in self._bases.values():
+            with suppress(EngineDied):
+                await base.client.forget(paths)
+
+    async def flush(self) -> None:
+        """Returns when all that was read is on disk."""
+        for base in self._bases.values():
+            await base.client.flush()
+
+    async def stats(self) -> dict[str, Any]:
+        """What the engines' prefix stores did, by base."""
+        return {str(folder): await base.client.stats() for folder, base in self._bases.items()}
+
+    async def close(self) -> None:
+        """Ends all engines."""
+        self.store.forgetters.remove(self.forget)
+        for base in self._bases.values():
+            await _stop(base)
+        self._bases.clear()
+
+    # -- names
+
+    def _target(self, name: str) -> Target:
+        if self.serving.models is None:
+            return self._published(name)
+        served = self.serving.models.get(name)
+        if served is None:
+            raise _unknown(name)
+        if served.remote is not None:
+            return Target()
+        base = self._base_folder(served.base) if served.base else None
+        if not served.adapter:
+            return Target(base)
+        folder = self.serving.folder / served.adapter
+        if base is not None and (folder / "adapter_config.json").is_file():
+            return Target(base, folder.resolve())
+        found = self._published(served.adapter)
+        return found if base is None else Target(base, found.adapter)
+
+    def _published(self, name: str) -> Target:
+        try:
+            entry = self.registry.resolve(name)
+            base = self.registry.resolve(entry.base) if entry.base is not None else entry
+        except NotFound:
+            raise _unknown(name) from None
+        return Target(Path(base.path), Path(entry.path) if entry.kind == "adapter" else None)
+
+    def _base_folder(self, name: str) -> Path:
+        folder = self.serving.folder / Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+        with suppress(NotFound):
+            return self._published(name).base or folder
+        if (cached := cached_folder(name)) is not None:
+            return cached
+        raise ConfigError(f"base '{name}' is no folder, no name of the registry, and not downloaded: ropewalk models pull {name}")
+
+    def _listed(self, name: str) -> Listed:
+        target = self._target(name)
+        if target.base is None:
+            return Listed(name, name, self._since, None)
+        opened = self._bases.get(target.base)
+        longest = opened.client.longest if opened is not None else 0
+        try:
+            entry = self.registry.resolve(name)
+        except NotFound:
+            written = datetime.fromtimestamp((target.adapter or target.base).stat().st_mtime, UTC)
+            return Listed(name, name, written.isoformat(timespec="seconds"), longest or None)
+        shown = entry.name if entry.base is None else f"{entry.name} (over {entry.base})"
+        return Listed(name, shown if name == entry.name else f"{name}, now {shown}", entry.created, longest or None)
+
+    # -- engines
+
+    async def _base(self, folder: Path) -> Base:
+        mark = await asyncio.to_thread(stamp, folder)
+        async with self._opening:
+            base = self._bases.get(folder)
+            if base is None or base.stamp != mark:
+                if base is not None:  # other weights lie there now
+                    await _stop(base)
+                weights, template = await asyncio.to_thread(_opened, folder)
+                settings = self._settings(folder, weights)
+                base = self._bases[folder] = Base(mark, weights, template, EngineClient(settings))
+            return base
+
+    def _settings(self, folder: Path, weights: str) -> EngineSettings:
+        options = self.serving.engine
+        return EngineSettings(
+            base=str(folder),
+            weights=weights,
+            dtype=options.dtype,
+            device=options.device,
+            memory_bytes=round(options.memory_gb * (1 << 30)),
+            disk_bytes=round(options.disk_gb * (1 << 30)),
+            folder=str(self._places.folder(weights)),
+            int8_on_disk=options.int8_on_disk,
+            running=options.running,
+            waiting=options.waiting,
+            chunk=options.chunk,
+            longest=options.longest or None,
+            threads=options.threads or None,
+        )
+
+    async def _started(self, name: str, base: Base) -> None:
+        """Waits for the engine. It goes on starting when whoever waited for it leaves."""
+        if base.client.running:
+            return
+        if base.starting is None or base.starting.done():
+            base.starting = asyncio.create_task(base.client.start())
+        await asyncio.wait({base.starting}, timeout=START_SECONDS)
+        if not base.starting.done():
+            error = Overloaded(f"{name} is being loaded; ask again in a moment")
+            error.retry_after = RETRY_SECONDS
+            raise error
+        base.starting.result()
+
+    async def _adapter(self, base: Base, folder: Path) -> Adapter:
+        mark = await asyncio.to_thread(stamp, folder)
+        async with base.busy:
+            if mark not in base.adapters:
+                config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+                invocation = config.get("alora_invocation_tokens")
+                digest = await base.client.load_adapter(mark, folder)
+                base.adapters[mark] = Adapter(mark, digest, tuple(invocation) if invocation else None)
+            return base.adapters[mark]
+
+    def _remote(self, name: str) -> Answers:
+        raise NotImplementedError(name)
+
+
+def _opened(folder: Path) -> tuple[str, Template]:
+    return weights_digest(folder), Template.load(ensure_tokenizer(folder))
+
+
+async def _stop(base: Base) -> None:
+    if base.starting is not None:
+        with suppress(RopewalkError):
+            await base.starting
+    await base.client.stop()
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"model: {name[:200]}")
