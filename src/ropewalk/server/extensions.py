@@ -16,8 +16,8 @@ from ropewalk.files import catalog, receipts
 from ropewalk.files.store import Store
 from ropewalk.server import body, tus
 from ropewalk.server.auth import caller_of
-from ropewalk.server.files import MAX_TAG, MAX_TAGS, checked_tags
 from ropewalk.server.openapi import STRING, TIME, named, nullable, operation, record
+from ropewalk.server.upload import MAX_TAG, MAX_TAGS, checked_tags
 from ropewalk.server.wire import EXTENDED, JSON, failure, file_deleted, file_metadata
 from ropewalk.tenants import quotas
 

@@ -26,8 +26,8 @@ from ropewalk.files.resumable import ALGORITHMS, Checksum, Resumable
 from ropewalk.files.store import Store
 from ropewalk.server import body
 from ropewalk.server.auth import caller_of
-from ropewalk.server.files import MEDIA_TYPE, checked_tags
 from ropewalk.server.openapi import STRING, header, operation
+from ropewalk.server.upload import MEDIA_TYPE, checked_tags
 
 VERSION = "1.0.0"
 PATH = "/v1/files/resumable"
