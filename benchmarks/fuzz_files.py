@@ -37,6 +37,7 @@ from measure import table, write_json
 from peers.file_servers import KEY, ROOT_KEY, Server, ropewalk
 
 WARM_UP = 0.25  # of the requests: afterwards caches, pools and code are in memory, and growth is a leak
+MOST_GROWTH_MB = 60  # what is above is a leak, whatever the caches of the database and of the allocator do
 SHOWN = 12
 STALLED = 3  # uploads that stop half-way and stay connected
 
@@ -77,7 +78,7 @@ def main() -> int:
     }
     _report(result, tally)
     write_json(arguments.json, result)
-    return int(bool(tally.errors or tally.hung or tally.untrue or not alive))
+    return int(bool(tally.errors or tally.hung or tally.untrue or not alive or growth > MOST_GROWTH_MB))
 
 
 class Targets:
