@@ -55,7 +55,7 @@ ABSENT = (  # an upload killed there is not there
 COMMITTED = ("upload.committed",)
 DELETED = ("delete.committed", "delete.erased")
 FAILPOINTS = (*ABSENT, *COMMITTED, *DELETED, "expire.committed", "resumable.published", "resumable.committed")
-PATIENCE = 1.5  # seconds until a worker that did not reach its failpoint is killed where it is
+PATIENCE = {"local": 1.5, "postgres-s3": 3.0}  # seconds until a worker that did not reach its failpoint is killed where it is
 
 
 @dataclass
@@ -199,6 +199,7 @@ class Worker:
 
     def __init__(self, place: Site, rng: random.Random, share: Share, failpoint: str | None, at_once: int) -> None:
         self.rng, self.failpoint = rng, failpoint
+        self.patience = PATIENCE["postgres-s3" if place.blobs else "local"]
         seed, wanted = rng.getrandbits(60), f"{failpoint}:{rng.choice([1, 1, 2, 3])}"
         leaning = failpoint.partition(".")[0] if failpoint else ""
         self.handle, theirs = os.pipe()
@@ -217,7 +218,7 @@ class Worker:
         # One random life in four is measured from its birth, so that the moments of opening the store are met as well.
         if self.failpoint or self.rng.random() > 0.25:
             self.told += os.read(self.handle, 1 << 16)
-        until = time.monotonic() + (PATIENCE if self.failpoint else self.rng.choice([0.1, 0.3, 0.6]) * self.rng.random())
+        until = time.monotonic() + (self.patience if self.failpoint else self.rng.choice([0.1, 0.3, 0.6]) * self.rng.random())
         while (left := until - time.monotonic()) > 0 and select.select([self.handle], [], [], left)[0]:
             piece = os.read(self.handle, 1 << 16)
             if not piece:
