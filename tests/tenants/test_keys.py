@@ -136,7 +136,7 @@ def test_a_secret_cannot_be_given_twice(tell):
     [
         ({"name": "k", "rights": ["fly"]}, "'fly' is no right"),
         ({"name": "k", "rights": []}, "without rights may do nothing"),
-        ({"name": "k", "rights": ["admin"]}, "name neither a workspace nor a user"),
+        ({"name": "k", "rights": ["admin"]}, "make it with --every-workspace"),
         ({"name": "k", "user_id": "a/b"}, "'a/b' is no user id"),
         ({"name": "k", "user_id": "x" * 129}, "is no user id"),
         ({"name": "k", "user_id": "ann", "rights": ["users"]}, "either bound to the user 'ann'"),

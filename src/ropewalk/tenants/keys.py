@@ -213,7 +213,10 @@ def _check(workspace_id: str | None, name: str, rights: frozenset[str], user_id:
     if not rights:
         raise BadInput(f"a key without rights may do nothing; give it some of {', '.join(sorted(RIGHTS))}")
     if "admin" in rights and (workspace_id is not None or user_id is not None):
-        raise BadInput("a key with the right 'admin' is for every workspace: name neither a workspace nor a user")
+        raise BadInput(
+            "a key with the right 'admin' is for every workspace and for no one user: "
+            'make it with --every-workspace, or over HTTP with "workspace_id": null'
+        )
     if user_id is not None:
         check_user_id(user_id)
         if "users" in rights:
