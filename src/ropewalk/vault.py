@@ -82,7 +82,7 @@ class Opener:
     def __init__(self, key: bytes, name: str) -> None:
         self._cipher, self._name = AESGCM(derive(key, name)), name
 
-    def open(self, sealed: bytes, index: int, last: bool) -> bytes:
+    def open(self, sealed: bytes | memoryview, index: int, last: bool) -> bytes:
         """The plain bytes of a chunk, or DamagedContent: never other bytes than were sealed."""
         try:
             return self._cipher.decrypt(_nonce(index, last), sealed, self._name.encode())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from ropewalk.errors import DamagedContent
 from ropewalk.files.blobs import Blobs
 from ropewalk.files.catalog import File
 from ropewalk.vault import CHUNK, TAG, Opener, sealed_size
 
-Result = TypeVar("Result")
+BATCH = 4  # chunks
+AHEAD = 32  # chunks that all reads together may have read ahead
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,27 @@ class Content:
         first, last = start // CHUNK, max(start, end - 1) // CHUNK
         whole = hashlib.sha256() if (start, end) == (0, self.file.size) else None
         opener = Opener(self.key, self.name)
-        reading, hashing = _begun(self.chunk, opener, first), None
+        _under_way.add(opener)
+        ahead = self._begin(opener, first, 1, whole)
         try:
-            for index in range(first, last + 1):
-                plain = await reading
-                if hashing is not None:
-                    await hashing
-                if index < last:  # read, and this one hashed, while whoever asked is busy with this one
-                    reading = _begun(self.chunk, opener, index + 1)
-                if whole is not None:
-                    hashing = _begun(whole.update, plain)
-                    if index == last:
-                        await hashing
-                        if whole.hexdigest() != self.file.sha256:
-                            raise DamagedContent(
-                                f"stored bytes are damaged: {self.name} does not have the SHA-256 that was stored"
-                            )
-                lower, upper = max(start - index * CHUNK, 0), min(end - index * CHUNK, CHUNK)
-                if upper > lower:
-                    yield plain if upper - lower == len(plain) else plain[lower:upper]
+            while first <= last:
+                batch, index = await ahead, first
+                first += len(batch)
+                if first <= last:  # read while the reader is busy with this one
+                    ahead = self._begin(opener, first, min(_batch(), last + 1 - first), whole)
+                elif whole is not None and whole.hexdigest() != self.file.sha256:
+                    raise DamagedContent(f"stored bytes are damaged: {self.name} does not have the SHA-256 that was stored")
+                for plain in batch:
+                    lower, upper = max(start - index * CHUNK, 0), min(end - index * CHUNK, CHUNK)
+                    if upper > lower:
+                        yield plain if upper - lower == len(plain) else plain[lower:upper]
+                    index += 1
         finally:
-            for begun in filter(None, (reading, hashing)):
-                if not begun.done():
-                    await asyncio.wait([begun])
-                if not begun.cancelled():
-                    begun.exception()  # of a read that nobody waits for any more
+            _under_way.discard(opener)
+            if not ahead.done():
+                await asyncio.wait([ahead])
+            if not ahead.cancelled():
+                ahead.exception()  # of a read that nobody waits for any more
 
     async def read(self) -> bytes:
         """All of it."""
@@ -63,14 +59,30 @@ class Content:
 
     def chunk(self, opener: Opener, index: int) -> bytes:
         """One chunk's plain bytes; blocks."""
-        final = (sealed_size(self.file.size) - 1) // (CHUNK + TAG)
+        return self._read(opener, index, 1, None)[0]
+
+    def _begin(self, opener: Opener, first: int, count: int, whole: hashlib._Hash | None) -> asyncio.Future[list[bytes]]:
+        """In a thread, and at once: a task would begin only when whoever reads has nothing to do."""
+        return asyncio.get_running_loop().run_in_executor(None, self._read, opener, first, count, whole)
+
+    def _read(self, opener: Opener, first: int, count: int, whole: hashlib._Hash | None) -> list[bytes]:
+        final, sealed = (sealed_size(self.file.size) - 1) // (CHUNK + TAG), CHUNK + TAG
         try:
-            sealed = self.blobs.read(self.name, index * (CHUNK + TAG), CHUNK + TAG)
+            found = memoryview(self.blobs.read(self.name, first * sealed, count * sealed))
         except FileNotFoundError:
             raise DamagedContent(f"stored bytes are missing: {self.name}") from None
-        return opener.open(sealed, index, index == final)
+        opened = []
+        for index in range(first, first + count):
+            place = (index - first) * sealed
+            opened.append(opener.open(found[place : place + sealed], index, index == final))
+            if whole is not None:
+                whole.update(opened[-1])
+        return opened
 
 
-def _begun(function: Callable[..., Result], *arguments: Any) -> asyncio.Task[Result]:
-    """The function's work, begun in a thread."""
-    return asyncio.create_task(asyncio.to_thread(function, *arguments))
+_under_way: set[Opener] = set()  # one of each read of this process
+
+
+def _batch() -> int:
+    """How many chunks to read at once: several, since each turn of a thread costs as much as reading one; fewer where many read."""
+    return max(1, min(BATCH, AHEAD // len(_under_way)))

@@ -52,7 +52,7 @@ class Incoming:
         self._head = b""
         self._waiting: list[bytes | memoryview] = []  # pieces of chunks that are not yet full
         self._waiting_bytes = 0
-        self._working: asyncio.Task[None] | None = None
+        self._working: asyncio.Future[None] | None = None
         self._digest = hashlib.sha256()
         self._staged: Staged | None = None
         self._done = False
@@ -295,7 +295,8 @@ class Incoming:
     async def _absorb(self, pieces: Sequence[bytes | memoryview], *, last: bool) -> None:
         """Hashes, seals and writes a chunk in a thread, while the next one comes in."""
         await self._settle()
-        self._working = asyncio.create_task(asyncio.to_thread(self._work, pieces, last))
+        # Not a task: that would begin only once there is nothing to receive.
+        self._working = asyncio.get_running_loop().run_in_executor(None, self._work, pieces, last)
 
     def _work(self, pieces: Sequence[bytes | memoryview], last: bool) -> None:
         assert self._staged is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ropewalk.server.transport import Unlocked, unlocked
 from ropewalk.server.wire import JSON, Failure, new_request_id
 
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a request, to the end of its headers
@@ -30,11 +31,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(unlocked(transport))
         self._wait(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
+        if isinstance(self.transport, Unlocked):
+            self.transport.lost()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
