@@ -188,6 +188,7 @@ class Overloaded(RopewalkError):
 
     status = 529
     claude_type = "overloaded_error"
+    retry_after = 1.0  # seconds
 
 
 class EngineDied(Overloaded):

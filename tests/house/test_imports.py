@@ -9,13 +9,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "ropewalk"
 FOLDERS = {
-    "server": {"compare", "jobs", "engine", "chat", "files", "tenants", "registry", "database", "vault", "home"},
+    "server": {"config", "compare", "jobs", "engine", "chat", "files", "tenants", "registry", "database", "vault", "home"},
     "compare": {"jobs", "engine", "chat", "files", "registry", "checks", "database"},
     "jobs": {"config", "registry", "files", "database"},
     "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
     "data": {"config", "chat", "files", "home"},
     "config": {"chat"},
-    "engine": {"models", "chat", "files", "tenants", "registry", "vault", "database"},
+    "engine": {"config", "models", "chat", "files", "tenants", "registry", "vault", "database"},
     "models": {"kernels", "registry"},
     "chat": {"files"},
     "files": {"tenants", "database", "vault", "sandbox", "home", "failpoints", "folders"},

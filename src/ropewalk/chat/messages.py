@@ -48,13 +48,14 @@ Source: TypeAlias = Bytes | FileId | Url | Pieces
 class Cited:
     """A citation, in the terms of its document's source."""
 
-    kind: Literal["char_location", "page_location", "content_block_location"]
+    kind: Literal["char_location", "page_location", "content_block_location", "search_result_location"]
     text: str
-    document: int  # index over all documents of the request
+    document: int  # index over all documents of the request, or over all its search results
     title: str | None
     file_id: str | None
     start: int  # characters and blocks from 0, pages from 1
     end: int  # exclusive
+    found_at: str | None = None  # of a search result
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Document:
     title: str | None = None
     context: str | None = None  # told to the model, never cited
     citations: bool = False
+    found_at: str | None = None  # of a search result, which is a document in pieces: where it was found
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class MessagesRequest:
     thinking: bool = False
     schema: Mapping[str, Any] | None = None  # of a structured reply
     stream: bool = False
-    caching: bool = False  # a cache_control stands somewhere: what is kept is told as kept
+    caching: Literal["", "5m", "1h"] = ""  # how long what is read is asked to be kept, where a cache_control stands somewhere
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which citations count them."""

@@ -1,8 +1,6 @@
 """What is served: names and aliases -> whoever answers for them. Engines start at first use, adapters are loaded as they are asked for.
 
-    models = Models(store, registry, serving)
-    answerer = await models.answerer("answers")
-    async for event in answerer.stream(caller, request): ...
+    name -> folders of this machine, or a remote -> engine, adapter -> Answerer
 """
 
 from __future__ import annotations
@@ -208,7 +206,9 @@ class Models:
             return self._published(name).base or folder
         if (cached := cached_folder(name)) is not None:
             return cached
-        raise ConfigError(f"base '{name}' is no folder, no name of the registry, and not downloaded: ropewalk models pull {name}")
+        raise ConfigError(
+            f"base '{name}' is no folder, no name of the registry, and not downloaded: ropewalk models pull {name}"
+        )
 
     def _listed(self, name: str) -> Listed:
         target = self._target(name)
@@ -280,7 +280,7 @@ class Models:
             return base.adapters[mark]
 
     def _remote(self, name: str) -> Answers:
-        raise NotImplementedError(name)
+        raise ConfigError(f"'{name}' is a remote model, which this server cannot ask yet")
 
 
 def _opened(folder: Path) -> tuple[str, Template]:

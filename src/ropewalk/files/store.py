@@ -11,7 +11,7 @@ import logging
 import platform
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,6 +65,8 @@ class Store:
         self.signing_key: Ed25519PrivateKey
         # Names of the published adapters that were trained on a file; the registry, which knows, lies above this room.
         self.adapters_of: Callable[[str], Iterable[str]] = lambda file_id: ()
+        # Told of paths that are about to be erased, after the commit: what was read from files may lie in a model's memory too.
+        self.forgetters: list[Callable[[Sequence[str]], Awaitable[None]]] = []
 
     @classmethod
     async def open(cls, settings: Settings | None = None) -> Store:
@@ -232,6 +234,9 @@ class Store:
     async def erase(self, doomed: Sequence[Doomed]) -> int:
         """Erases bytes that the table of erasures names, and then their names from it; how many that were."""
         done = []
+        paths = [stored.partition(":")[2] for place, stored in doomed if place == "path"]
+        for forget in self.forgetters if paths else ():
+            await forget(paths)
         for place, stored in doomed:
             try:
                 if place == "blobs":

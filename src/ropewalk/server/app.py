@@ -17,11 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropewalk.engine.models import Models
 from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.server import admin, extensions, files, logs, models, openapi, operations, pages
+from ropewalk.server import admin, extensions, files, logs, messages, models, openapi, operations, pages
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -38,6 +39,7 @@ DISCONNECTED = 499  # in the log only: the client went away before it was answer
 ROUTES: list[BaseRoute] = [
     *extensions.routes,
     *files.routes,
+    *messages.routes,
     *models.routes,
     *admin.routes,
     *operations.routes,
@@ -59,6 +61,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.settings = settings = settings or ServerSettings()
     app.state.registry = registry = Registry(store.settings.data.expanduser() / "registry")
     store.adapters_of = registry.trained_on
+    app.state.models = Models(store, registry, settings.serving)
     app.state.limits = Limits(settings.requests_per_minute)
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
@@ -68,13 +71,15 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
 
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    sweeping = asyncio.create_task(_sweep(app))
+    working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
     try:
         yield
     finally:
-        sweeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeping
+        for task in working:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await app.state.models.close()
 
 
 async def _sweep(app: Starlette) -> None:

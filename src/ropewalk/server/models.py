@@ -1,4 +1,4 @@
-"""The Models API: what the registry has published, and the aliases that point at it."""
+"""The Models API: what is served, by name and by alias."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 
+from ropewalk.engine.models import Listed
 from ropewalk.errors import BadInput, NotFound
-from ropewalk.registry import Entry, Registry
 from ropewalk.server.files import DEFAULT_LIMIT, MAX_LIMIT, limit_of
 from ropewalk.server.openapi import STRING, named, operation, query
 from ropewalk.server.wire import JSON, dialect, model_info, model_list
@@ -31,7 +31,7 @@ async def list_models(request: Request) -> JSON:
     """GET /v1/models"""
     dialect(request.headers)
     limit, asked = limit_of(request), request.query_params
-    models = await asyncio.to_thread(_published, request.app.state.registry)
+    models = [_described(listed) for listed in await asyncio.to_thread(request.app.state.models.listed)]
     wanted = {*asked.getlist("lifecycle[]"), *asked.getlist("lifecycle")}
     if unknown := wanted - {*LIFECYCLES}:
         raise BadInput(f"lifecycle[]: '{sorted(unknown)[0][:40]}' is none; expected {', '.join(LIFECYCLES)}")
@@ -52,23 +52,13 @@ async def show_model(request: Request) -> JSON:
     dialect(request.headers)
     id = request.path_params["model_id"]
     try:
-        entry = await asyncio.to_thread(request.app.state.registry.resolve, id)
+        return JSON(_described(await asyncio.to_thread(request.app.state.models.find, id)))
     except NotFound:
         raise NotFound(f"Model `{id[:200]}` not found.") from None
-    return JSON(_described(id, entry))
 
 
-def _published(registry: Registry) -> list[dict[str, Any]]:
-    entries = {entry.name: entry for entry in registry.entries()}
-    named = {**entries, **{alias: entries[name] for alias, name in registry.aliases().items() if name in entries}}
-    return [
-        _described(id, entry) for id, entry in sorted(named.items(), key=lambda item: (item[1].created, item[0]), reverse=True)
-    ]
-
-
-def _described(id: str, entry: Entry) -> dict[str, Any]:
-    shown = entry.name if entry.base is None else f"{entry.name} (over {entry.base})"
-    return model_info(id, shown if id == entry.name else f"{id}, now {shown}", entry.created)
+def _described(listed: Listed) -> dict[str, Any]:
+    return model_info(listed.name, listed.shown, listed.created, listed.longest)
 
 
 routes: list[BaseRoute] = [Route("/v1/models", list_models), Route("/v1/models/{model_id:path}", show_model)]

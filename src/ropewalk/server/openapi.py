@@ -93,6 +93,47 @@ COMPONENTS: dict[str, Schema] = {
             "lifecycle": {"enum": ["active", "deprecated", "retired"]},
         }
     ),
+    "MessageRequest": {
+        **record(
+            {
+                "model": STRING,
+                "messages": {"type": "array", "items": record({"role": STRING, "content": {}})},
+                "max_tokens": {"type": "integer", "minimum": 0, "description": "not for count_tokens"},
+                "system": {"description": "a text, or text blocks"},
+                "stream": {"type": "boolean"},
+                "tools": {"type": "array", "items": {"type": "object"}},
+                "tool_choice": {"type": "object"},
+                "thinking": {"type": "object"},
+                "output_config": {"type": "object"},
+                "stop_sequences": {"type": "array", "items": STRING},
+                "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+                "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+                "top_k": {"type": "integer", "minimum": 0},
+                "metadata": {"type": "object"},
+            },
+            optional="max_tokens system stream tools tool_choice thinking output_config stop_sequences temperature top_p top_k metadata".split(),
+        ),
+        "description": "as the Messages API of Anthropic takes it; docs/messages.md lists what differs",
+    },
+    "Message": record(
+        {
+            "id": STRING,
+            "type": {"const": "message"},
+            "role": {"const": "assistant"},
+            "model": STRING,
+            "content": {"type": "array", "items": record({"type": STRING})},
+            "stop_reason": nullable(STRING),
+            "stop_sequence": nullable(STRING),
+            "usage": record(
+                {
+                    "input_tokens": {"type": "integer"},
+                    "cache_creation_input_tokens": {"type": "integer"},
+                    "cache_read_input_tokens": {"type": "integer"},
+                    "output_tokens": {"type": "integer"},
+                }
+            ),
+        }
+    ),
     "ModelList": record(
         {
             "data": {"type": "array", "items": named("Model")},
@@ -167,7 +208,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
         "info": {
             "title": "Ropewalk",
             "version": version("ropewalk"),
-            "description": "The Claude Files and Models API, self-hosted, and what goes beyond it.",
+            "description": "The Claude Files, Messages and Models API, self-hosted, and what goes beyond it.",
         },
         "paths": paths,
         "components": {

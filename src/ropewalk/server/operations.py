@@ -42,6 +42,7 @@ class Metrics:
         self.sent = Counter("ropewalk_sent_bytes", "Bytes of bodies sent.", ("route",), registry=self.registry)
         self.in_progress = Gauge("ropewalk_requests_in_progress", "Requests in progress.", registry=self.registry)
         self.draining = Gauge("ropewalk_draining", "1 once the server is stopping.", registry=self.registry)
+        self.tokens = Counter("ropewalk_tokens", "Tokens of replies, by kind.", ("kind",), registry=self.registry)
         self.sweeps = Counter("ropewalk_sweeps", "Rounds of the sweep.", ("outcome",), registry=self.registry)
         ProcessCollector(registry=self.registry)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from ropewalk.config.serving import Serving
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ServerSettings:
     sweep_seconds: float = 60.0  # between two rounds that erase what nobody refers to any more
     scrub_bytes_per_second: float = 1e6  # at which stored bytes are read and verified, each content once a week; 0: not at all
     connections: int = 1000  # at once; more are answered 503
+    serving: Serving = field(default_factory=Serving)  # which models, and what their engines may use
 
     @property
     def url(self) -> str:

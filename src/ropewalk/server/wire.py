@@ -22,7 +22,16 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from ropewalk.database import timestamp
-from ropewalk.errors import BadInput, DamagedContent, DocumentError, MissingExtra, OutputError, RateLimited, RopewalkError
+from ropewalk.errors import (
+    BadInput,
+    DamagedContent,
+    DocumentError,
+    MissingExtra,
+    OutputError,
+    Overloaded,
+    RateLimited,
+    RopewalkError,
+)
 from ropewalk.files.catalog import File, Listing, Place
 
 VERSIONS = ("2023-06-01", "2026-10-21")
@@ -141,8 +150,8 @@ def _place(content: bytes) -> Place:
 # -- models ----------------------------------------------------------------------------------------------------------------------
 
 
-def model_info(id: str, display_name: str, created: str) -> dict[str, Any]:
-    """What is told about a model; `created` is ISO 8601."""
+def model_info(id: str, display_name: str, created: str, longest: int | None = None) -> dict[str, Any]:
+    """What is told about a model; `created` is ISO 8601, `longest` the tokens of its context."""
     return {
         "type": "model",
         "id": id,
@@ -153,7 +162,7 @@ def model_info(id: str, display_name: str, created: str) -> dict[str, Any]:
         "retires_at": None,
         "line": None,
         "capabilities": None,
-        "max_input_tokens": None,
+        "max_input_tokens": longest,
         "max_tokens": None,
     }
 
@@ -201,7 +210,7 @@ def failure(error: BaseException) -> Failure:
         str(error),
         error.error_code,
         error.details if isinstance(error, DocumentError) else {},
-        error.retry_after if isinstance(error, RateLimited) else None,
+        error.retry_after if isinstance(error, RateLimited | Overloaded) else None,
     )
 
 

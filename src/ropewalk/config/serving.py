@@ -1,0 +1,187 @@
+"""What is served, by one YAML file: `ropewalk serve --models models.yml`. Without one, all that the registry has published is.
+
+engine: {memory_gb: 4, disk_gb: 50}
+warm_at_upload: [answers]
+preload: [answers]
+models:
+  answers: {adapter: house}              a name or an alias of the registry, followed when it is shipped anew
+  qwen: {base: ./models/qwen3-0.6b, price: {input: 0.1, output: 0.4, cache_read: 0.01}}
+  tuned: {adapter: runs/x/adapter, base: ./models/qwen3-0.6b}
+  big: {remote: {url: http://gpu:8000, api: openai, model: qwen3-30b, key_env: UPSTREAM_KEY}}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from ropewalk.config.document import Document, Place, read_document
+from ropewalk.errors import ConfigError
+
+Api = Literal["anthropic", "openai", "vllm"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a million tokens cost, to say what the prefix store saved."""
+
+    input: float = 0.0
+    output: float = 0.0
+    cache_read: float = 0.0
+    cache_creation: float | None = None  # None: as input
+    currency: str = "USD"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A model that another server answers for."""
+
+    url: str
+    api: Api = "openai"
+    model: str = ""  # as it is called there; '': as here
+    key_env: str = ""  # the environment variable that holds the key
+    longest: int = 0  # tokens of its context; 0: not known
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name, and what answers for it."""
+
+    base: str = ""  # a name of the registry, or a folder
+    adapter: str = ""  # a name or alias of the registry, or a folder over `base`
+    remote: Remote | None = None
+    price: Price | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine of each base may use."""
+
+    memory_gb: float = 2.0  # of keys and values in memory
+    disk_gb: float = 20.0  # of keys and values on disk, for each base
+    int8_on_disk: bool = False  # a fourth of float32's size, at a small error
+    dtype: str = "auto"
+    device: str = "auto"
+    longest: int = 0  # tokens of a conversation; 0: what the model knows
+    running: int = 64  # requests that are answered side by side
+    waiting: int = 256  # requests that may wait; more are answered 529
+    chunk: int = 512  # tokens of a prompt read in one step
+    threads: int = 0  # of the CPU; 0: all
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The file. `models` None: whatever the registry has published."""
+
+    models: Mapping[str, ServedModel] | None = None
+    engine: EngineOptions = EngineOptions()
+    preload: tuple[str, ...] = ()  # models whose engines start with the server
+    warm_at_upload: tuple[str, ...] = ()  # models that read a file as soon as it is uploaded
+    folder: Path = field(default=Path("."))  # relative paths are of here
+
+    def price(self, name: str) -> Price | None:
+        """What a model's tokens cost."""
+        found = (self.models or {}).get(name)
+        return found.price if found is not None else None
+
+
+def read_serving(path: Path | str) -> Serving:
+    """Reads the file; what is wrong with it is told with its line."""
+    document = read_document(path)
+    values = document.values
+    _only(document, (), values, ("models", "engine", "preload", "warm_at_upload"))
+    models: dict[str, ServedModel] | None = None
+    if "models" in values:
+        named = _mapping(document, ("models",), values["models"])
+        models = {name: _served(document, ("models", name), found) for name, found in named.items()}
+        if not models:
+            raise _wrong(document, ("models",), "no model is named; leave the key out to serve what the registry has published")
+    serving = Serving(
+        models,
+        _made(EngineOptions, document, ("engine",), values.get("engine", {})),
+        _names(document, "preload", models),
+        _names(document, "warm_at_upload", models),
+        Path(path).resolve().parent,
+    )
+    for name in ("memory_gb", "disk_gb", "longest", "threads"):
+        if getattr(serving.engine, name) < 0:
+            raise _wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 0 or more")
+    for name in ("running", "waiting", "chunk"):
+        if getattr(serving.engine, name) < 1:
+            raise _wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 1 or more")
+    return serving
+
+
+def _served(document: Document, place: Place, found: Any) -> ServedModel:
+    values = _mapping(document, place, found)
+    _only(document, place, values, ("base", "adapter", "remote", "price"))
+    ways = [key for key in ("base", "adapter", "remote") if key in values]
+    if not ways or ("remote" in ways and len(ways) > 1):
+        raise _wrong(
+            document,
+            place,
+            f"'{place[-1]}' is served by {' and '.join(ways) or 'nothing'}; name a base, an adapter, or a remote",
+        )
+    for key in ("base", "adapter"):
+        if key in values and not isinstance(values[key], str):
+            raise _wrong(document, (*place, key), f"{key} is {values[key]!r}; expected a name of the registry or a folder")
+    remote = _made(Remote, document, (*place, "remote"), values["remote"], required=("url",)) if "remote" in values else None
+    if remote is not None and remote.api not in get_args(Api):
+        raise _wrong(document, (*place, "remote", "api"), f"api '{remote.api}' is unknown; one of {', '.join(get_args(Api))}")
+    if remote is not None and not remote.url.startswith(("http://", "https://")):
+        raise _wrong(
+            document, (*place, "remote", "url"), f"url '{remote.url}' is no address; expected http://... or https://..."
+        )
+    price = _made(Price, document, (*place, "price"), values["price"]) if "price" in values else None
+    return ServedModel(values.get("base", ""), values.get("adapter", ""), remote, price)
+
+
+def _made(kind: type[T], document: Document, place: Place, found: Any, required: Collection[str] = ()) -> T:
+    """A dataclass of plain values, from a mapping."""
+    values = dict(_mapping(document, place, found))
+    known = {f.name: f for f in fields(cast(Any, kind))}
+    _only(document, place, values, known)
+    for name in required:
+        if name not in values:
+            raise _wrong(document, place, f"{place[-1]} has no {name}, which it needs")
+    for name, value in values.items():
+        expected = str(known[name].type)
+        if "float" in expected and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = value = float(value)
+        wanted: type = float if "float" in expected else int if expected == "int" else bool if expected == "bool" else str
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+            raise _wrong(document, (*place, name), f"{name} is {value!r}; expected {words[wanted]}")
+    return kind(**values)
+
+
+def _names(document: Document, key: str, models: Mapping[str, ServedModel] | None) -> tuple[str, ...]:
+    found = document.values.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise _wrong(document, (key,), f"{key} is {found!r}; expected a list of names of models")
+    for name in found:
+        if models is not None and name not in models:
+            raise _wrong(document, (key,), f"{key} names '{name}', which is not served; known: {', '.join(models)}")
+    return tuple(found)
+
+
+def _mapping(document: Document, place: Place, found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, dict):
+        raise _wrong(document, place, f"{place[-1]} is {found!r}; expected a mapping of keys to values")
+    return found
+
+
+def _only(document: Document, place: Place, values: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise _wrong(document, (*place, key), f"unknown key '{key}'; {hint}")
+
+
+def _wrong(document: Document, place: Place, message: str) -> ConfigError:
+    return ConfigError(message, path=document.path, line=document.line(place))

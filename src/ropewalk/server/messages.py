@@ -1,0 +1,206 @@
+"""The Messages API: create, streamed or whole, count_tokens; and a file read ahead of the first question about it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import string
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent
+from ropewalk.engine.models import Models
+from ropewalk.server import body, logs
+from ropewalk.server.auth import caller_of
+from ropewalk.server.node import Node
+from ropewalk.server.openapi import STRING, named, operation, record
+from ropewalk.server.operations import Metrics
+from ropewalk.server.wire import JSON, dialect
+from ropewalk.server.wire_messages import FIRST_VERSION, read_request
+from ropewalk.server.wire_replies import PING, ReplyWriter, sent, sent_error
+
+T = TypeVar("T")
+
+MAX_BYTES = 32_000_000
+PING_SECONDS = 10.0  # without a word from the model, a stream says that it is still there
+FIRST_SECONDS = 5.0  # so long an error can still be the answer's status; then the stream begins
+ALPHABET = string.digits + string.ascii_letters
+
+
+@operation(
+    "ask a model; with `stream`, the answer is a text/event-stream", {200: named("Message")}, body=named("MessageRequest")
+)
+async def create(request: Request) -> Response:
+    """POST /v1/messages"""
+    asked = await _asked(request)
+    writer = ReplyWriter(new_message_id(), asked.model, asked.caching)
+    events = _events(request, asked)
+    if not asked.stream:
+        return JSON(await unless_gone(request, _whole(writer, events)))
+    reply = Reply(writer, events, request.state.request_id)
+    try:
+        await unless_gone(request, reply.begin())
+    except BaseException:
+        await reply.leave()
+        raise
+    return reply
+
+
+@operation(
+    "count the tokens of a request, documents included",
+    {200: record({"input_tokens": {"type": "integer", "minimum": 0}})},
+    body=named("MessageRequest"),
+)
+async def count_tokens(request: Request) -> JSON:
+    """POST /v1/messages/count_tokens"""
+    asked = await _asked(request, counting=True)
+    models: Models = request.app.state.models
+    answerer = await models.answerer(asked.model, loaded=False)
+    return JSON({"input_tokens": await unless_gone(request, answerer.count(caller_of(request), asked))})
+
+
+@operation(
+    "read a file ahead of the first question about it",
+    {200: record({"type": STRING, "file_id": STRING, "model": STRING, "usage": {"type": "object"}})},
+    body=record(
+        {
+            "model": {"type": "string", "description": "a served model"},
+            "system": {"description": "as the question's will be: reuse needs an equal beginning"},
+            "tools": {"type": "array", "items": {"type": "object"}, "description": "as the question's will be"},
+            "title": STRING,
+            "context": STRING,
+            "citations": record({"enabled": {"type": "boolean"}}),
+        },
+        optional=["system", "tools", "title", "context", "citations"],
+    ),
+)
+async def warm(request: Request) -> JSON:
+    """POST /v1/files/{file_id}/warm"""
+    id, found = request.path_params["file_id"], Node(await body.read_json(request, MAX_BYTES))
+    found.only({"model", "system", "tools", "title", "context", "citations"})
+    around = {key: value for key, value in found.value.items() if key in ("model", "system", "tools")}
+    block = {key: value for key, value in found.value.items() if key in ("title", "context", "citations")}
+    block |= {"type": "document", "source": {"type": "file", "file_id": id}}
+    asked = {**around, "max_tokens": 0, "messages": [{"role": "user", "content": [block]}]}
+    whole = read_request(Node(asked), version_of(request))
+    caller, models = caller_of(request), request.app.state.models
+    await request.app.state.store.show(caller, id)
+    answerer = await models.answerer(whole.model)
+    usage = await unless_gone(request, answerer.warm(caller, whole))
+    told = {"cache_creation_input_tokens": usage.cache_creation, "cache_read_input_tokens": usage.cache_read}
+    return JSON({"type": "file_warmed", "file_id": id, "model": whole.model, "usage": told})
+
+
+def new_message_id() -> str:
+    return "msg_" + "".join(secrets.choice(ALPHABET) for _ in range(24))
+
+
+def version_of(request: Request) -> str:
+    """The version of the API that a client speaks."""
+    dialect(request.headers)
+    return request.headers.get("anthropic-version", FIRST_VERSION)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns; it is cancelled at once if the client goes away."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _asked(request: Request, *, counting: bool = False) -> MessagesRequest:
+    version = version_of(request)
+    return read_request(Node(await body.read_json(request, MAX_BYTES)), version, counting=counting)
+
+
+async def _events(request: Request, asked: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+    models: Models = request.app.state.models
+    metrics: Metrics = request.app.state.metrics
+    answerer = await models.answerer(asked.model)
+    async with aclosing(answerer.stream(caller_of(request), asked)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Ended):
+                for kind, count in vars(event.usage).items():
+                    metrics.tokens.labels(kind).inc(count)
+            yield event
+
+
+async def _whole(writer: ReplyWriter, events: AsyncIterator[ReplyEvent]) -> dict[str, Any]:
+    async with aclosing(events) as opened:  # type: ignore[type-var]
+        return await writer.message(opened)
+
+
+class Reply(StreamingResponse):
+    """A reply's events as they come; pings while nothing does."""
+
+    def __init__(self, writer: ReplyWriter, events: AsyncIterator[ReplyEvent], request_id: str) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._sent(), 200, headers, "text/event-stream")
+        self._writer, self._events, self._request_id = writer, events, request_id
+        self._next = asyncio.ensure_future(anext(events))
+
+    async def begin(self) -> None:
+        """Waits for the first event, but not long; raises what keeps it from coming."""
+        await asyncio.wait({self._next}, timeout=FIRST_SECONDS)
+        if self._next.done():
+            self._next.result()
+
+    async def leave(self) -> None:
+        """Ends the reply, wherever it is."""
+        self._next.cancel()
+        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+            await self._next
+        await self._events.aclose()  # type: ignore[attr-defined]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.leave()
+
+    async def _sent(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                await asyncio.wait({self._next}, timeout=PING_SECONDS)
+                if not self._next.done():
+                    yield PING
+                    continue
+                try:
+                    event = self._next.result()
+                except StopAsyncIteration:
+                    return
+                for found in self._writer.events(event):
+                    yield sent(found)
+                    if found["type"] == "message_start":
+                        yield PING
+                self._next = asyncio.ensure_future(anext(self._events))
+        except Exception as error:  # the status has been sent: the error is an event
+            logs.event("stream_failed", logging.ERROR, error, request_id=self._request_id)
+            yield sent_error(error, self._request_id)
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/messages", create, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    Route("/v1/files/{file_id}/warm", warm, methods=["POST"]),
+]
