@@ -8,6 +8,8 @@ from contextlib import ExitStack
 import anthropic
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ropewalk.server.admin import routes
 from ropewalk.tenants import audit
@@ -307,3 +309,71 @@ def test_refusals_on_pages_are_in_the_log_too(server, admin):
         ("no_such_id", "/files/{id}"),
         ("no_such_id", "file_000000000000000000000000"),
     ]
+
+
+TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(["\ud800", "a\0b", "../..", "x" * 2000, "default", "wrkspc_1"]))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([2**62, 2**63, -1, 0]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    TEXTS,
+    st.lists(TEXTS, max_size=3),
+    st.dictionaries(TEXTS, TEXTS, max_size=2),
+)
+FIELDS = [
+    "name",
+    "workspace_id",
+    "rights",
+    "user_id",
+    "expires_in_seconds",
+    "status",
+    "scope",
+    "id",
+    "limit_bytes",
+    "limit_files",
+]
+FIELDS += ["requests_per_minute", "downloads", "unknown"]
+BODIES = st.one_of(VALUES, st.dictionaries(st.sampled_from(FIELDS), VALUES))
+PATHS = [
+    "workspaces",
+    "workspaces/wrkspc_none",
+    "workspaces/%00",
+    "api_keys",
+    "api_keys/key_none",
+    "api_keys/%ED%A0%80",
+    "limits",
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@given(path=st.sampled_from(PATHS), content=BODIES)
+def test_no_body_breaks_administration(admin, path, content):
+    response = admin.post(f"{ORGANIZATIONS}/{path}", content=json.dumps(content))
+    assert response.status_code in (200, 400, 404), (path, content, response.text)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@given(
+    path=st.sampled_from(["workspaces", "api_keys", "usage", "audit"]),
+    name=st.sampled_from(
+        [
+            "limit",
+            "after_id",
+            "before_id",
+            "ids[]",
+            "include_archived",
+            "workspace_id",
+            "status",
+            "scope",
+            "id",
+            "before",
+            "action",
+        ]
+    ),
+    value=st.one_of(st.text(max_size=30), st.integers().map(str), st.sampled_from(["user", "key", "\0", "9" * 30, "0" * 20 + "9" * 20, "٣"])),
+)
+def test_no_query_breaks_administration(admin, path, name, value):
+    response = admin.get(f"{ORGANIZATIONS}/{path}", params={name: value.encode("utf-8", "replace").decode("utf-8", "replace")})
+    assert response.status_code in (200, 400, 404), (path, name, value, response.text)
