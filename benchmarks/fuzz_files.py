@@ -111,14 +111,12 @@ class Targets:
         signed_in = self.browser.post("/login", data={"key": KEY, "csrf": form[1]}, headers={"origin": self.url})
         assert signed_in.url.path == "/files", signed_in.text[:1000]
         cookie = "; ".join(f"{name}={value}" for name, value in self.browser.cookies.items())
-        keys = [
-            f"x-api-key: {KEY}",
-            f"authorization: Bearer {KEY}",
-            f"x-api-key: {admin}",
-            f"cookie: {cookie}",
-            "x-api-key: wrong",
-        ]
+        token = re.search(r'name="csrf" value="([^"]+)"', signed_in.text)
+        assert token is not None, "the page of files has no form"
+        signed = f"cookie: {cookie}\r\nx-csrf-token: {token[1]}\r\norigin: http://localhost"
+        keys = [f"x-api-key: {KEY}", f"authorization: Bearer {KEY}", f"x-api-key: {admin}", signed, "x-api-key: wrong"]
         self.credentials = [key.encode() for key in keys]
+        self.doors = [(b"/v1/files", self.credentials[0]), (b"/files", signed.encode())]
 
     def known(self) -> dict[str, list[str]]:
         """Ids that are really there, by the placeholder they stand in for; the workspace and key are made to be shot at."""
@@ -152,7 +150,7 @@ def _round(flood: Flood, targets: Targets, count: int) -> None:
     known = targets.known()
     papers = count // 100
     from_document, odd = (count - 2 * papers) * 2 // 5, (count - 2 * papers) // 5
-    flood.pour(hostile.uploads(KEY.encode()), count - 2 * papers - from_document - odd, raw("upload"))
+    flood.pour(hostile.uploads(targets.doors), count - 2 * papers - from_document - odd, raw("upload"))
     flood.pour(hostile.requests(targets.credentials, targets.paths, known), odd, raw("request"))
     flood.pour(documents(), papers, lambda flood, document: _read(flood, targets, document))
     operations = [found.ok() for found in schemathesis.openapi.from_dict(targets.document).get_all_operations()]

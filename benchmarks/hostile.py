@@ -38,7 +38,8 @@ NASTY_NUMBERS = [*b"-1 0 +5 1e3 0x10 NaN Infinity 1.5 \xd9\xa3 1_000 3600".split
 HEADER_NAMES = (
     b"anthropic-version anthropic-beta anthropic-workspace-id anthropic-user-id authorization x-api-key range if-range if-none-match accept "
     b"content-encoding cookie x-stainless-retry-count x-ropewalk-extensions x-ropewalk-tags origin tus-resumable upload-length upload-offset "
-    b"upload-metadata upload-checksum x-http-method-override expect x-request-id host"
+    b"upload-metadata upload-checksum x-http-method-override expect x-request-id host if-match if-modified-since sec-fetch-site hx-request "
+    b"x-csrf-token accept-encoding accept-language connection upgrade forwarded x-forwarded-proto x-forwarded-host te content-type"
 ).split()
 HEADER_VALUES = b'gzip bytes=0-0 bytes=-1 bytes=9-1 bytes=0-1,4-5 Bearer * " 1.0.0 true null 100-continue files-api-2025-04-14 2023-06-01'.split()
 HEADER_VALUES += [
@@ -73,7 +74,7 @@ BROKEN_JSON = [
 ]
 BROKEN_JSON += [b"\xef\xbb\xbf{}", b'{"limit_bytes":1e400}', b'{"limit_bytes":99999999999999999999999}', b'{"ids":["\\u0000"]}']
 
-HEADER_VALUES += [b"y" * 5_000, b"y" * 100_000]
+HEADER_VALUES += [b"y" * 5_000, b"y" * 100_000, b"http://[", b"http://localhost:99999999", b"http://\xe2\x84\x80/"]
 
 ODD_TEXT = st.one_of(st.text(max_size=300), st.sampled_from(NASTY_NAMES))
 ODD_BYTES = st.one_of(ODD_TEXT.map(str.encode), st.binary(max_size=300), st.just(b"\xff\xfe"), st.just(b"\x80" * 50))
@@ -164,11 +165,12 @@ def form(draw: st.DrawFn, faults: frozenset[str]) -> tuple[bytes, bytes]:
 
 
 @st.composite
-def uploads(draw: st.DrawFn, secret: bytes) -> Hostile:
-    """POST /v1/files with a form; its length told truly, falsely, twice, or in chunks."""
+def uploads(draw: st.DrawFn, doors: list[tuple[bytes, bytes]]) -> Hostile:
+    """POST of a form to one of these paths, with its credentials; its length told truly, falsely, twice, or in chunks."""
+    path, credentials = draw(st.sampled_from(doors))
     faults = draw(SOME_FAULTS)
     kind, body = draw(form(faults))
-    head = [b"POST /v1/files HTTP/1.1", b"host: localhost", b"x-api-key: " + secret, b"content-type: " + _line(kind)]
+    head = [b"POST " + path + b" HTTP/1.1", b"host: localhost", credentials, b"content-type: " + _line(kind)]
     head += draw(headers()) if "request-header" in faults else []
     chunked = "bad-chunks" in faults or (not faults & {"none", "odd", "more", "less", "twice"} and draw(st.booleans()))
     if "gzip" in faults:

@@ -94,7 +94,11 @@ def test_the_same_seed_makes_the_same_requests():
         flood, made = Flood(1, seed_value=3), []
         flood.pool.shutdown()
         flood.pool = _AtOnce()
-        flood.pour(uploads(b"key"), 20, lambda flood, request, made=made: made.append(b"".join(request.pieces)))
+        flood.pour(
+            uploads([(b"/v1/files", b"x-api-key: key")]),
+            20,
+            lambda flood, request, made=made: made.append(b"".join(request.pieces)),
+        )
         seen.append(made)
     assert len(seen[0]) == 20
     assert seen[0] == seen[1]

@@ -167,6 +167,7 @@ def test_a_link_cannot_lead_from_the_sign_in_to_another_site(server):
 FORGED = [
     {"origin": "https://evil.example"},
     {"origin": "null"},
+    {"origin": "http://["},
     {"sec-fetch-site": "cross-site"},
     {"sec-fetch-site": "same-site"},
     {"sec-fetch-site": "none"},
