@@ -3,7 +3,7 @@
     python benchmarks/files.py [--quick] [--json FILE] [--dir FOLDER]
 
 Uploads are compared with `dd conv=fsync` of the same file to the same disk followed by its SHA-256; downloads with `dd` of that file
-to /dev/null followed by its SHA-256; page caches are warm for both, contenders take turns, medians of five. The SHA-256 is OpenSSL's, the fastest here;
+to /dev/null followed by its SHA-256; page caches are warm for both, contenders take turns, medians of five rounds (--quick: three). The SHA-256 is OpenSSL's, the fastest here;
 the share of coreutils' `sha256sum`, which a person would type, is printed beside it. The server is `ropewalk serve` with SQLite, a
 folder, and encryption on; every upload is of new content, so that nothing is answered from what is there already.
 Exits 1 when bytes come back changed, or fewer than all requests are answered; never because of a speed.
@@ -33,12 +33,12 @@ MB = 1_000_000
 SIZE = 400 * MB
 PEER_SIZE = 100 * MB  # OGX takes no file above 100 MiB
 LARGEST = 500 * MB
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 5, 3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer requests, no installation of the peer")
+    parser.add_argument("--quick", action="store_true", help="three rounds, fewer requests, no installation of the peer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="a folder on the disk to measure (default: %(default)s)")
     arguments = parser.parse_args()
@@ -57,17 +57,17 @@ def main() -> int:
 
 def measure(work: Path, *, quick: bool) -> dict[str, Any]:
     """Everything, one server at a time but for the peer's, which sleeps while ours works."""
-    source = Source(work / "source.bin")
+    source, rounds = Source(work / "source.bin"), QUICK_ROUNDS if quick else ROUNDS
     with ropewalk(work / "ours") as ours:
         memory = memory_of(ours, source.of(LARGEST))
-        large = throughput(work, source.of(SIZE), [Contender(ours.name, ours), Sdk(ours)], ROUNDS)
+        large = throughput(work, source.of(SIZE), [Contender(ours.name, ours), Sdk(ours)], rounds)
         peer: dict[str, Any] = {}
         try:
             with ogx(work / "peer", install=not quick) as other:
                 small = source.of(PEER_SIZE)
                 peer = {
                     "name": other.name,
-                    "throughput": throughput(work, small, [Contender(ours.name, ours), Contender(other.name, other)], ROUNDS),
+                    "throughput": throughput(work, small, [Contender(ours.name, ours), Contender(other.name, other)], rounds),
                     "memory": {server.name: memory_of(server, small) for server in (ours, other)},
                     "manners": manners([ours, other], work),
                 }
@@ -248,8 +248,8 @@ def show(result: dict[str, Any]) -> None:
                 )
             )
             print()
-    memory = {"Ropewalk": result["memory"]} | {f"{n} ": m for n, m in result["peer"].get("memory", {}).items()}
-    rows = [[n, m["size"] // MB, m["idle_mb"], m["upload_mb"], m["download_mb"]] for n, m in memory.items()]
+    memory = [("Ropewalk", result["memory"]), *result["peer"].get("memory", {}).items()]
+    rows = [[n, m["size"] // MB, m["idle_mb"], m["upload_mb"], m["download_mb"]] for n, m in memory]
     print(table(("memory", "file MB", "idle MB", "more for an upload", "for a download"), rows), end="\n\n")
     catalogs = result["catalogs"]["runs"]
     rows = [[c["files"], c["p50_ms"], c["p99_ms"], c["list_p99_ms"], c["requests_per_s"]] for c in catalogs]
