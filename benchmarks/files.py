@@ -3,9 +3,10 @@
     python benchmarks/files.py [--quick] [--json FILE] [--dir FOLDER]
 
 Uploads are compared with `dd conv=fsync` of the same file to the same disk followed by its SHA-256; downloads with `dd` of that file
-to /dev/null followed by its SHA-256; page caches are warm for both, contenders take turns, medians of five rounds (--quick: three). The SHA-256 is OpenSSL's, the fastest here;
-the share of coreutils' `sha256sum`, which a person would type, is printed beside it. The server is `ropewalk serve` with SQLite, a
-folder, and encryption on; every upload is of new content, so that nothing is answered from what is there already.
+to /dev/null followed by its SHA-256; page caches are warm for both, contenders take turns, medians of five rounds (--quick: three).
+The SHA-256 is OpenSSL's, the fastest here; the share of coreutils' `sha256sum`, which a person would type, is printed beside it. The
+server is `ropewalk serve` with SQLite, a folder, and encryption on; every upload is of new content, so that nothing is answered
+from what is there already.
 Exits 1 when bytes come back changed, or fewer than all requests are answered; never because of a speed.
 """
 
