@@ -87,23 +87,12 @@ class Targets:
     def __init__(self, server: Server, admin: str) -> None:
         self.url, self.admin = f"http://127.0.0.1:{server.port}", admin
         self.document = httpx.get(f"{self.url}/openapi.json").json()
-        self.paths = [
-            *self.document["paths"],
-            "/",
-            "/login",
-            "/logout",
-            "/workspace",
-            "/files",
-            "/files/{id}",
-            "/files/{id}/content",
+        self.routes = [(method, path) for path, methods in self.document["paths"].items() for method in methods]
+        pages = "/ /login /files /files/{id} /files/{id}/content /files/{id}/pages/{number} /files/{id}/delete /files/{id}/receipt/{number}"
+        self.routes += [
+            ("get", page) for page in f"{pages} /files/{{id}}/receipt/{{number}}/json /static/{{id}} /{{id}}".split()
         ]
-        self.paths += [
-            "/files/{id}/pages/{number}",
-            "/files/{id}/delete",
-            "/files/{id}/receipt/{number}/json",
-            "/static/{name}",
-            "/{name}",
-        ]
+        self.routes += [("post", page) for page in "/login /logout /workspace /files /files/{id}/delete".split()]
         self.client = httpx.Client(base_url=self.url, headers={"x-api-key": KEY}, timeout=120)
         self.browser = httpx.Client(base_url=self.url, timeout=120, follow_redirects=True)
         form = re.search(r'name="csrf" value="([^"]+)"', self.browser.get("/login").text)
@@ -114,7 +103,7 @@ class Targets:
         token = re.search(r'name="csrf" value="([^"]+)"', signed_in.text)
         assert token is not None, "the page of files has no form"
         signed = f"cookie: {cookie}\r\nx-csrf-token: {token[1]}\r\norigin: http://localhost"
-        keys = [f"x-api-key: {KEY}", f"authorization: Bearer {KEY}", f"x-api-key: {admin}", signed, "x-api-key: wrong"]
+        keys = [f"x-api-key: {KEY}", f"x-api-key: {admin}", signed, f"authorization: Bearer {KEY}", "x-api-key: wrong"]
         self.credentials = [key.encode() for key in keys]
         self.doors = [(b"/v1/files", self.credentials[0]), (b"/files", signed.encode())]
 
@@ -151,7 +140,7 @@ def _round(flood: Flood, targets: Targets, count: int) -> None:
     papers = count // 100
     from_document, odd = (count - 2 * papers) * 2 // 5, (count - 2 * papers) // 5
     flood.pour(hostile.uploads(targets.doors), count - 2 * papers - from_document - odd, raw("upload"))
-    flood.pour(hostile.requests(targets.credentials, targets.paths, known), odd, raw("request"))
+    flood.pour(hostile.requests(targets.routes, targets.credentials, known), odd, raw("request"))
     flood.pour(documents(), papers, lambda flood, document: _read(flood, targets, document))
     operations = [found.ok() for found in schemathesis.openapi.from_dict(targets.document).get_all_operations()]
     for index, operation in enumerate(operations):

@@ -202,27 +202,40 @@ def headers(draw: st.DrawFn) -> list[bytes]:
 
 
 @st.composite
-def requests(draw: st.DrawFn, credentials: list[bytes], paths: list[str], known: Mapping[str, list[str]]) -> Hostile:
-    """Any method on any route; its placeholders (now and then an id that is there), query and headers odd; with a small body or none."""
-    path = draw(st.sampled_from(paths)).encode()
+def requests(
+    draw: st.DrawFn, routes: list[tuple[str, str]], credentials: list[bytes], known: Mapping[str, list[str]]
+) -> Hostile:
+    """A route, seldom by another method; its placeholders (often an id that is there), query, headers and small body are odd.
+
+    Credentials begin with a key, an admin's key and a browser's session, and go on with others.
+    """
+    faults = draw(
+        st.sets(st.sampled_from(["method", "id", "query", "many-queries", "header", "key", "body", "media"]), max_size=3)
+    )
+    name, place = draw(st.sampled_from(routes))
+    method, path = draw(st.sampled_from(METHODS)) if "method" in faults else name.upper().encode(), place.encode()
     odd = ODD_BYTES.map(lambda value: b"".join(b"%%%02x" % byte for byte in value[:120]))
     while b"{" in path:
         before, _, rest = path.partition(b"{")
-        name, _, after = rest.partition(b"}")
-        there = [id.encode() for id in known.get(name.decode(), [])]
-        path = before + draw(st.one_of(odd, st.sampled_from(there)) if there else odd) + after
+        name, _, after = rest.decode().partition("}")
+        there = st.sampled_from(known.get(name, ["unknown"])).map(str.encode)
+        path = before + draw(odd if "id" in faults else there) + after.encode()
     keys = st.one_of(st.sampled_from(QUERY_NAMES), odd)
     values = st.one_of(odd, NUMBERS.map(lambda value: value.replace(b" ", b"+")), st.sampled_from(QUERY_VALUES))
-    pairs = draw(st.lists(st.tuples(keys, values), max_size=4)) * draw(st.sampled_from([1, 1, 1, 1, 60]))
-    if pairs:
-        path += b"?" + b"&".join(key + b"=" + value for key, value in pairs)
-    method = draw(st.sampled_from(METHODS))
-    head = [method + b" " + path.replace(b"\n", b"").replace(b"\r", b"") + b" HTTP/1.1", b"host: localhost", *draw(headers())]
-    if draw(st.integers(0, 9)):
-        head.append(draw(st.sampled_from(credentials)))
-    body = draw(st.one_of(st.just(b""), json_bodies(), st.binary(max_size=300)))
+    if faults & {"query", "many-queries"}:
+        pairs = draw(st.lists(st.tuples(keys, values), min_size=1, max_size=4)) * (60 if "many-queries" in faults else 1)
+        path += b"?" + b"&".join(key + b"=" + _line(value) for key, value in pairs)
+    head = [method + b" " + path + b" HTTP/1.1", b"host: localhost", *(draw(headers()) if "header" in faults else [])]
+    right = 1 if place.startswith("/v1/organizations") else 0 if place.startswith("/v1/") else 2
+    head.append(draw(st.sampled_from([b"x: y", *credentials])) if "key" in faults else credentials[right])
+    body = (
+        b""
+        if method in (b"GET", b"HEAD", b"DELETE") and "body" not in faults
+        else draw(st.one_of(json_bodies(), st.binary(max_size=300)))
+    )
     if body:
-        head += [b"content-type: " + draw(st.sampled_from(MEDIA)), b"content-length: %d" % len(body)]
+        media = draw(st.sampled_from(MEDIA)) if "media" in faults else MEDIA[0]
+        head += [b"content-type: " + media, b"content-length: %d" % len(body)]
     return Hostile((b"\r\n".join([*head, b"", b""]) + body,))
 
 
