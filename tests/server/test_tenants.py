@@ -13,6 +13,7 @@ import httpx
 import pytest
 from starlette.routing import Mount, Route
 
+from ropewalk.models.base import make_base
 from ropewalk.server.app import ROUTES
 from ropewalk.tenants.quotas import set_limit
 
@@ -126,6 +127,32 @@ API = {
     ],
 }
 
+MODEL = "tenants-tiny"
+
+
+def document(things):
+    """A question about a file."""
+    source = {"type": "file", "file_id": things.file}
+    content = [{"type": "document", "source": source, "title": "it"}, {"type": "text", "text": "What is it?"}]
+    return {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": content}]}
+
+
+def counted(things):
+    return {name: value for name, value in document(things).items() if name != "max_tokens"}
+
+
+MESSAGES = {
+    ("POST", "/v1/messages"): [
+        (ask_json("POST", "/v1/messages", document), 200, 404),
+        (ask_json("POST", "/v1/messages", lambda things: {**document(things), "stream": True}), 200, 404),
+    ],
+    ("POST", "/v1/messages/count_tokens"): [(ask_json("POST", "/v1/messages/count_tokens", counted), 200, 404)],
+    ("POST", "/v1/files/{file_id}/warm"): [
+        (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": MODEL}), 200, 404),
+        (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": "none"}), 404, 404),
+    ],
+}
+
 PAGES = {
     ("GET", "/files"): [(ask("GET", "/files?stored={things.file}"), 200, 200)],
     ("GET", "/files/{id}"): [
@@ -205,7 +232,7 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {*API, *MESSAGES, *PAGES, *ADMIN, *WITHOUT_IDS}
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -300,6 +327,21 @@ def check(client, owner_client, token, owner_token, things, probe, theirs, other
 def test_the_api_answers_alike_for_what_is_anothers_and_for_what_never_was(asker_and_owner, route):
     asker, owner = asker_and_owner
     for probe, theirs, others in API[route]:
+        check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
+
+
+@pytest.fixture(scope="module")
+def model(server, tmp_path_factory):
+    """A small base that the server may load."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_base(folder, "qwen3_moe", size="tiny", seed=3)
+    server.app.state.registry.publish_base(MODEL, folder)
+
+
+@pytest.mark.parametrize("route", MESSAGES, ids=" ".join)
+def test_a_question_about_what_is_anothers_is_answered_like_one_about_what_never_was(model, asker_and_owner, route):
+    asker, owner = asker_and_owner
+    for probe, theirs, others in MESSAGES[route]:
         check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
