@@ -1,11 +1,13 @@
 """The Messages API over a real server and a real engine: a tiny base of this machine, asked through the official SDK."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from files.papers import pdf
 from ropewalk.config.serving import EngineOptions, Serving
 from ropewalk.files.settings import Settings
 from ropewalk.models.base import make_base
@@ -34,9 +36,10 @@ def asked(root_key: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def sdk(asked: Running) -> Any:
+def sdk(asked: Running) -> Iterator[Any]:
     """The version of the API that knows a temperature, so that replies are the same each time."""
-    return asked.sdk(default_headers={"anthropic-version": "2023-06-01"})
+    with asked.sdk(default_headers={"anthropic-version": "2023-06-01"}) as client:
+        yield client
 
 
 HELLO: dict[str, Any] = {"model": "answers", "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}
@@ -63,3 +66,64 @@ def test_the_same_is_streamed(sdk):
 
 def total(usage: Any) -> int:
     return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+
+
+BOOK = "The lighthouse of Pellworm was built in 1907. Its light reaches twenty-five sea miles. " * 5
+
+
+def question(source: dict[str, Any], text: str = "When was it built?", **more: Any) -> dict[str, Any]:
+    content = [{"type": "document", "source": source, **more}, {"type": "text", "text": text}]
+    return {**HELLO, "messages": [{"role": "user", "content": content}]}
+
+
+def put(asked: Running, text: str = BOOK, name: str = "book.txt") -> str:
+    with asked.sdk() as client:
+        return client.files.upload(file=(name, text.encode(), "text/plain")).id
+
+
+def test_the_second_question_about_a_file_reads_it_from_the_store(asked, sdk):
+    source = {"type": "file", "file_id": put(asked, BOOK + "1")}
+    first = sdk.messages.create(**question(source)).usage
+    second = sdk.messages.create(**question(source, "How far does it reach?")).usage
+    assert first.cache_read_input_tokens < 20
+    assert second.cache_creation_input_tokens == 0
+    assert second.cache_read_input_tokens > 120
+    assert second.input_tokens < 40
+    for text, usage in (("When was it built?", first), ("How far does it reach?", second)):
+        counted = sdk.messages.count_tokens(model="answers", messages=question(source, text)["messages"])
+        assert counted.input_tokens == total(usage)
+
+
+def test_a_file_read_ahead_is_not_read_again(asked, sdk):
+    id = put(asked, BOOK + "2")
+    with asked.http() as http:
+        warmed = http.post(f"/v1/files/{id}/warm", json={"model": "answers"}).json()
+    assert warmed["usage"]["cache_creation_input_tokens"] > 120
+    usage = sdk.messages.create(**question({"type": "file", "file_id": id})).usage
+    assert usage.cache_creation_input_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"type": "text", "media_type": "text/plain", "data": BOOK},
+        {"type": "content", "content": BOOK},
+        {"type": "content", "content": [{"type": "text", "text": BOOK}]},
+    ],
+    ids=["text", "content", "blocks"],
+)
+def test_the_same_text_in_the_request_gives_the_same_reply(asked, sdk, source):
+    expected = sdk.messages.create(**question({"type": "file", "file_id": put(asked)}))
+    found = sdk.messages.create(**question(source))
+    assert found.content[0].text == expected.content[0].text
+    assert total(found.usage) == total(expected.usage)
+
+
+def test_a_pdf_in_the_request_is_read(asked, sdk):
+    data = base64.b64encode(pdf("The bridge is 400 metres long.")).decode()
+    source = {"type": "base64", "media_type": "application/pdf", "data": data}
+    count = sdk.messages.count_tokens(model="answers", messages=question(source)["messages"]).input_tokens
+    without = sdk.messages.count_tokens(
+        model="answers", messages=question({"type": "text", "media_type": "text/plain", "data": "x"})["messages"]
+    )
+    assert count > without.input_tokens

@@ -81,6 +81,7 @@ class Serving:
     engine: EngineOptions = EngineOptions()
     preload: tuple[str, ...] = ()  # models whose engines start with the server
     warm_at_upload: tuple[str, ...] = ()  # models that read a file as soon as it is uploaded
+    fetch_urls: bool = True  # documents at addresses of the public internet
     folder: Path = field(default=Path("."))  # relative paths are of here
 
     def price(self, name: str) -> Price | None:
@@ -93,7 +94,7 @@ def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
     document = read_document(path)
     values = document.values
-    _only(document, (), values, ("models", "engine", "preload", "warm_at_upload"))
+    _only(document, (), values, ("models", "engine", "preload", "warm_at_upload", "fetch_urls"))
     models: dict[str, ServedModel] | None = None
     if "models" in values:
         named = _mapping(document, ("models",), values["models"])
@@ -105,6 +106,7 @@ def read_serving(path: Path | str) -> Serving:
         _made(EngineOptions, document, ("engine",), values.get("engine", {})),
         _names(document, "preload", models),
         _names(document, "warm_at_upload", models),
+        _bool(document, "fetch_urls", True),
         Path(path).resolve().parent,
     )
     for name in ("memory_gb", "disk_gb", "longest", "threads"):
@@ -167,6 +169,13 @@ def _names(document: Document, key: str, models: Mapping[str, ServedModel] | Non
         if models is not None and name not in models:
             raise _wrong(document, (key,), f"{key} names '{name}', which is not served; known: {', '.join(models)}")
     return tuple(found)
+
+
+def _bool(document: Document, key: str, default: bool) -> bool:
+    found = document.values.get(key, default)
+    if not isinstance(found, bool):
+        raise _wrong(document, (key,), f"{key} is {found!r}; expected true or false")
+    return found
 
 
 def _mapping(document: Document, place: Place, found: Any) -> Mapping[str, Any]:

@@ -18,26 +18,14 @@ from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
 
-from ropewalk.chat.messages import (
-    Bytes,
-    Document,
-    Ended,
-    FileId,
-    MessagesRequest,
-    Pieces,
-    ReplyEvent,
-    Started,
-    StopReason,
-    Url,
-    Usage,
-)
+from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Usage
 from ropewalk.chat.parsers import Parser, Plain, held_back
 from ropewalk.chat.prompt import Prompt, Shown, render
 from ropewalk.chat.template import Template
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
+from ropewalk.engine.sources import Sources
 from ropewalk.errors import BadInput
-from ropewalk.files.documents import document
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
@@ -75,6 +63,7 @@ class Answerer:
     """One model of this machine, ready to be asked."""
 
     store: Store
+    sources: Sources
     places: Places
     client: EngineClient
     template: Template
@@ -154,21 +143,8 @@ class Answerer:
     # -- prompts
 
     async def _prompt(self, caller: Caller, request: MessagesRequest) -> Prompt:
-        shown = [await self._shown(caller, part) for part in request.documents()]
-        return render(self.template, request, shown)
-
-    async def _shown(self, caller: Caller, asked: Document) -> Shown:
-        match asked.source:
-            case FileId(id):
-                return Shown((await document(self.store, caller, id)).text, id)
-            case Bytes(media_type, data) if media_type == "text/plain":
-                return Shown(data.decode("utf-8"))
-            case Pieces(texts):
-                return Shown("\n".join(texts))
-            case Bytes(media_type, _):
-                raise BadInput(f"document: a source of type {media_type} cannot be read here; upload it and send its file_id")
-            case Url(url):
-                raise BadInput(f"document: {url} is not fetched by this server; upload the file and send its file_id")
+        read = [await self.sources.read(caller, part.source) for part in request.documents()]
+        return render(self.template, request, [Shown(found.document.text, found.file_id) for found in read])
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""

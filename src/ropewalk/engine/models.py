@@ -1,6 +1,6 @@
 """What is served: names and aliases -> whoever answers for them. Engines start at first use, adapters are loaded as they are asked for.
 
-    name -> folders of this machine, or a remote -> engine, adapter -> Answerer
+name -> folders of this machine, or a remote -> engine, adapter -> Answerer
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,9 @@ from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.lines import EngineSettings
+from ropewalk.engine.sources import Sources
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
+from ropewalk.files.fetch import fetch
 from ropewalk.files.store import Store
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
@@ -89,6 +91,7 @@ class Models:
 
     def __init__(self, store: Store, registry: Registry, serving: Serving | None = None) -> None:
         self.store, self.registry, self.serving = store, registry, serving or Serving()
+        self._sources = Sources(store, fetch if self.serving.fetch_urls else None)
         self._places = Places(store)
         self._bases: dict[Path, Base] = {}
         self._opening = asyncio.Lock()
@@ -101,22 +104,14 @@ class Models:
         if target.base is None:
             return self._remote(name)
         base = await self._base(target.base)
+        answerer = Answerer(self.store, self._sources, self._places, base.client, base.template, base.weights)
         if not loaded:
-            return Answerer(self.store, self._places, base.client, base.template, base.weights)
+            return answerer
         await self._started(name, base)
         if target.adapter is None:
-            return Answerer(self.store, self._places, base.client, base.template, base.weights)
+            return answerer
         adapter = await self._adapter(base, target.adapter)
-        return Answerer(
-            self.store,
-            self._places,
-            base.client,
-            base.template,
-            base.weights,
-            adapter.name,
-            adapter.digest,
-            adapter.invocation,
-        )
+        return replace(answerer, adapter=adapter.name, adapter_digest=adapter.digest, invocation=adapter.invocation)
 
     async def warm(self, caller: Caller, name: str, file_id: str) -> Usage:
         """Reads a file ahead of the first question about it."""

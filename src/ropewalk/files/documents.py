@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ropewalk.files.store import Store
     from ropewalk.tenants.caller import Caller
 
-__all__ = ["Document", "PageImage", "Section", "document", "page_image", "read_document", "weakness"]
+__all__ = ["Document", "PageImage", "Section", "document", "document_of", "page_image", "read_document", "weakness"]
 
 KEPT = bytes([VERSION])  # before all that is kept; of another version it is made again
 MAX_BYTES = 128 << 20
@@ -49,6 +50,15 @@ async def document(store: Store, caller: Caller, id: str) -> Document:
         return await asyncio.to_thread(Document.from_bytes, kept[1:])
     except (ValueError, KeyError, TypeError) as error:
         raise SandboxFailed("the process that read this file gave no document", "crash") from error
+
+
+async def document_of(data: bytes, media_type: str | None, name: str) -> Document:
+    """The document of bytes that are kept nowhere."""
+    made = await _confined(data, CPU_SECONDS, "read_serialised", media_type, name)
+    try:
+        return await asyncio.to_thread(Document.from_bytes, made)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SandboxFailed("the process that read this document gave none", "crash") from error
 
 
 async def page_image(store: Store, caller: Caller, id: str, number: int) -> bytes:
@@ -111,19 +121,26 @@ async def _call(store: Store, content: Content, cpu_seconds: int, function: str,
             f"{file.size:,} bytes are more than the {MAX_BYTES:,} that can be read as a document", "document_too_large"
         )
     try:
-        made = await call_async(
-            f"ropewalk.files.reading:{function}",
-            (file.mime_type, file.filename, *arguments),
-            data=content.chunks(),
-            seconds=SECONDS,
-            cpu_seconds=cpu_seconds,
-            memory_bytes=MEMORY_BYTES,
-            result_bytes=HEADER_BYTES + 4 * MAX_CHARACTERS,
-            task=f"reading this {file.mime_type.partition(';')[0]} file",
-        )
+        return await _confined(content.chunks(), cpu_seconds, function, file.mime_type, file.filename, *arguments)
     except DamagedContent:
         await store.mark_damaged(content.name)
         raise
+
+
+async def _confined(
+    data: bytes | AsyncIterable[bytes], cpu_seconds: int, function: str, media_type: str | None, name: str, *arguments: int
+) -> bytes:
+    """What a function of reading.py makes of these bytes, in a process of its own."""
+    made = await call_async(
+        f"ropewalk.files.reading:{function}",
+        (media_type, name, *arguments),
+        data=data,
+        seconds=SECONDS,
+        cpu_seconds=cpu_seconds,
+        memory_bytes=MEMORY_BYTES,
+        result_bytes=HEADER_BYTES + 4 * MAX_CHARACTERS,
+        task=f"reading this {(media_type or '').partition(';')[0]} file",
+    )
     if not isinstance(made, bytes):
         raise SandboxFailed("the process that read this file gave no document", "crash")
     return made
