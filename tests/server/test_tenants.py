@@ -345,6 +345,25 @@ def test_a_question_about_what_is_anothers_is_answered_like_one_about_what_never
         check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
+@pytest.mark.parametrize("asker_and_owner", ["workspace"], indirect=True)
+def test_what_a_model_has_read_for_another_workspace_is_read_anew(model, asker_and_owner):
+    asker, owner = asker_and_owner
+    text = "The lighthouse of Pellworm was built in 1907. " * 12
+
+    def reused(party):
+        file = party.api.post("/v1/files", files={"file": ("book.txt", text, "text/plain")}).json()["id"]
+        content = [{"type": "document", "source": {"type": "file", "file_id": file}, "cache_control": {"type": "ephemeral"}}]
+        content.append({"type": "text", "text": "When?"})
+        asked = {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+        told = [party.api.post("/v1/messages", json=asked).json() for _ in range(2)]
+        return [one["usage"]["cache_read_input_tokens"] for one in told]
+
+    first, second = reused(owner)
+    assert first == 0
+    assert second > 0
+    assert reused(asker)[0] == 0
+
+
 @pytest.mark.parametrize("route", PAGES, ids=" ".join)
 def test_pages_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_and_owner, route):
     asker, owner = asker_and_owner
