@@ -331,6 +331,10 @@ def _serve(verbs: Verbs) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, for this machine only)")
     serve.add_argument("--port", type=int, default=8700, help="0: any free one (default: %(default)s)")
     _store_arguments(serve)
+    serve.add_argument(
+        "--models", type=Path, metavar="YAML", help="which models are served, and how (default: all that are published)"
+    )
+    serve.add_argument("--preload", nargs="+", default=[], metavar="NAME", help="models to load before the first question")
     serve.add_argument("--max-file-mb", type=float, default=500, metavar="MB", help="largest file (default: %(default)s)")
     serve.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="of each workspace without a limit of its own (default: no limit)"
@@ -350,9 +354,13 @@ def _serve(verbs: Verbs) -> None:
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from ropewalk.config.serving import Serving, read_serving
     from ropewalk.server.serve import serve
     from ropewalk.server.settings import ServerSettings
 
+    serving = read_serving(arguments.models) if arguments.models else Serving()
     return serve(
         _settings(arguments, max_file_bytes=round(arguments.max_file_mb * 1_000_000)),
         ServerSettings(
@@ -363,6 +371,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             requests_per_minute=arguments.requests_per_minute,
             drain_seconds=arguments.drain_seconds,
             drain_notice_seconds=arguments.drain_notice_seconds,
+            serving=replace(serving, preload=(*serving.preload, *arguments.preload)),
         ),
     )
 

@@ -8,6 +8,7 @@ erases them, and without its data key they could not be opened anyway.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -21,6 +22,7 @@ from tokenizers.decoders import DecodeStream
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Usage
 from ropewalk.chat.parsers import Parser, Plain, held_back
 from ropewalk.chat.prompt import Prompt, Shown, render
+from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
@@ -92,6 +94,8 @@ class Answerer:
             yield Started(usage)
             yield Ended("max_tokens", None, usage)
             return
+        signatures = Signatures(derive(await self._own_key(caller), "thinking"))
+        signatures.check(request)
         prompt = await self._prompt(caller, request)
         await self.client.start()
         room = self.client.longest - prompt.length
@@ -112,11 +116,16 @@ class Answerer:
             scope=caller.workspace_id,
         )
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
-            async for event in self._reply(request, prompt, events, cut_short=room < request.max_tokens):
+            async for event in self._reply(request, prompt, events, signatures, cut_short=room < request.max_tokens):
                 yield event
 
     async def _reply(
-        self, request: MessagesRequest, prompt: Prompt, events: AsyncIterator[Event], cut_short: bool
+        self,
+        request: MessagesRequest,
+        prompt: Prompt,
+        events: AsyncIterator[Event],
+        signatures: Signatures,
+        cut_short: bool,
     ) -> AsyncIterator[ReplyEvent]:
         parser: Parser = Plain(thinks_first=request.thinking and self._ends_in_thinking(prompt))
         text = _Text(self.template, request.stop_sequences)
@@ -128,14 +137,14 @@ class Answerer:
                 usage = Usage(prompt.length - event.read - created, created, event.read)
                 yield Started(usage)
             produced += len(event.ids)
-            for said in parser.feed(text.feed(event.ids)):
+            for said in signatures.sign(parser.feed(text.feed(event.ids))):
                 yield said
             if text.stopped_by is not None:
                 reason = "stop_sequence"
                 break
             if event.finish == "length":
                 reason = "model_context_window_exceeded" if cut_short else "max_tokens"
-        for said in parser.feed(text.finish()) + parser.finish():
+        for said in signatures.sign(parser.feed(text.finish()) + parser.finish()):
             yield said
         whole = Usage(usage.input, usage.cache_creation, usage.cache_read, produced)
         yield Ended(reason, text.stopped_by, whole)
@@ -144,13 +153,13 @@ class Answerer:
 
     async def _prompt(self, caller: Caller, request: MessagesRequest) -> Prompt:
         read = [await self.sources.read(caller, part.source) for part in request.documents()]
-        return render(self.template, request, [Shown(found.document.text, found.file_id) for found in read])
+        shown = [Shown(found.document.text, found.file_id) for found in read]
+        return await asyncio.to_thread(render, self.template, request, shown)  # the ids of a long document take their time
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""
         keys = {id: (await self.store.open_content(caller, id)).key for id in {id for p in prompt.prefix for id in p.files}}
-        async with self.store.database.reading() as connection:
-            own = derive(await workspace_key(connection, self.store.vault, caller.workspace_id), "prefixes")
+        own = derive(await self._own_key(caller), "prefixes")
         spans: list[Span] = []
         name, position = "", 0
         acts_from = self._acts_from(prompt)
@@ -168,6 +177,10 @@ class Answerer:
                     await self.places.register(id, path)
             spans.append(Span(piece.ids, keep))
         return tuple(spans)
+
+    async def _own_key(self, caller: Caller) -> bytes:
+        async with self.store.database.reading() as connection:
+            return await workspace_key(connection, self.store.vault, caller.workspace_id)
 
     def _acts_from(self, prompt: Prompt) -> int:
         """The position from which the adapter acts: of an activated one, the last occurrence of its invocation."""

@@ -23,6 +23,7 @@ from ropewalk.engine.client import EngineClient
 from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.sources import Sources
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
+from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
 from ropewalk.files.store import Store
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
@@ -32,6 +33,8 @@ from ropewalk.tenants.caller import Caller
 
 START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
 RETRY_SECONDS = 15.0
+AHEAD = 2  # files that are read ahead at once: questions come first
+AHEAD_TRIES = 20
 
 log = logging.getLogger("ropewalk.engine")
 
@@ -96,7 +99,10 @@ class Models:
         self._bases: dict[Path, Base] = {}
         self._opening = asyncio.Lock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
+        self._reading_ahead = asyncio.Semaphore(AHEAD)
         store.forgetters.append(self.forget)
+        store.arrivals.append(self._arrived)
 
     async def answerer(self, name: str, *, loaded: bool = True) -> Answers:
         """Who answers for this name now. `loaded`: ready to answer, not only to count."""
@@ -162,9 +168,33 @@ class Models:
     async def close(self) -> None:
         """Ends all engines."""
         self.store.forgetters.remove(self.forget)
+        self.store.arrivals.remove(self._arrived)
+        for task in self._ahead:
+            task.cancel()
         for base in self._bases.values():
             await _stop(base)
         self._bases.clear()
+
+    # -- files read as they are uploaded
+
+    def _arrived(self, caller: Caller, file: File) -> None:
+        for name in self.serving.warm_at_upload:
+            task = asyncio.create_task(self._read_ahead(caller, name, file.id))
+            self._ahead.add(task)
+            task.add_done_callback(self._ahead.discard)
+
+    async def _read_ahead(self, caller: Caller, name: str, file_id: str) -> None:
+        """Reads a new file, when there is room for it; one that cannot be read is told to whoever asks about it."""
+        async with self._reading_ahead:
+            for _ in range(AHEAD_TRIES):
+                try:
+                    await self.warm(caller, name, file_id)
+                    return
+                except Overloaded:
+                    await asyncio.sleep(RETRY_SECONDS)
+                except RopewalkError as error:
+                    log.info("%s is not read ahead for %s: %s", file_id, name, type(error).__name__)
+                    return
 
     # -- names
 

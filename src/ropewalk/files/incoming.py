@@ -132,6 +132,8 @@ class Incoming:
         failpoint("upload.committed")
         if again or file.blob_id != self.id:  # equal bytes were there already
             await self._store.erase([("blobs", self.id)])
+        for tell in self._store.arrivals:
+            tell(self._caller, file)
         return file
 
     async def _begin(self) -> None:

@@ -65,6 +65,8 @@ class Store:
         self.signing_key: Ed25519PrivateKey
         # Names of the published adapters that were trained on a file; the registry, which knows, lies above this room.
         self.adapters_of: Callable[[str], Iterable[str]] = lambda file_id: ()
+        # Told of each file that was stored, after the commit.
+        self.arrivals: list[Callable[[Caller, File], None]] = []
         # Told of paths that are about to be erased, after the commit: what was read from files may lie in a model's memory too.
         self.forgetters: list[Callable[[Sequence[str]], Awaitable[None]]] = []
 
