@@ -10,6 +10,7 @@ Legend: H query heads, K key-value heads, G = H / K, T new ids, N keys, D head s
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,26 +51,73 @@ def batch_attention(
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     softcap, sinks = options.get("softcap"), options.get("s_aux")
-    queries = [_packed(query[:, :, part.begin : part.end], heads) for part in batch.parts]
-    found: list[list[Partial]] = [[] for _ in batch.parts]
+    sizes = [(part.end - part.begin) * groups for part in batch.parts]
+    packed = torch.cat([_packed(query[:, :, part.begin : part.end], heads) for part in batch.parts], dim=2)
+    queries = torch.split(packed, sizes, dim=2)
+    found = _Partials(sizes)
     sliding = batch.parts[0].reading.layout.kinds[layer] == "sliding"
     if not sliding:
         for pair, readers in _shared(batch, layer):
-            together = torch.cat([queries[index] for index in readers], dim=2)
-            out, lse = _attend(together, pair, None, scale, softcap)
-            sizes = [queries[index].shape[2] for index in readers]
-            for index, one, its in zip(readers, torch.split(out, sizes, dim=2), torch.split(lse, sizes, dim=2)):
-                found[index].append((one, its))
+            everybody = len(readers) == len(queries)
+            together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
+            found.add(readers, _attend(together, pair, None, scale, softcap))
     for index, part in enumerate(batch.parts):
         window = part.reading.layout.windows[layer] if sliding else 0
-        found[index] += [
-            _attend(queries[index], pair, mask, scale, softcap) for pair, mask in _own(part, layer, window, groups)
-        ]
-    outs = []
-    for part, partials in zip(batch.parts, found):
-        out = _joined(partials, None if sinks is None else _sink_rows(sinks, heads, part.end - part.begin))
-        outs.append(out.to(query.dtype).reshape(1, heads * groups, part.end - part.begin, -1))
+        for pair, mask in _own(part, layer, window, groups):
+            found.add([index], _attend(queries[index], pair, mask, scale, softcap))
+    weights = None
+    if sinks is not None:
+        weights = torch.cat([_sink_rows(sinks, heads, part.end - part.begin) for part in batch.parts], dim=2)
+    joined = found.joined(weights).to(query.dtype)
+    outs = [out.reshape(1, heads * groups, -1, out.shape[-1]) for out in torch.split(joined, sizes, dim=2)]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+class _Partials:
+    """What every query found in its pieces, laid out so that all are joined at once: level n holds each query's n-th piece."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._begins = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._levels: list[list[tuple[int, int, Partial]]] = []  # per level: rows [begin, end) and what they found
+        self._depth = [0] * len(sizes)
+
+    def add(self, readers: Sequence[int], partial: Partial) -> None:
+        """Another piece's part, of the queries of these requests, which lie beside each other in it."""
+        depths = {self._depth[index] for index in readers}
+        whole = len(depths) == 1 and list(readers) == list(range(readers[0], readers[0] + len(readers)))
+        offset = 0
+        for index in readers[:1] if whole else readers:
+            size = sum(self._sizes[i] for i in readers) if whole else self._sizes[index]
+            if self._depth[index] == len(self._levels):
+                self._levels.append([])
+            rows = partial[0][:, :, offset : offset + size], partial[1][:, :, offset : offset + size]
+            self._levels[self._depth[index]].append((self._begins[index], self._begins[index] + size, rows))
+            offset += size
+        for index in readers:
+            self._depth[index] += 1
+
+    def joined(self, sinks: Tensor | None) -> Tensor:
+        """The softmax over all pieces' keys, and over sinks [1, K, rows] that take weight and give nothing -> [1, K, rows, D]."""
+        levels = [self._filled(level) for level in self._levels]
+        if len(levels) == 1 and sinks is None:
+            return levels[0][0]
+        total = torch.logsumexp(torch.stack([lse for _, lse in levels] + ([] if sinks is None else [sinks])), dim=0)
+        out = levels[0][0] * (levels[0][1] - total).exp().unsqueeze(-1)
+        for piece, lse in levels[1:]:
+            out = out + piece * (lse - total).exp().unsqueeze(-1)
+        return out
+
+    def _filled(self, level: list[tuple[int, int, Partial]]) -> Partial:
+        rows = sum(self._sizes)
+        if sum(end - begin for begin, end, _ in level) == rows:
+            level = sorted(level, key=lambda entry: entry[0])
+            return torch.cat([p[0] for _, _, p in level], dim=2), torch.cat([p[1] for _, _, p in level], dim=2)
+        first, lse = level[0][2]
+        out, lses = first.new_zeros(*first.shape[:2], rows, first.shape[3]), lse.new_full((*lse.shape[:2], rows), float("-inf"))
+        for begin, end, (values, its) in level:
+            out[:, :, begin:end], lses[:, :, begin:end] = values, its
+        return out, lses
 
 
 def _shared(batch: Batch, layer: int) -> list[tuple[Pair, list[int]]]:
@@ -121,18 +169,6 @@ def _attend(query: Tensor, pair: Pair, mask: Tensor | None, scale: float, softca
         scores = scores.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(values.dtype), values).float(), lse
-
-
-def _joined(partials: list[Partial], sinks: Tensor | None) -> Tensor:
-    """The softmax over all pieces' keys, and over sinks [1, K, G*T] that take weight and give nothing."""
-    if len(partials) == 1 and sinks is None:
-        return partials[0][0]
-    lses = torch.stack([lse for _, lse in partials] + ([] if sinks is None else [sinks]))
-    total = torch.logsumexp(lses, dim=0)
-    out = partials[0][0] * (partials[0][1] - total).exp().unsqueeze(-1)
-    for piece, lse in partials[1:]:
-        out = out + piece * (lse - total).exp().unsqueeze(-1)
-    return out
 
 
 def _packed(query: Tensor, heads: int) -> Tensor:

@@ -307,17 +307,19 @@ class Engine:
     # -- out
 
     def _choose(self, ready: Sequence[tuple[Job, Tensor]]) -> None:
-        rows = []
-        for job, logits in ready:
-            if job.constraint is not None:
-                logits = logits.clone()
-                job.constraint.mask(logits)
-            rows.append(logits)
         jobs = [job for job, _ in ready]
         plain = torch.stack([logits for _, logits in ready])
-        ids, _ = choose(torch.stack(rows), [job.request.sampling for job in jobs], [job.random for job in jobs])
-        picked = plain.gather(1, torch.tensor(ids, device=plain.device)[:, None])[:, 0]
-        logprobs = (picked - torch.logsumexp(plain, -1)).tolist()
+        allowed = plain
+        if any(job.constraint is not None for job in jobs):
+            allowed = plain.clone()
+            for row, job in zip(allowed, jobs):
+                if job.constraint is not None:
+                    job.constraint.mask(row)
+        ids = choose(allowed, [job.request.sampling for job in jobs], [job.random for job in jobs])
+        logprobs = [0.0] * len(jobs)
+        if any(job.request.logprobs for job in jobs):
+            picked = plain.gather(1, torch.tensor(ids, device=plain.device)[:, None])[:, 0]
+            logprobs = (picked - torch.logsumexp(plain, -1)).tolist()
         for job, id, logprob in zip(jobs, ids, logprobs):
             self._produced(job, id, logprob)
 

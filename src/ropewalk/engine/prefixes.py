@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ropewalk.engine.cache import Layout, Pair, Segment, State
@@ -31,6 +34,14 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer
 
 VERSION = "ropewalk segment 1"
 SALT = 16
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 Format = Literal["exact", "int8"]
 
 log = logging.getLogger("ropewalk.engine")
@@ -147,12 +158,11 @@ class Prefixes:
         if self._files is None:
             return None
         try:
-            sealed = Path(keep.path).read_bytes()
+            with _mapped(keep.path) as sealed:
+                self._paths[keep.path] = key
+                segment = unpack(_opened(sealed, keep.key, key), key, self.layout, self.device)
         except OSError:
             return None
-        self._paths[keep.path] = key
-        try:
-            segment = unpack(_opened(sealed, keep.key, key), key, self.layout, self.device)
         except (DamagedContent, ValueError, KeyError, IndexError) as error:
             self.counts.damaged += 1
             log.warning("a kept segment cannot be used and is read anew: %s", error)
@@ -241,13 +251,14 @@ def pack(segment: Segment, disk_format: Format = "exact") -> bytes:
     return packed
 
 
-def unpack(packed: bytes, key: str, layout: Layout, device: torch.device) -> Segment:
-    """The segment that `pack` was given; ValueError if these are other bytes."""
-    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    about = json.loads(header["__metadata__"]["about"])
+def unpack(packed: memoryview, key: str, layout: Layout, device: torch.device) -> Segment:
+    """The segment that `pack` was given, its tensors in these very bytes; ValueError if they are others."""
+    begin = 8 + int.from_bytes(packed[:8], "little")
+    header = json.loads(bytes(packed[8:begin]))
+    about = json.loads(header.pop("__metadata__")["about"])
     if (about["version"], about["key"]) != (VERSION, key):
         raise ValueError("it is of another version or another text")
-    tensors = {name: tensor.to(device) for name, tensor in load(packed).items()}
+    tensors = {name: _tensor(packed, begin, entry).to(device) for name, entry in header.items()}
     layers: list[Pair | State] = []
     for number, kind in enumerate(layout.kinds):
         if kind == "recurrent":
@@ -260,6 +271,16 @@ def unpack(packed: bytes, key: str, layout: Layout, device: torch.device) -> Seg
         else:
             layers.append((_unpacked(tensors, f"{number}.keys"), _unpacked(tensors, f"{number}.values")))
     return Segment(key, about["start"], tuple(tensors["ids"].tolist()), tuple(layers))
+
+
+def _tensor(packed: memoryview, begin: int, entry: dict[str, Any]) -> Tensor:
+    """One tensor of the safetensors format, as a view."""
+    start, end = entry["data_offsets"]
+    if end == start:
+        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+    dtype = DTYPES[entry["dtype"]]
+    flat = torch.frombuffer(packed, dtype=dtype, count=(end - start) // dtype.itemsize, offset=begin + start)
+    return flat.reshape(entry["shape"])
 
 
 def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -284,8 +305,28 @@ def _sealed(plain: bytes, key: bytes, name: str) -> Iterable[bytes]:
         yield sealer.seal(view[start : start + CHUNK], start + CHUNK >= len(plain))
 
 
-def _opened(sealed: bytes, key: bytes, name: str) -> bytes:
-    salt, sealed = sealed[:SALT], sealed[SALT:]
-    opener, step = Opener(key, f"{name} {salt.hex()}"), CHUNK + TAG
-    count = -(-len(sealed) // step)
-    return b"".join(opener.open(sealed[index * step : (index + 1) * step], index, index == count - 1) for index in range(count))
+@contextmanager
+def _mapped(path: str) -> Iterator[memoryview]:
+    """A whole file, as the system holds it in memory."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield memoryview(b"")
+            return
+        with (
+            mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0), mmap.PROT_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            yield view
+
+
+def _opened(sealed: memoryview, key: bytes, name: str) -> memoryview:
+    step = CHUNK + TAG
+    opener = Opener(key, f"{name} {bytes(sealed[:SALT]).hex()}")
+    with sealed[SALT:] as view:
+        count = -(-len(view) // step)
+        out = np.empty(max(0, len(view) - count * TAG), np.uint8).data  # not filled with zeros first
+        for index in range(count):
+            with view[index * step : (index + 1) * step] as chunk:
+                place = out[index * CHUNK : index * CHUNK + max(0, len(chunk) - TAG)]
+                opener.open_into(chunk, place, index, index == count - 1)
+    return out

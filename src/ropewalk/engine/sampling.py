@@ -22,15 +22,13 @@ def stream(sampling: Sampling, request_id: str, sample: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def choose(logits: Tensor, samplings: Sequence[Sampling], streams: Sequence[torch.Generator]) -> tuple[list[int], list[float]]:
-    """logits [B, V] float32 -> an id for each, and its log-probability before temperature and truncation."""
+def choose(logits: Tensor, samplings: Sequence[Sampling], streams: Sequence[torch.Generator]) -> list[int]:
+    """logits [B, V] float32 -> an id for each."""
     best = logits.argmax(-1).tolist()
-    chosen = [
+    return [
         best[row] if sampling.temperature == 0 else _sampled(logits[row], sampling, streams[row])
         for row, sampling in enumerate(samplings)
     ]
-    picked = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
-    return chosen, (picked - torch.logsumexp(logits, -1)).tolist()
 
 
 def _sampled(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
