@@ -372,7 +372,9 @@ def test_no_body_breaks_administration(admin, path, content):
             "action",
         ]
     ),
-    value=st.one_of(st.text(max_size=30), st.integers().map(str), st.sampled_from(["user", "key", "\0", "9" * 30, "0" * 20 + "9" * 20, "٣"])),
+    value=st.one_of(
+        st.text(max_size=30), st.integers().map(str), st.sampled_from(["user", "key", "\0", "9" * 30, "0" * 20 + "9" * 20, "٣"])
+    ),
 )
 def test_no_query_breaks_administration(admin, path, name, value):
     response = admin.get(f"{ORGANIZATIONS}/{path}", params={name: value.encode("utf-8", "replace").decode("utf-8", "replace")})

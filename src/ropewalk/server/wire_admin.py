@@ -6,13 +6,16 @@ from typing import Any
 
 from ropewalk.database import timestamp
 from ropewalk.server.openapi import STRING, TIME, Schema, nullable, record
+from ropewalk.tenants import usage
 from ropewalk.tenants.audit import AuditReport
 from ropewalk.tenants.keys import Key
 from ropewalk.tenants.usage import Share
 from ropewalk.tenants.workspaces import Workspace
 
 NUMBER: Schema = {"type": "integer", "minimum": 0}
+BOOLEAN: Schema = {"type": "boolean"}
 STRINGS: Schema = {"type": "array", "items": STRING}
+LIMITS = {name: nullable(NUMBER) for name in usage.LIMITS}
 
 ORGANIZATION = record({"id": STRING, "type": {"const": "organization"}, "name": STRING})
 WORKSPACE = record(
@@ -50,8 +53,7 @@ SHARE = record(
         "reserved_bytes": NUMBER,
         "used_files": NUMBER,
         "reserved_files": NUMBER,
-        "limit_bytes": nullable(NUMBER),
-        "limit_files": nullable(NUMBER),
+        **LIMITS,
     }
 )
 ENTRY = record(
