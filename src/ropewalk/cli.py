@@ -237,11 +237,19 @@ def _models(verbs: Verbs) -> None:
     )
     back.add_argument("alias")
     chat = _add(
-        verbs, "chat", "ask a published model or alias", "ropewalk chat answers 'What is the capital of Peru?'", _run_chat
+        verbs,
+        "chat",
+        "ask a published model or alias",
+        "ropewalk chat answers 'What does it cost?' --file report.pdf",
+        _run_chat,
     )
     chat.add_argument("name", help="an alias, a base or an adapter; see `ropewalk models list`")
     chat.add_argument("prompt", nargs="?", help="one question; without it, a conversation until end of input")
     chat.add_argument("--max-tokens", type=int, default=512, help="(default: %(default)s)")
+    chat.add_argument(
+        "--file", action="append", default=[], metavar="FILE", help="a file to ask about, or its id; may be given several times"
+    )
+    _store_arguments(chat)
     pull = _add(
         inner,
         "pull",
@@ -299,20 +307,13 @@ def _run_models_rollback(arguments: argparse.Namespace) -> int:
 
 def _run_chat(arguments: argparse.Namespace) -> int:
     registry = _registry()
-    registry.resolve(arguments.name)  # an unknown name is told before torch is imported
-    from ropewalk.engine.reply import load_served, reply
+    registry.resolve(arguments.name)  # an unknown name is told before anything is loaded
+    import asyncio
 
-    served = load_served(registry, arguments.name)
-    if arguments.prompt is not None:
-        print(reply(served, [{"role": "user", "content": arguments.prompt}], arguments.max_tokens))
-        return 0
-    messages: list[dict[str, str]] = []
-    print("you: ", end="", flush=True)
-    for line in sys.stdin:
-        messages.append({"role": "user", "content": line.rstrip("\n")})
-        messages.append({"role": "assistant", "content": reply(served, messages, arguments.max_tokens)})
-        print(f"{arguments.name}: {messages[-1]['content']}\nyou: ", end="", flush=True)
-    print()
+    from ropewalk.engine.conversation import converse
+
+    settings = _settings(arguments)
+    asyncio.run(converse(settings, registry, arguments.name, arguments.prompt, arguments.file, arguments.max_tokens))
     return 0
 
 

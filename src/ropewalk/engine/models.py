@@ -29,7 +29,7 @@ from ropewalk.files.store import Store
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
 from ropewalk.registry import Registry
-from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.caller import RIGHTS, Caller
 
 START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
 RETRY_SECONDS = 15.0
@@ -185,6 +185,7 @@ class Models:
 
     async def _read_ahead(self, caller: Caller, name: str, file_id: str) -> None:
         """Reads a new file, when there is room for it; one that cannot be read is told to whoever asks about it."""
+        caller = replace(caller, rights=RIGHTS)  # it is the server that reads: a key may only upload
         async with self._reading_ahead:
             for _ in range(AHEAD_TRIES):
                 try:
