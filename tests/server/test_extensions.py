@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ropewalk.errors import VerificationFailed
 from ropewalk.files.receipts import verify
+from ropewalk.tenants.audit import entries
 
 EXTENDED = {"x-ropewalk-extensions": "true"}
 names = (f"extensions-{number}" for number in count())
@@ -79,20 +80,25 @@ def test_many_are_deleted_each_with_its_receipt_or_its_error(http, server):
     with server.http(server.workspace(next(names))[1]) as stranger:
         foreign = upload(stranger)
         mine = [upload(http, content=content) for content in (b"one", b"two")]
-        answer = http.post("/v1/files/delete", json={"ids": [*mine, foreign, "file_none", mine[0]]}).json()["data"]
+        answer = http.post("/v1/files/delete", json={"ids": [*mine, foreign, "file/none", mine[0]]}).json()["data"]
         assert [(found["id"], found["type"]) for found in answer] == [
             (mine[0], "file_deleted"),
             (mine[1], "file_deleted"),
             (foreign, "error"),
-            ("file_none", "error"),
+            ("file/none", "error"),
         ]
         for found, content in zip(answer, (b"one", b"two")):
             receipt = verify(found["receipt"], server.store.signing_key.public_key())
             assert receipt.sha256 == hashlib.sha256(content).hexdigest()
             assert receipt.is_of(found["id"])
         # A stranger's file is answered like one that never was.
-        assert answer[2]["error"]["message"].replace(foreign, "") == answer[3]["error"]["message"].replace("file_none", "")
+        assert answer[2]["error"]["message"].replace(foreign, "") == answer[3]["error"]["message"].replace("file/none", "")
         assert http.get("/v1/files").json()["data"] == []
+        denied = server.run(entries(server.store.database, action="denied", newest=True, limit=2))
+        assert [(entry["subject"], entry["outcome"]) for entry in reversed(denied)] == [
+            (foreign, "no_such_id"),
+            ("/v1/files/delete", "no_such_id"),  # what cannot be an id is a stranger's word
+        ]
         assert stranger.get(f"/v1/files/{foreign}").status_code == 200
 
 

@@ -16,6 +16,7 @@ from ropewalk.files import catalog, receipts
 from ropewalk.files.store import Store
 from ropewalk.server import body, tus
 from ropewalk.server.auth import caller_of
+from ropewalk.server.denied import write_down
 from ropewalk.server.openapi import STRING, TIME, named, nullable, operation, record
 from ropewalk.server.upload import MAX_TAG, MAX_TAGS, checked_tags
 from ropewalk.server.wire import EXTENDED, JSON, failure, file_deleted, file_metadata
@@ -95,6 +96,7 @@ async def delete_many(request: Request) -> JSON:
             answers.append(file_deleted(id, receipt.as_dict(), EXTENDED))
         except NotFound as error:
             answers.append({"id": id, **failure(error).body(request.state.request_id)})
+            await write_down(request, error, caller, id)
     return JSON({"data": answers})
 
 
