@@ -36,7 +36,7 @@ from hostile_documents import Document, documents
 from measure import table, write_json
 from peers.file_servers import KEY, ROOT_KEY, Server, ropewalk
 
-WARM_UP = 0.25  # of the requests: afterwards caches, pools and code are in memory, and growth is a leak
+WARM_UP = 0.4  # of the requests: afterwards caches, pools and code are in memory, and growth is a leak
 MOST_GROWTH_MB = 60  # what is above is a leak, whatever the caches of the database and of the allocator do
 SHOWN = 12
 STALLED = 3  # uploads that stop half-way and stay connected
@@ -137,7 +137,7 @@ class Targets:
 def _round(flood: Flood, targets: Targets, count: int) -> None:
     """So many requests of all kinds."""
     known = targets.known()
-    papers = count // 100
+    papers = -(-count // 100)
     from_document, odd = (count - 2 * papers) * 2 // 5, (count - 2 * papers) // 5
     flood.pour(hostile.uploads(targets.doors), count - 2 * papers - from_document - odd, raw("upload"))
     flood.pour(hostile.requests(targets.routes, targets.credentials, known), odd, raw("request"))
