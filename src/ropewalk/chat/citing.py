@@ -36,8 +36,9 @@ class _Block:
 class Citing:
     """Between a parser and whoever reads the reply."""
 
-    def __init__(self, citables: Citables, question: str = "", *, marked: bool = True) -> None:
-        """`question`: see Attribution. `marked`: whether the model has seen the pieces' numbers."""
+    def __init__(self, citables: Citables, question: str = "", *, marked: bool = True, steered: bool = False) -> None:
+        """`question`: see Attribution. `marked`: the model has seen the pieces' numbers; `steered`: it is held to those."""
+        self.form = citables.form if marked and steered else ""  # a regular expression to hold the reply to
         self._citables, self._markers = citables, marked
         letter = citables.letter
         entry = rf"{letter}\d{{1,7}}(?: ?[-–] ?{letter}\d{{1,7}})?"

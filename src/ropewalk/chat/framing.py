@@ -21,6 +21,9 @@ class Framing:
 
     tags: bool = True  # <document title="...">, so that a model can tell documents apart
     numbers: bool = True  # [3] before every citable sentence, where citations are wanted
+    # Keeps the reply from writing markers that name nothing. Off by default: such markers are left out anyway, every token costs the
+    # time of a mask, and a reply about code cannot say x[0].
+    steered: bool = False
 
 
 @lru_cache(maxsize=64)

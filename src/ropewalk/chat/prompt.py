@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ropewalk.chat.framing import framing
 from ropewalk.chat.messages import Document, Image, MessagesRequest, Text, Thinking, ToolResult, ToolUse, Turn
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput
@@ -63,10 +64,11 @@ class _Marks:
         return mark
 
 
-def render(template: Template, request: MessagesRequest, documents: Sequence[Shown]) -> Prompt:
-    """The prompt of a request whose documents read so; `documents` in the order of `request.documents()`."""
+def render(template: Template, request: MessagesRequest, documents: Sequence[Shown], instruction: str = "") -> Prompt:
+    """The prompt of a request whose documents read so, in the order of `request.documents()`; `instruction`: what the system adds."""
     marks = _Marks()
-    messages = _messages(template, request, iter(documents), marks)
+    framed = [_framed(asked, shown, template) for asked, shown in zip(request.documents(), documents, strict=True)]
+    messages = _messages(template, request, iter(framed), marks, instruction)
     text = template.render_text(
         messages,
         tools=[_tool(tool) for tool in request.tools] or None,
@@ -123,9 +125,11 @@ def _parts(text: str, marks: _Marks) -> list[tuple[str, str | None]]:
     return [*found, (text, None)]
 
 
-def _messages(template: Template, request: MessagesRequest, documents: Any, marks: _Marks) -> list[dict[str, Any]]:
+def _messages(
+    template: Template, request: MessagesRequest, documents: Any, marks: _Marks, instruction: str
+) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    system = "\n\n".join(block.text for block in request.system if block.text)
+    system = "\n\n".join(text for text in (*(block.text for block in request.system), instruction) if text)
     if system:
         messages.append({"role": "system", "content": _said(template, system, marks)})
     for number, turn in enumerate(request.turns):
@@ -143,7 +147,7 @@ def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begi
             case Text(text):
                 content.append(_said(template, text, marks))
             case Document():
-                content.append(marks.sow(_framed(block, next(documents))) + SEAM)
+                content.append(marks.sow(next(documents)) + SEAM)
             case Thinking(thinking):
                 message["reasoning_content"] = thinking
             case ToolUse(id, name, arguments):
@@ -153,7 +157,7 @@ def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begi
                 texts = ["Error: "] if failed else []
                 for part in inner:
                     if isinstance(part, Document):
-                        texts.append(marks.sow(_framed(part, next(documents))) + SEAM)
+                        texts.append(marks.sow(next(documents)) + SEAM)
                     elif isinstance(part, Text):
                         texts.append(_said(template, part.text, marks))
                     else:
@@ -167,7 +171,10 @@ def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begi
     return found
 
 
-def _framed(document: Document, shown: Shown) -> Shown:
+def _framed(document: Document, shown: Shown, template: Template) -> Shown:
+    if not framing(template.origin).tags:
+        said = [document.title or "", document.context or "", shown.text.rstrip()]
+        return Shown("\n".join(text for text in said if text), shown.file_id)
     title = f' title="{document.title}"' if document.title else ""
     context = f"<context>\n{document.context}\n</context>\n" if document.context else ""
     return Shown(f"<document{title}>\n{context}{shown.text}\n</document>", shown.file_id)

@@ -19,7 +19,10 @@ from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
 
-from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Usage
+from ropewalk.chat.citations import Citable, Citables, wanted
+from ropewalk.chat.citing import Citing
+from ropewalk.chat.framing import framing
+from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Text, Usage
 from ropewalk.chat.parsers import Parser, Plain, held_back
 from ropewalk.chat.prompt import Prompt, Shown, render
 from ropewalk.chat.signatures import Signatures
@@ -76,11 +79,11 @@ class Answerer:
 
     async def count(self, caller: Caller, request: MessagesRequest) -> int:
         """Ids of the rendered prompt."""
-        return (await self._prompt(caller, request)).length
+        return (await self._prompt(caller, request))[0].length
 
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage:
         """Reads the documents of a conversation ahead of its first question."""
-        prompt = await self._prompt(caller, request)
+        prompt, _ = await self._prompt(caller, request)
         sent = Request(_id(), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
             event = await anext(events)
@@ -96,7 +99,7 @@ class Answerer:
             return
         signatures = Signatures(derive(await self._own_key(caller), "thinking"))
         signatures.check(request)
-        prompt = await self._prompt(caller, request)
+        prompt, citing = await self._prompt(caller, request)
         await self.client.start()
         room = self.client.longest - prompt.length
         if room < 1:
@@ -112,11 +115,11 @@ class Answerer:
             self.adapter,
             Sampling(request.temperature, request.top_p, request.top_k),
             self.template.stop_ids,
-            self._grammar(request),
+            self._grammar(request, citing),
             scope=caller.workspace_id,
         )
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
-            async for event in self._reply(request, prompt, events, signatures, cut_short=room < request.max_tokens):
+            async for event in self._reply(request, prompt, events, signatures, citing, cut_short=room < request.max_tokens):
                 yield event
 
     async def _reply(
@@ -125,8 +128,10 @@ class Answerer:
         prompt: Prompt,
         events: AsyncIterator[Event],
         signatures: Signatures,
+        citing: Citing | None,
         cut_short: bool,
     ) -> AsyncIterator[ReplyEvent]:
+        cited = citing.feed if citing is not None else list[ReplyEvent]
         parser: Parser = Plain(thinks_first=request.thinking and self._ends_in_thinking(prompt))
         text = _Text(self.template, request.stop_sequences)
         usage, produced = Usage(), 0
@@ -137,24 +142,44 @@ class Answerer:
                 usage = Usage(prompt.length - event.read - created, created, event.read)
                 yield Started(usage)
             produced += len(event.ids)
-            for said in signatures.sign(parser.feed(text.feed(event.ids))):
+            for said in signatures.sign(cited(parser.feed(text.feed(event.ids)))):
                 yield said
             if text.stopped_by is not None:
                 reason = "stop_sequence"
                 break
             if event.finish == "length":
                 reason = "model_context_window_exceeded" if cut_short else "max_tokens"
-        for said in signatures.sign(parser.feed(text.finish()) + parser.finish()):
+        for said in signatures.sign(cited(parser.feed(text.finish()) + parser.finish())):
             yield said
         whole = Usage(usage.input, usage.cache_creation, usage.cache_read, produced)
         yield Ended(reason, text.stopped_by, whole)
 
     # -- prompts
 
-    async def _prompt(self, caller: Caller, request: MessagesRequest) -> Prompt:
-        read = [await self.sources.read(caller, part.source) for part in request.documents()]
-        shown = [Shown(found.document.text, found.file_id) for found in read]
-        return await asyncio.to_thread(render, self.template, request, shown)  # the ids of a long document take their time
+    async def _prompt(self, caller: Caller, request: MessagesRequest) -> tuple[Prompt, Citing | None]:
+        """The ids, and what reads citations out of the reply."""
+        cites = wanted(request)
+        documents = request.documents()
+        read = [await self.sources.read(caller, part.source) for part in documents]
+
+        def rendered() -> tuple[Prompt, Citing | None]:
+            if not cites:
+                return render(self.template, request, [Shown(found.document.text, found.file_id) for found in read]), None
+            habits = framing(self.template.origin)
+            pairs = zip(documents, read, strict=True)
+            citables = Citables([Citable(found.document, d.title, found.file_id, d.found_at) for d, found in pairs])
+            shown = [Shown(citables.shown(i, numbered=habits.numbers), found.file_id) for i, found in enumerate(read)]
+            prompt = render(self.template, request, shown, citables.instruction if habits.numbers else "")
+            asked = [
+                block.text
+                for turn in request.turns[-2:]
+                if turn.role == "user"
+                for block in turn.blocks
+                if isinstance(block, Text)
+            ]
+            return prompt, Citing(citables, " ".join(asked), marked=habits.numbers, steered=habits.steered)
+
+        return await asyncio.to_thread(rendered)  # the ids of a long document take their time
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""
@@ -193,9 +218,10 @@ class Answerer:
         places = (i for i in range(len(ids) - count, -1, -1) if tuple(ids[i : i + count]) == self.invocation)
         return next(places, prompt.length)
 
-    def _grammar(self, request: MessagesRequest) -> Grammar | None:
+    def _grammar(self, request: MessagesRequest, citing: Citing | None) -> Grammar | None:
         if request.schema is None:
-            return None
+            steered = citing is not None and not request.tools and not request.thinking
+            return Grammar("regex", citing.form) if citing is not None and steered and citing.form else None
         after = tuple(self.template.encode("</think>")) if request.thinking else ()
         return Grammar("json_schema", json.dumps(request.schema), after)
 
