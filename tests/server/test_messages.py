@@ -1,16 +1,22 @@
 """The Messages API over a real server and a real engine: a tiny base of this machine, asked through the official SDK."""
 
 import base64
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx
 import pytest
+import torch
 
 from files.papers import pdf
 from ropewalk.config.serving import EngineOptions, Serving
 from ropewalk.files.settings import Settings
 from ropewalk.models.base import make_base
+from ropewalk.models.load import load_base
+from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.registry import Registry
 from ropewalk.server.settings import ServerSettings
 from server.conftest import Running, running
@@ -127,3 +133,140 @@ def test_a_pdf_in_the_request_is_read(asked, sdk):
         model="answers", messages=question({"type": "text", "media_type": "text/plain", "data": "x"})["messages"]
     )
     assert count > without.input_tokens
+
+
+# -- what ends a reply
+
+
+def long(sdk: Any, **more: Any) -> Any:
+    return sdk.messages.create(**{**HELLO, "max_tokens": 40, **more})
+
+
+def test_a_reply_ends_before_a_stop_sequence(sdk):
+    text = long(sdk).content[0].text
+    stop = text[len(text) // 2 :][:3]
+    found = long(sdk, stop_sequences=[stop])
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", stop)
+    assert found.content[0].text == text[: text.index(stop)]
+
+
+def test_no_tokens_at_all_read_ahead(asked, sdk):
+    source = {"type": "file", "file_id": put(asked, BOOK + "0")}
+    nothing = sdk.messages.create(**{**question(source), "max_tokens": 0})
+    assert (nothing.content, nothing.stop_reason, nothing.usage.output_tokens) == ([], "max_tokens", 0)
+    assert sdk.messages.create(**question(source)).usage.cache_creation_input_tokens == 0
+
+
+def test_a_prompt_without_room_is_told_with_its_length(sdk):
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: [0-9,]+ tokens > 511 maximum"):
+        sdk.messages.create(**question({"type": "text", "media_type": "text/plain", "data": BOOK * 3}))
+
+
+def test_a_reply_that_meets_the_end_of_the_context_says_so(sdk):
+    reply = sdk.messages.create(**{**question({"type": "text", "media_type": "text/plain", "data": BOOK}), "max_tokens": 5000})
+    assert reply.stop_reason in ("model_context_window_exceeded", "end_turn")
+
+
+# -- who is asked
+
+
+def test_an_unknown_model_is_not_found(sdk):
+    for ask in (sdk.messages.create, sdk.messages.stream):
+        with pytest.raises(anthropic.NotFoundError, match="model: none"), ask(**{**HELLO, "model": "none"}):
+            pass
+
+
+def test_an_alias_is_followed_when_it_is_shipped_anew(asked, sdk, tiny, tmp_path):
+    registry = asked.app.state.registry
+    registry.publish_adapter("house", adapter(tiny, tmp_path / "house", 1), "tiny")
+    registry.ship("moving", "tiny")
+    base = sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text
+    registry.ship("moving", "house")
+    adapted = sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text
+    assert adapted == sdk.messages.create(**{**HELLO, "model": "house"}).content[0].text != base
+    adapter(tiny, tmp_path / "house", 2)  # trained anew, in the same folder
+    assert sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text not in (base, adapted)
+    registry.rollback("moving")
+    assert sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text == base
+
+
+def test_thinking_comes_back_only_as_it_was_signed(sdk):
+    thought = {"type": "thinking", "thinking": "hm", "signature": "mine"}
+    turns = [*HELLO["messages"], {"role": "assistant", "content": [thought, {"type": "text", "text": "a"}]}, *HELLO["messages"]]
+    with pytest.raises(anthropic.BadRequestError, match="Invalid `signature` in `thinking` block"):
+        sdk.messages.create(**{**HELLO, "messages": turns})
+
+
+# -- files come and go
+
+
+def test_another_workspace_finds_neither_the_file_nor_what_was_read(asked, sdk):
+    source = {"type": "file", "file_id": put(asked, BOOK + "3")}
+    sdk.messages.create(**question(source))
+    _, key = asked.workspace("elsewhere")
+    with asked.sdk(key) as other:
+        with pytest.raises(anthropic.NotFoundError, match="not found"):
+            other.messages.create(**{**question(source), "extra_body": {}})
+        text = {"type": "text", "media_type": "text/plain", "data": BOOK + "3"}
+        assert other.messages.create(**{**question(text), "extra_body": {}}).usage.cache_read_input_tokens == 0
+
+
+def test_a_deleted_file_is_forgotten_by_the_engine_too(asked, sdk):
+    id = put(asked, BOOK + "4")
+    sdk.messages.create(**question({"type": "file", "file_id": id}))
+    asked.run(asked.app.state.models.flush())
+    folder = asked.data / "prefixes"
+    kept = {path for path in folder.rglob("*") if path.is_file()}
+    used = stats(asked)["memory_used"]
+    sdk.files.delete(id)
+    assert stats(asked)["memory_used"] < used
+    assert len({path for path in folder.rglob("*") if path.is_file()}) < len(kept)
+    with pytest.raises(anthropic.NotFoundError):
+        sdk.messages.create(**question({"type": "file", "file_id": id}))
+
+
+# -- clients that leave, and crowds
+
+
+def test_who_leaves_costs_the_engine_nothing_more(asked):
+    many = {**HELLO, "max_tokens": 400, "stop_sequences": ["\x00never"]}
+    body = {key: value for key, value in many.items() if key != "extra_body"}
+    with asked.http() as http:
+        with http.stream("POST", "/v1/messages", json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/messages", json=body, timeout=0.3)
+    for _ in range(50):
+        if stats(asked)["requests"] == 0:
+            return
+        time.sleep(0.05)
+    pytest.fail("the engine still works for clients that have left")
+
+
+def test_a_stream_has_its_events_in_order_and_a_ping(asked):
+    body = {key: value for key, value in HELLO.items() if key != "extra_body"}
+    with asked.http() as http:
+        response = http.post("/v1/messages", json={**body, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["request-id"].startswith("req_")
+    names = [line[7:] for line in response.text.split("\n") if line.startswith("event: ")]
+    assert names[:3] == ["message_start", "ping", "content_block_start"]
+    assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(names[3:-3]) == {"content_block_delta"}
+
+
+def stats(asked: Running) -> dict[str, Any]:
+    found: dict[str, Any]
+    [found] = asked.run(asked.app.state.models.stats()).values()
+    return found
+
+
+def adapter(base: Path, folder: Path, seed: int) -> Path:
+    """A folder with an adapter that changes what the base says."""
+    made = attach(load_base(base, dtype=torch.float32), LoraSpec(r=4, alpha=64.0), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    made.save(folder)
+    return folder

@@ -104,7 +104,7 @@ class EngineClient:
             await self._call("flush")
 
     async def stats(self) -> dict[str, Any]:
-        """What the prefix store did."""
+        """What the prefix store did, and how many requests there are."""
         return await self._call("stats") if self.running else {}
 
     @property

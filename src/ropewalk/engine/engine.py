@@ -127,6 +127,11 @@ class Engine:
         """Whether a step would do anything."""
         return bool(len(self._scheduler) or self._events)
 
+    @property
+    def requests(self) -> int:
+        """How many are being answered, or wait."""
+        return len(self._jobs)
+
     def submit(self, request: Request) -> None:
         """Takes a request; BadInput for one that can never be answered, Overloaded when too many wait."""
         self._check(request)

@@ -113,7 +113,8 @@ class Server:
             case "flush":
                 self._prefixes().flush()
             case "stats":
-                return {"prefixes": vars(self._prefixes().counts), "memory_used": self._prefixes().memory_used}
+                counts, used = vars(self._prefixes().counts), self._prefixes().memory_used
+                return {"prefixes": counts, "memory_used": used, "requests": self.engine.requests}
         return {}
 
     def _adapters(self) -> Adapters:
