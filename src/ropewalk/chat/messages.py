@@ -112,6 +112,7 @@ class Tool:
     name: str
     description: str
     schema: Mapping[str, Any]
+    strict: bool = False  # its calls must be kept to the schema, whatever it says
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,16 @@ class Template:
         """Whether the tokenizer would take some of this text for a control token."""
         return self._control_words.search(text) is not None
 
+    def control_parts(self, text: str) -> list[str | int]:
+        """A text cut at its control tokens: plain words, and the ids of the tokens."""
+        parts: list[str | int] = []
+        start = 0
+        for match in self._control_words.finditer(text):
+            id: int = self.tokenizer.token_to_id(match[0])
+            parts += [text[start : match.start()], id]
+            start = match.end()
+        return [part for part in [*parts, text[start:]] if part != ""]
+
     @cached_property
     def _content_tokenizer(self) -> Tokenizer:
         twin = Tokenizer.from_str(self.tokenizer.to_str())

@@ -24,8 +24,10 @@ class Grammars:
     def __init__(self, tokenizer_file: Path, stop_ids: Sequence[int]) -> None:
         self._tokenizer = LLTokenizer(str(tokenizer_file), eos_token=list(stop_ids) or None)
 
-    def begin(self, grammar: Grammar) -> Follower:
+    def begin(self, grammar: Grammar) -> Follower | Without:
         """A grammar at the beginning of a reply; BadInput for one that cannot be followed."""
+        if grammar.kind == "without":
+            return Without(grammar.after)
         try:
             if grammar.kind == "json_schema":
                 source = LLMatcher.grammar_from_json_schema(json.loads(grammar.text), overrides=WHITESPACE)
@@ -38,14 +40,15 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, source, log_level=0)
         if matcher.is_error():
             raise BadInput(f"the form of the reply cannot be kept to: {_first_line(matcher.get_error())}")
-        return Follower(matcher, self._tokenizer.vocab_size, grammar.after)
+        return Follower(matcher, self._tokenizer.vocab_size, grammar.after, grammar.again)
 
 
 class Follower:
     """One reply that keeps to a grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int, after: tuple[int, ...]) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: int, after: tuple[int, ...], again: bool) -> None:
         self._matcher, self._mask = matcher, allocate_token_bitmask(1, vocabulary)
+        self._opener, self._again = after, again
         self._after, self._seen = after, tuple[int, ...]()
 
     def mask(self, logits: Tensor) -> None:
@@ -69,7 +72,28 @@ class Follower:
                 self._after = ()
             return False
         self._matcher.consume_token(id)
-        return bool(self._matcher.is_stopped())
+        if not self._matcher.is_stopped():
+            return False
+        if self._again and not self._matcher.is_error():
+            self._matcher.reset()
+            self._after, self._seen = self._opener, ()
+            return False
+        return True
+
+
+class Without:
+    """One reply in which some ids do not come."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = list(ids)
+
+    def mask(self, logits: Tensor) -> None:
+        """Forbids them, in place."""
+        logits[self._ids] = float("-inf")
+
+    def take(self, id: int) -> bool:
+        """Goes on by an id; such a reply is never complete by itself."""
+        return False
 
 
 def _first_line(message: str) -> str:

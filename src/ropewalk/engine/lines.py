@@ -49,7 +49,7 @@ def read_request(found: dict[str, Any]) -> Request:
         "tail": tuple(found["tail"]),
         "stop_ids": tuple(found["stop_ids"]),
         "sampling": Sampling(**found["sampling"]),
-        "grammar": Grammar(grammar["kind"], grammar["text"], tuple(grammar["after"])) if grammar else None,
+        "grammar": Grammar(**grammar | {"after": tuple(grammar["after"])}) if grammar else None,
     }
     return Request(**values)
 

@@ -42,9 +42,10 @@ class Sampling:
 class Grammar:
     """What the reply must look like."""
 
-    kind: Literal["json_schema", "lark", "regex"]
+    kind: Literal["json_schema", "lark", "regex", "without"]  # without: anything, but none of the ids of `after`
     text: str
     after: tuple[int, ...] = ()  # begins once these ids have been produced; (): at once
+    again: bool = False  # begins anew each time that they are; what stands between is free
 
 
 @dataclass(frozen=True)
