@@ -150,4 +150,4 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _files(folder) if "db" not in path.name)
+    return sum(path.stat().st_size for path in _files(folder) if ".db" not in path.name)
