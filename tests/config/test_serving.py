@@ -1,0 +1,65 @@
+"""What is served, by one file: every key has its effect, and what is wrong is told with its line."""
+
+import pytest
+
+from ropewalk.config.serving import EngineOptions, Price, Remote, ServedModel, read_serving
+from ropewalk.errors import ConfigError
+
+WHOLE = """
+engine: {memory_gb: 4, disk_gb: 50.5, int8_on_disk: true, threads: 2}
+warm_at_upload: [answers]
+preload: [answers, tuned]
+fetch_urls: false
+models:
+  answers: {adapter: house}
+  tuned: {adapter: runs/x/adapter, base: models/qwen, price: {input: 0.1, output: 1, currency: EUR}}
+  big: {remote: {url: "http://gpu:8000", api: vllm, model: qwen3-30b, key_env: UPSTREAM_KEY}}
+"""
+
+
+def read(tmp_path, text):
+    (tmp_path / "models.yml").write_text(text)
+    return read_serving(tmp_path / "models.yml")
+
+
+def test_a_whole_file_is_read(tmp_path):
+    found = read(tmp_path, WHOLE)
+    assert found.engine == EngineOptions(4.0, 50.5, True, threads=2)
+    assert (found.warm_at_upload, found.preload, found.fetch_urls) == (("answers",), ("answers", "tuned"), False)
+    assert found.models == {
+        "answers": ServedModel(adapter="house"),
+        "tuned": ServedModel("models/qwen", "runs/x/adapter", None, Price(0.1, 1.0, currency="EUR")),
+        "big": ServedModel(remote=Remote("http://gpu:8000", "vllm", "qwen3-30b", "UPSTREAM_KEY")),
+    }
+    assert found.folder == tmp_path
+    assert found.price("tuned") == Price(0.1, 1.0, currency="EUR")
+
+
+def test_without_models_the_registry_is_served(tmp_path):
+    assert read(tmp_path, "preload: [x]\n").models is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modles: {}", r"models.yml:1: unknown key 'modles'; did you mean 'models'\?"),
+        ("models:\n  a: {bas: x}", r":2: unknown key 'bas'; did you mean 'base'\?"),
+        ("models:\n  a: {price: {input: 1}}", ":2: 'a' is served by nothing; name a base, an adapter, or a remote"),
+        ("models:\n  a: {base: x, remote: {url: 'http://x'}}", "'a' is served by base and remote"),
+        ("models:\n  a: {remote: {model: x}}", "remote has no url, which it needs"),
+        ("models:\n  a: {remote: {url: x}}", "url 'x' is no address"),
+        ("models:\n  a: {remote: {url: 'http://x', api: soap}}", "api 'soap' is unknown; one of anthropic, openai, vllm"),
+        ("models:\n  a: {base: x}\npreload: [b]", ":3: preload names 'b', which is not served; known: a"),
+        ("models: {}", "no model is named"),
+        ("engine: {memory_gb: lots}", "memory_gb is 'lots'; expected a number"),
+        ("engine: {running: 0}", "running is 0; expected 1 or more"),
+        ("engine: {disk_gb: -1}", r"disk_gb is -1.0; expected 0 or more"),
+        ("engine: {threads: 1.5}", "threads is 1.5; expected a whole number"),
+        ("engine: {int8_on_disk: 1}", "int8_on_disk is 1; expected true or false"),
+        ("fetch_urls: maybe", "fetch_urls is 'maybe'; expected true or false"),
+        ("warm_at_upload: answers", "expected a list of names"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text)
