@@ -41,7 +41,7 @@ class Connection:
         self.small = bytearray(BUFFER)
 
     def ask(self, method: str, path: str, body: bytes = b"", into: bytearray | None = None, **more: str) -> Answer:
-        """One request; its body lands in `into` where given."""
+        """One request; its body lands in `into` where given, over and over if that is smaller, as what nobody keeps does."""
         head = self._head(method, path, len(body), more)
         begun = time.perf_counter()
         self.socket.sendall(head + body)
@@ -90,11 +90,12 @@ class Connection:
             body = memoryview(self._chunks(rest))
         else:
             length = int(headers.get("content-length", 0))
-            target = memoryview(into if into is not None and length <= len(into) else bytearray(length))[:length]
-            target[: len(rest)] = rest
+            target = memoryview(into if into is not None else bytearray(length))[:length]
+            target[: len(rest)] = rest[: len(target)]
             at = len(rest)
             while at < length:
-                at += self._receive(target[at:])
+                place = at % len(target)
+                at += self._receive(target[place : place + length - at])
             body = target
         return Answer(int(lines[0].split()[1]), headers, body, time.perf_counter() - begun)
 

@@ -86,3 +86,11 @@ def test_a_connection_that_closes_early_is_no_answer(served):
     serve, _ = served
     with pytest.raises(ConnectionError):
         serve([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"], 0).ask("GET", "/a")
+
+
+def test_what_nobody_keeps_takes_no_room(served):
+    serve, _ = served
+    small = bytearray(4)
+    found = serve([b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b"abcdefgh", b"ij"], 0).ask("GET", "/a", into=small)
+    assert found.status == 200
+    assert set(small) <= set(b"abcdefghij")
