@@ -68,14 +68,17 @@ class Lark:
 
 @lru_cache(maxsize=512)
 def _fault(schema: str) -> str:
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=GUIDANCE)  # type: ignore[arg-type]
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=GUIDANCE)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
     return LLMatcher.validate_grammar(grammar).strip()
 
 
 def fault(schema: Mapping[str, Any]) -> str:
     """Why no reply can be kept to this schema, beginning with where in it; empty if one can."""
     found = _fault(json.dumps(schema))
-    return f"{_place(schema, schema, '')}: {' '.join(found.split())[:300]}" if found else ""
+    return f"{_place(schema, schema, '')[-200:]}: {' '.join(found.split())[:300]}" if found else ""
 
 
 def check(schema: Mapping[str, Any], place: str) -> None:

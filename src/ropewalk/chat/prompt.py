@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ropewalk.chat.dialects.known import dialect_of
 from ropewalk.chat.framing import framing
-from ropewalk.chat.messages import Document, Image, MessagesRequest, Text, Thinking, ToolResult, ToolUse, Turn
+from ropewalk.chat.messages import Document, Image, MessagesRequest, Text, Thinking, Tool, ToolResult, ToolUse, Turn
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput
 
@@ -68,12 +69,15 @@ def render(template: Template, request: MessagesRequest, documents: Sequence[Sho
     """The prompt of a request whose documents read so, in the order of `request.documents()`; `instruction`: what the system adds."""
     marks = _Marks()
     framed = [_framed(asked, shown, template) for asked, shown in zip(request.documents(), documents, strict=True)]
+    dialect = dialect_of(template)
+    tools = [_tool(template, tool, marks) for tool in request.tools]
     messages = _messages(template, request, iter(framed), marks, instruction)
+    messages = dialect.messages(messages if dialect.calls_in_one else _one_by_one(messages), tools)
     text = template.render_text(
         messages,
-        tools=[_tool(tool) for tool in request.tools] or None,
+        tools=dialect.tools(tools) or None,
         add_generation_prompt=request.turns[-1].role != "assistant",
-        variables={"enable_thinking": request.thinking},
+        variables=dialect.variables(request),
     )
     if request.turns[-1].role == "assistant":
         text = _open_ended(text, messages[-1])
@@ -132,13 +136,17 @@ def _messages(
     system = "\n\n".join(text for text in (*(block.text for block in request.system), instruction) if text)
     if system:
         messages.append({"role": "system", "content": _said(template, system, marks)})
+    names: dict[str, str] = {}  # of tools, by the ids of their calls
     for number, turn in enumerate(request.turns):
         begins = marks.sow(None) if number and turn.role == "user" else ""
-        messages += _of_turn(template, turn, documents, marks, begins)
+        names |= {block.id: block.name for block in turn.blocks if isinstance(block, ToolUse)}
+        messages += _of_turn(template, turn, documents, marks, begins, names)
     return messages
 
 
-def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begins: str) -> list[dict[str, Any]]:
+def _of_turn(
+    template: Template, turn: Turn, documents: Any, marks: _Marks, begins: str, names: Mapping[str, str]
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     content: list[str] = []
     message: dict[str, Any] = {"role": turn.role}
@@ -149,9 +157,13 @@ def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begi
             case Document():
                 content.append(marks.sow(next(documents)) + SEAM)
             case Thinking(thinking):
-                message["reasoning_content"] = thinking
+                thought = "\n\n".join(
+                    [*([message["thinking"]] if "thinking" in message else []), _said(template, thinking, marks)]
+                )
+                message |= {"reasoning_content": thought, "thinking": thought}  # templates have two names for it
             case ToolUse(id, name, arguments):
-                call = {"id": id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+                function = {"name": _plain(template, name, marks), "arguments": _plain(template, dict(arguments), marks)}
+                call = {"id": id, "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case ToolResult(id, inner, failed):
                 texts = ["Error: "] if failed else []
@@ -162,7 +174,8 @@ def _of_turn(template: Template, turn: Turn, documents: Any, marks: _Marks, begi
                         texts.append(_said(template, part.text, marks))
                     else:
                         raise _unseen()
-                found.append({"role": "tool", "tool_call_id": id, "content": "".join(texts)})
+                name = _plain(template, names.get(id, ""), marks)
+                found.append({"role": "tool", "tool_call_id": id, "name": name, "content": "".join(texts)})
             case Image():
                 raise _unseen()
     if content or "tool_calls" in message or "reasoning_content" in message:
@@ -192,9 +205,45 @@ def _open_ended(text: str, message: Mapping[str, Any]) -> str:
     return text[: place + len(content)] if content and place >= 0 else text
 
 
-def _tool(tool: Any) -> dict[str, Any]:
+def _tool(template: Template, tool: Tool, marks: _Marks) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.schema)}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": _plain(template, function, marks)}
+
+
+def _plain(template: Template, value: Any, marks: _Marks) -> Any:
+    """The same value; stand-ins for the control tokens in its texts, which templates write within JSON or tags."""
+    if isinstance(value, str):
+        parts = template.control_parts(value)
+        return value if all(part == value for part in parts) else "".join(_sown(template, part, marks) for part in parts)
+    if isinstance(value, Mapping):
+        return {_plain(template, key, marks): _plain(template, inner, marks) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(template, inner, marks) for inner in value]
+    return value
+
+
+def _sown(template: Template, part: str | int, marks: _Marks) -> str:
+    return part if isinstance(part, str) else marks.sow(template.decode([part], skip_special_tokens=False))
+
+
+def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of one call each, followed by what that call was answered: all that some templates can show."""
+    found: list[dict[str, Any]] = []
+    answers = {message["tool_call_id"]: message for message in messages if message["role"] == "tool"}
+    told: set[str] = set()
+    for message in messages:
+        calls = message.get("tool_calls", [])
+        if message["role"] == "tool" and message["tool_call_id"] in told:
+            continue
+        if len(calls) < 2:
+            found.append(message)
+            continue
+        for number, call in enumerate(calls):
+            found.append({**(message if not number else {"role": "assistant", "content": ""}), "tool_calls": [call]})
+            if call["id"] in answers:
+                found.append(answers[call["id"]])
+                told.add(call["id"])
+    return found
 
 
 def _unseen() -> BadInput:

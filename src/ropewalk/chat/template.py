@@ -201,7 +201,7 @@ class Template:
         parts: list[str | int] = []
         start = 0
         for match in self._control_words.finditer(text):
-            id: int = self.tokenizer.token_to_id(match[0])
+            id: Any = self.tokenizer.token_to_id(match[0])
             parts += [text[start : match.start()], id]
             start = match.end()
         return [part for part in [*parts, text[start:]] if part != ""]

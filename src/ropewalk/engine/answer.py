@@ -23,8 +23,9 @@ from ropewalk.chat.citations import Citable, Citables, wanted
 from ropewalk.chat.citing import Citing
 from ropewalk.chat.framing import framing
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Text, Usage
-from ropewalk.chat.parsers import Parser, Plain, held_back
+from ropewalk.chat.parsers import Parser, held_back
 from ropewalk.chat.prompt import Prompt, Shown, render
+from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
 from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.engine.client import EngineClient
@@ -100,6 +101,7 @@ class Answerer:
         signatures = Signatures(derive(await self._own_key(caller), "thinking"))
         signatures.check(request)
         prompt, citing = await self._prompt(caller, request)
+        grammar = await asyncio.to_thread(self._grammar, request, prompt, citing)
         await self.client.start()
         room = self.client.longest - prompt.length
         if room < 1:
@@ -114,12 +116,14 @@ class Answerer:
             min(request.max_tokens, room),
             self.adapter,
             Sampling(request.temperature, request.top_p, request.top_k),
-            self.template.stop_ids,
-            self._grammar(request, citing),
+            stop_ids(self.template),
+            grammar,
             scope=caller.workspace_id,
         )
+        kept = grammar is not None and grammar.kind == "lark"
+        parser = parser_for(self.template, request, self._end(prompt), kept=kept)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
-            async for event in self._reply(request, prompt, events, signatures, citing, cut_short=room < request.max_tokens):
+            async for event in self._reply(request, prompt, events, parser, signatures, citing, room < request.max_tokens):
                 yield event
 
     async def _reply(
@@ -127,12 +131,12 @@ class Answerer:
         request: MessagesRequest,
         prompt: Prompt,
         events: AsyncIterator[Event],
+        parser: Parser,
         signatures: Signatures,
         citing: Citing | None,
         cut_short: bool,
     ) -> AsyncIterator[ReplyEvent]:
         cited = citing.feed if citing is not None else list[ReplyEvent]
-        parser: Parser = Plain(thinks_first=request.thinking and self._ends_in_thinking(prompt))
         text = _Text(self.template, request.stop_sequences)
         usage, produced = Usage(), 0
         reason: StopReason = "end_turn"
@@ -151,6 +155,8 @@ class Answerer:
                 reason = "model_context_window_exceeded" if cut_short else "max_tokens"
         for said in signatures.sign(cited(parser.feed(text.finish()) + parser.finish())):
             yield said
+        if parser.called and reason == "end_turn":
+            reason = "tool_use"
         whole = Usage(usage.input, usage.cache_creation, usage.cache_read, produced)
         yield Ended(reason, text.stopped_by, whole)
 
@@ -218,22 +224,21 @@ class Answerer:
         places = (i for i in range(len(ids) - count, -1, -1) if tuple(ids[i : i + count]) == self.invocation)
         return next(places, prompt.length)
 
-    def _grammar(self, request: MessagesRequest, citing: Citing | None) -> Grammar | None:
-        if request.schema is None:
-            steered = citing is not None and not request.tools and not request.thinking
-            return Grammar("regex", citing.form) if citing is not None and steered and citing.form else None
-        after = tuple(self.template.encode("</think>")) if request.thinking else ()
-        return Grammar("json_schema", json.dumps(request.schema), after)
+    def _grammar(self, request: MessagesRequest, prompt: Prompt, citing: Citing | None) -> Grammar | None:
+        if citing is not None and citing.form and not request.tools and not request.thinking:
+            return Grammar("regex", citing.form)
+        form = form_for(self.template, request, self._end(prompt))
+        return Grammar(form.kind, form.text, form.after, form.again) if form is not None else None
 
-    def _ends_in_thinking(self, prompt: Prompt) -> bool:
-        return self.template.decode(prompt.tail[-8:], skip_special_tokens=False).rstrip().endswith("<think>")
+    def _end(self, prompt: Prompt) -> str:
+        return self.template.decode(prompt.tail[-TAIL:], skip_special_tokens=False)
 
 
 class _Text:
     """Ids as text while they come; ends before a stop sequence."""
 
     def __init__(self, template: Template, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stop_ids, self._stops = template.tokenizer, set(template.stop_ids), [s for s in stops if s]
+        self._tokenizer, self._stop_ids, self._stops = template.tokenizer, set(stop_ids(template)), [s for s in stops if s]
         self._stream = DecodeStream(skip_special_tokens=False)
         self._held = ""
         self.stopped_by: str | None = None

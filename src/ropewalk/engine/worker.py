@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ropewalk.chat.replies import stop_ids
 from ropewalk.chat.template import Template
 from ropewalk.engine.adapters import Adapters
 from ropewalk.engine.engine import Engine
@@ -64,7 +65,7 @@ def build(settings: EngineSettings) -> Engine:
         disk_format="int8" if settings.int8_on_disk else "exact",
         device=runner.device,
     )
-    grammars = Grammars(ensure_tokenizer(folder) / "tokenizer.json", template.stop_ids)
+    grammars = Grammars(ensure_tokenizer(folder) / "tokenizer.json", stop_ids(template))
     limits = Limits(settings.running, settings.waiting, settings.chunk)
     return Engine(runner, prefixes, adapters, grammars, limits, settings.longest)
 

@@ -145,7 +145,9 @@ class _Reader:
             raise name.fail(f"String should match pattern '^{TOOL_NAME.pattern}$'")
         if schema.record().get("type") != "object":
             raise Node(schema.value.get("type"), schema.at("type")).fail("Input should be 'object'")
-        return Tool(name.value, "" if description is None else description.text(), schema.value)
+        strict = found.get("strict")
+        told = "" if description is None else description.text()
+        return Tool(name.value, told, schema.value, strict is not None and strict.boolean())
 
     def tool_choice(self, body: Node, tools: Sequence[Tool], thinking: bool) -> ToolChoice:
         found = body.get("tool_choice")

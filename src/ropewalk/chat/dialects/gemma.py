@@ -108,6 +108,8 @@ class Gemma(Dialect):
         if isinstance(pattern := part.get("pattern"), str) and pattern.startswith("^") and pattern.endswith("$"):
             expression = "/" + pattern[1:-1].replace("/", "\\/") + "/"
         quote = lark.words(QUOTE)
+        if not isinstance(self.template.control_parts(QUOTE)[0], int):
+            return lark.rule(f"{quote} {lark.until(QUOTE)}")
         return lark.rule(f"{quote} {lark.terminal(expression)} {quote}")
 
     def _literal(self, lark: Lark, value: Any) -> str:

@@ -40,7 +40,7 @@ class Mistral(Dialect):
 
     def messages(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Calls under ids of nine characters; thinking as a part of the content, where the template knows such parts."""
-        found = []
+        found: list[dict[str, Any]] = []
         for message in messages:
             message = dict(message)
             if "tool_call_id" in message:
@@ -50,6 +50,10 @@ class Mistral(Dialect):
             if (thought := message.get("reasoning_content")) and "thinking" in self.source:
                 said = [{"type": "text", "text": message["content"]}] if message["content"] else []
                 message["content"] = [{"type": "thinking", "thinking": thought}, *said]
+            if "alternate" in self.source and found and message["role"] == "user" and found[-1]["role"] == "tool":
+                # Such a template wants the model's reply next.
+                found[-1]["content"] = f"{found[-1]['content']}\n\n{message['content']}"
+                continue
             found.append(message)
         return found
 
