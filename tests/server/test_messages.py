@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from files.papers import pdf
-from ropewalk.config.serving import EngineOptions, Serving
+from ropewalk.config.serving import EngineOptions, ServedModel, Serving
+from ropewalk.engine import models
 from ropewalk.files.settings import Settings
 from ropewalk.models.base import make_base
 from ropewalk.models.load import load_base
@@ -270,3 +272,50 @@ def adapter(base: Path, folder: Path, seed: int) -> Path:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     made.save(folder)
     return folder
+
+
+# -- over the life of a server
+
+
+def test_a_file_is_read_as_it_is_uploaded_and_still_known_after_a_restart(root_key, tiny, tmp_path, monkeypatch):
+    def begin(**options: Any) -> Any:
+        serving = Serving(
+            {"small": ServedModel(base=str(tiny))},
+            EngineOptions(threads=1, running=1, waiting=2, **options),
+            warm_at_upload=("small",),
+        )
+        return running(tmp_path, Settings(data=tmp_path), ServerSettings(serving=serving))
+
+    monkeypatch.setattr(models, "START_SECONDS", 0.01)
+    monkeypatch.setattr(models, "RETRY_SECONDS", 0.5)
+    with begin() as server:
+        id = put(server)
+        asked = {**question({"type": "file", "file_id": id}), "model": "small"}
+        body = {key: value for key, value in asked.items() if key != "extra_body"}
+        with server.http() as http:
+            loading = http.post("/v1/messages", json=body)
+            assert (loading.status_code, loading.json()["error"]["type"]) == (529, "overloaded_error")
+            assert loading.headers["retry-after"] == "1"
+            assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["small"]
+        wait_until(lambda: stats(server).get("prefixes", {}).get("written"))
+        with server.sdk() as sdk:
+            assert sdk.messages.create(**{**asked, "extra_body": {}}).usage.cache_creation_input_tokens == 0
+        crowd = {**body, "messages": HELLO["messages"], "max_tokens": 120, "stop_sequences": ["\x00never"]}
+        with ThreadPoolExecutor(8) as threads, server.http() as http:
+            answers = list(threads.map(lambda _: http.post("/v1/messages", json=crowd), range(8)))
+        assert {answer.status_code for answer in answers} == {200, 529}
+        assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 529)
+        server.run(server.app.state.models.flush())
+    monkeypatch.setattr(models, "START_SECONDS", 45.0)
+    with begin() as server, server.sdk() as sdk:
+        usage = sdk.messages.create(**{**asked, "extra_body": {}}).usage
+        assert (usage.cache_creation_input_tokens, usage.cache_read_input_tokens > 100) == (0, True)
+        assert stats(server)["prefixes"]["disk_hits"] > 0
+
+
+def wait_until(true: Any) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never came to be")
