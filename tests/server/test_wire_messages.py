@@ -84,7 +84,7 @@ def test_what_stands_beside_the_conversation_is_read():
         service_tier="auto",
         diagnostics={"previous_message_id": None},
     )
-    assert (found.system, found.tools) == ((Text("s"),), (Tool("t", "d", {"type": "object"}),))
+    assert (found.system, found.tools) == ((Text("s"),), (Tool("t", "d", {"type": "object"}, True),))
     assert found.tool_choice == ToolChoice("tool", "t", False)
     assert (found.temperature, found.top_p, found.top_k, found.stop_sequences) == (0.5, 0.9, 4, ("a", "b"))
     assert (found.schema, found.stream, found.caching, found.thinking) == ({"type": "object"}, True, "1h", False)
@@ -151,6 +151,13 @@ def test_a_header_that_changes_with_every_request_is_left_out_of_the_prompt():
         {"type": "text", "text": "You help."},
     ]
     assert read(system=blocks).system == (Text("You help."),)
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 MARK = {"cache_control": {"type": "ephemeral"}}

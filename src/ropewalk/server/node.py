@@ -9,6 +9,8 @@ from typing import Any
 
 from ropewalk.errors import BadInput
 
+MAX_DEPTH = 64
+
 
 @dataclass(frozen=True)
 class Node:
@@ -65,6 +67,30 @@ class Node:
         if not self.value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in self.value):
             raise self.fail("the text holds half of a surrogate pair, which is no character; send both halves, or neither")
         return self.value
+
+    def data(self, depth: int = MAX_DEPTH) -> Any:
+        """Whatever JSON can say, of a depth that can be written again."""
+        if depth == 0:
+            raise Node(None, self.path[:200]).fail(f"it is nested more than {MAX_DEPTH} deep")
+        match self.value:
+            case str():
+                self.text()
+            case float() if not math.isfinite(self.value):
+                raise self.fail("Input should be a valid number")
+            case list():
+                for inner in self.items():
+                    inner.data(depth - 1)
+            case dict():
+                for key, value in self.value.items():
+                    Node(key, self.at(key[:100])).text()
+                    Node(value, self.at(key[:100])).data(depth - 1)
+        return self.value
+
+    def mapping(self) -> dict[str, Any]:
+        """An object of any content."""
+        self.record()
+        found: dict[str, Any] = self.data()
+        return found
 
     def integer(self, least: int, most: int | None = None) -> int:
         if isinstance(self.value, float) and self.value.is_integer():

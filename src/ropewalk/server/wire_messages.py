@@ -143,7 +143,7 @@ class _Reader:
         name, schema, description = found.need("name"), found.need("input_schema"), found.get("description")
         if not TOOL_NAME.fullmatch(name.text()):
             raise name.fail(f"String should match pattern '^{TOOL_NAME.pattern}$'")
-        if schema.record().get("type") != "object":
+        if schema.mapping().get("type") != "object":
             raise Node(schema.value.get("type"), schema.at("type")).fail("Input should be 'object'")
         strict = found.get("strict")
         told = "" if description is None else description.text()
@@ -194,7 +194,7 @@ class _Reader:
             return None
         found.only({"type", "schema", "name"})
         found.need("type").choice(("json_schema",))
-        return found.need("schema").record()
+        return found.need("schema").mapping()
 
     def stops(self, found: Node | None) -> tuple[str, ...]:
         stops = list(found.items(MAX_STOPS)) if found is not None else []
@@ -334,7 +334,7 @@ class _Reader:
             raise found.fail("`tool_use` blocks can only be in `assistant` messages")
         found.only({"type", "id", "name", "input", "cache_control", "caller", "toolset_name"})
         self.breakpoint(found)
-        return ToolUse(_tool_id(found.need("id")), found.need("name").text(1, 200), found.need("input").record())
+        return ToolUse(_tool_id(found.need("id")), found.need("name").text(1, 200), found.need("input").mapping())
 
     def tool_result(self, found: Node, role: str) -> ToolResult:
         if role != "user":
