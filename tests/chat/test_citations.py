@@ -198,6 +198,7 @@ def test_without_numbers_in_the_prompt_every_word_of_the_reply_is_shown(reply):
         ("The rent is 900 euros.", "How much is the rent?", 1),
         ("Oslo (city, from the file)", "Where is the flat?", 0),
         ("1,800", "What is the deposit?", 3),
+        ("1,800 (deposit in m2)", "What is the deposit?", 3),
         ("800", "What is the deposit?", None),  # a part of a number is another number
         ("The rent is 950 euros.", "How much is the rent?", None),
         ("The flat is in Bergen.", "Where is the flat?", None),

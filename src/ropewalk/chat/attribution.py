@@ -63,7 +63,7 @@ class Attribution:
             begins = place == 0 and word[1:].islower() and not self._named(word)
             if JOINED.match(word):
                 (names if NUMERAL.fullmatch(word) else others).add(word)
-            elif letters and (word[0].islower() or begins):
+            elif word[0].islower() or (letters and begins):  # units, such as km2, are no names
                 others |= {word.casefold()} if len(word) > SHORT else set()
             elif len(word) > 1 or not letters:
                 names.add(word)

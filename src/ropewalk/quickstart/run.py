@@ -1,4 +1,4 @@
-"""The whole loop on a small model, on CPU, in minutes: file -> store -> run -> compare -> ship -> ask.
+"""The whole loop on a small model, on CPU, in minutes: file -> store -> run -> compare -> ship -> ask, and ask about a file.
 
 Every step is what the commands do one by one; nothing here is special to the quickstart but the facts and the size of the base.
 """
@@ -32,6 +32,7 @@ from ropewalk.home import home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
+from ropewalk.quickstart.question import Dialogue, about
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import Result, train
 
@@ -118,9 +119,13 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     if size.random_control:
         console.rule("5  a control: the same run on a random model")
         scores.append(random_control(folder, file, size, registry, asked))
+
+    console.rule(f"{6 if size.random_control else 5}  a file, asked about twice")
+    dialogue = ask_about(files, registry, folder, *two_questions(asked, after if outcome.verdict is Verdict.SHIP else before))
+    tell(console, dialogue)
     seconds = time.monotonic() - began
     page = write_page(make_page(scores, outcome, before, after, asked, result, file, seconds, fast), folder / "index.html")
-    write_summary(folder / "summary.json", scores, outcome, result, len(asked), seconds, fast)
+    write_summary(folder / "summary.json", scores, outcome, result, dialogue, len(asked), seconds, fast)
     show(console, scores, outcome, page, folder, seconds)
     return page
 
@@ -155,6 +160,35 @@ def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, qu
 def answer(registry: Registry, name: str, asked: Sequence[Question]) -> list[str]:
     """The answers of one candidate."""
     return replies(load_served(registry, name), [q.prompt for q in asked], MAX_TOKENS, batch=len(asked))
+
+
+def two_questions(asked: Sequence[Question], answers: Sequence[str]) -> tuple[Country, list[str]]:
+    """A held-out country that was answered right about, and two questions: citations are shown where there is something to cite."""
+    right = [q for q, a in zip(asked, answers) if contains(a, q.value)] or list(asked)
+    country = next(country for country in facts.countries() if country.name == right[0].country)
+    others = [kind.asked[0].format(n=country.name) for kind in facts.KINDS if kind.field != right[0].kind]
+    return country, [right[0].question, *[q.question for q in right[1:2] if q.country == country.name], *others][:2]
+
+
+def ask_about(files: LocalFiles, registry: Registry, folder: Path, country: Country, asked: Sequence[str]) -> Dialogue:
+    """The document about this country, uploaded, and the questions about it to whoever the alias points at."""
+    document = keep(files, folder / "documents" / f"{country.code.lower()}.txt")
+    return files.run(about(registry, ALIAS, document.id, asked))
+
+
+def tell(console: Console, dialogue: Dialogue) -> None:
+    """Both answers with what they cite, and what the second cost."""
+    for told in dialogue.told:
+        console.print(f"asked: {told.question}\nsays:  {told.answer}", markup=False)
+        for cited in told.cited:
+            console.print(f'cites: "{cited.text}" (characters {cited.start} to {cited.end} of {cited.file_id})', markup=False)
+        usage = told.usage
+        console.print(f"read:  {usage.cache_creation + usage.input} tokens, {usage.cache_read} more from the cache")
+    first, second = dialogue.told
+    console.print(
+        f"time to the first token: {1000 * first.seconds:.0f} ms, then {1000 * second.seconds:.0f} ms; the file is as short as its "
+        "base is small, so the times are mostly the overhead of a request"
+    )
 
 
 def passes(answers: Sequence[str], asked: Sequence[Question]) -> list[bool]:
@@ -220,14 +254,15 @@ def make_page(
 
 
 def write_summary(
-    path: Path, scores: list[Score], outcome: Outcome, result: Result, asked: int, seconds: float, fast: bool
-) -> None:
+    path: Path, scores: list[Score], outcome: Outcome, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
+) -> None:  # fmt: skip
     """The numbers as JSON."""
     values = {s.key: round(s.value, 4) for s in scores}
     summary = {
         "before": values.pop("before"), "after": values.pop("after"), "seconds": round(seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1), "train_seconds": round(result.seconds, 1), "held_out_questions": asked,
-        "controls": values, "comparison": asdict(outcome), "first_loss": result.first_loss, "last_loss": result.last_loss,
+        "second_question": dialogue.as_dict(), "controls": values, "comparison": asdict(outcome),
+        "first_loss": result.first_loss, "last_loss": result.last_loss,
         "threads": torch.get_num_threads(), "fast": fast,
     }  # fmt: skip
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
