@@ -6,6 +6,7 @@ A route that is in the application and not in the tables below fails a test, so 
 
 import re
 import secrets
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -34,16 +35,20 @@ class Things:
     workspace: str = ""
     key: str = ""
     user: str = "nobody"
+    batch: str = ""  # a batch that has ended, and is not the only one
 
     def absent(self):
         """The same, of what never was: each id as long as it was, so that answers can be equal to the byte."""
         other = lambda id: id[:8] + "".join(secrets.choice("0123456789") for _ in id[8:])
         return Things(
-            *map(other, (self.file, self.upload, self.deleted)), self.sequence, *map(other, (self.workspace, self.key))
+            *map(other, (self.file, self.upload, self.deleted)),
+            self.sequence,
+            *map(other, (self.workspace, self.key)),
+            batch=other(self.batch),
         )
 
     def words(self):
-        return [self.file, self.upload, self.deleted, self.workspace, self.key]
+        return [self.file, self.upload, self.deleted, self.workspace, self.key, self.batch]
 
 
 @dataclass
@@ -153,6 +158,14 @@ MESSAGES = {
     ],
 }
 
+BATCHES = {
+    ("GET", "/v1/messages/batches"): [(ask("GET", "/v1/messages/batches?after_id={things.batch}"), 200, 200)],
+    ("GET", "/v1/messages/batches/{batch_id}"): [(ask("GET", "/v1/messages/batches/{things.batch}"), 200, 404)],
+    ("GET", "/v1/messages/batches/{batch_id}/results"): [(ask("GET", "/v1/messages/batches/{things.batch}/results"), 200, 404)],
+    ("POST", "/v1/messages/batches/{batch_id}/cancel"): [(ask("POST", "/v1/messages/batches/{things.batch}/cancel"), 200, 404)],
+    ("DELETE", "/v1/messages/batches/{batch_id}"): [(ask("DELETE", "/v1/messages/batches/{things.batch}"), 200, 404)],
+}
+
 PAGES = {
     ("GET", "/files"): [(ask("GET", "/files?stored={things.file}"), 200, 200)],
     ("GET", "/files/{id}"): [
@@ -202,6 +215,7 @@ ADMIN = {
 WITHOUT_IDS = {
     ("POST", "/v1/files"): "makes a file of the caller's own",
     ("POST", "/v1/files/resumable"): "begins an upload of the caller's own",
+    ("POST", "/v1/messages/batches"): "makes a batch of the caller's own; a file it names is tested below",
     ("OPTIONS", "/v1/files/resumable"): "tells what the server can",
     ("GET", "/v1/files/usage"): "of the caller's own; tested below",
     ("GET", "/v1/files/receipt_key"): "the installation's public key",
@@ -232,7 +246,7 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *MESSAGES, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {*API, *MESSAGES, *BATCHES, *PAGES, *ADMIN, *WITHOUT_IDS}
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -336,6 +350,37 @@ def model(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     make_base(folder, "qwen3_moe", size="tiny", seed=3)
     server.app.state.registry.publish_base(MODEL, folder)
+
+
+def batch_of(api, params):
+    """A batch of one request, once it has been answered."""
+    id = api.post("/v1/messages/batches", json={"requests": [{"custom_id": "it", "params": params}]}).json()["id"]
+    for _ in range(300):
+        if api.get(f"/v1/messages/batches/{id}").json()["processing_status"] == "ended":
+            return id
+        time.sleep(0.1)
+    raise AssertionError(id)
+
+
+@pytest.mark.parametrize("route", BATCHES, ids=" ".join)
+def test_batches_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_and_owner, route):
+    asker, owner = asker_and_owner
+    unserved = {"model": "none", "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+    for party in (asker, owner):
+        party.things.batch = [batch_of(party.api, unserved) for _ in range(2)][1]
+    for probe, theirs, others in BATCHES[route]:
+        check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
+
+
+def test_a_batch_about_what_is_anothers_is_answered_like_one_about_what_never_was(model, asker_and_owner):
+    asker, owner = asker_and_owner
+    told = []
+    for api, things in ((asker.api, owner.things), (asker.api, owner.things.absent()), (owner.api, owner.things)):
+        line = api.get(f"/v1/messages/batches/{batch_of(api, document(things))}/results").json()
+        told.append(re.sub(r"req_\w+", "REQUEST", str(line).replace(things.file, "ID")))
+    assert told[0] == told[1]
+    assert "not_found_error" in told[0]
+    assert "'succeeded'" in told[2]
 
 
 @pytest.mark.parametrize("route", MESSAGES, ids=" ".join)

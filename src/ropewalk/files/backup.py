@@ -28,6 +28,7 @@ from pathlib import Path
 from sqlalchemy import Table, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ropewalk.batches.tables import batch_items, batches
 from ropewalk.database import Database, metadata
 from ropewalk.errors import BadInput, DamagedContent, NotFound, OutputError
 from ropewalk.files.blobs import Blobs, LocalBlobs, open_blobs
@@ -45,7 +46,10 @@ ROWS = "ropewalk.db"
 BYTES = "files"
 MARK = "backup.json"
 UNFINISHED = "{}\n"
-LEFT_OUT = (uploads, resumables, parts, erasures)  # what is under way is not a file yet, or not one any more
+LEFT_OUT = (
+    *(uploads, resumables, parts, erasures),  # what is under way is not a file yet, or not one any more
+    *(batches, batch_items),  # results are given out for a month at most, and deleted when they have been fetched
+)
 BATCH = 500
 PIECE = 4 << 20
 AT_ONCE = 8  # blobs copied at a time: each waits for the disk

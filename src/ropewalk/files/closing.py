@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Select, Table, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ropewalk.batches.ledger import forget as forget_batches
 from ropewalk.database import now
 from ropewalk.errors import NotFound
 from ropewalk.files import resumable
@@ -42,6 +43,7 @@ async def delete_workspace(store: Store, id_or_name: str) -> AsyncIterator[Recei
             if not busy:
                 break
             await asyncio.sleep(LOOK_AGAIN_SECONDS)  # admitted before the workspace was archived: they end, or their leases do
+    await forget_batches(store.database, workspace.id)
     await destroy_workspace_key(store.database, workspace.id)
 
 

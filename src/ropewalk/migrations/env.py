@@ -2,8 +2,9 @@
 
 from alembic import context
 
+import ropewalk.batches.tables
 import ropewalk.files.tables
-import ropewalk.tenants.tables  # noqa: F401  (both put their tables into `metadata`)
+import ropewalk.tenants.tables  # noqa: F401  (they put their tables into `metadata`)
 from ropewalk.database import metadata
 
 context.configure(

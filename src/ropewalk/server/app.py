@@ -22,7 +22,7 @@ from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.server import admin, extensions, files, logs, messages, models, openapi, operations, pages
+from ropewalk.server import admin, batches, extensions, files, logs, messages, models, openapi, operations, pages
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -40,6 +40,7 @@ ROUTES: list[BaseRoute] = [
     *extensions.routes,
     *files.routes,
     *messages.routes,
+    *batches.routes,
     *models.routes,
     *admin.routes,
     *operations.routes,
@@ -65,6 +66,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.limits = Limits(settings.requests_per_minute)
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
+    app.state.batches = batches.runner_of(app)
     app.state.draining = False
     return app
 
@@ -72,6 +74,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
+    working.append(asyncio.create_task(app.state.batches.run()))
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from ropewalk.server.operations import Metrics
 from ropewalk.server.wire import JSON, dialect
 from ropewalk.server.wire_messages import FIRST_VERSION, read_request
 from ropewalk.server.wire_replies import PING, ReplyWriter, sent, sent_error
+from ropewalk.tenants.caller import Caller
 
 T = TypeVar("T")
 
@@ -134,10 +135,17 @@ async def _asked(request: Request, *, counting: bool = False) -> MessagesRequest
 
 
 async def _events(request: Request, asked: MessagesRequest) -> AsyncIterator[ReplyEvent]:
-    models: Models = request.app.state.models
-    metrics: Metrics = request.app.state.metrics
+    state = request.app.state
+    with state.batches.somebody_waits():
+        async with aclosing(answer_of(state.models, state.metrics, caller_of(request), asked)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+
+async def answer_of(models: Models, metrics: Metrics, caller: Caller, asked: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+    """A reply as it comes, and counted."""
     answerer = await models.answerer(asked.model)
-    async with aclosing(answerer.stream(caller_of(request), asked)) as events:  # type: ignore[type-var]
+    async with aclosing(answerer.stream(caller, asked)) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Ended):
                 for kind, count in vars(event.usage).items():

@@ -134,6 +134,30 @@ COMPONENTS: dict[str, Schema] = {
             ),
         }
     ),
+    "Batch": record(
+        {
+            "id": STRING,
+            "type": {"const": "message_batch"},
+            "processing_status": {"enum": ["in_progress", "canceling", "ended"]},
+            "request_counts": record(
+                {name: {"type": "integer"} for name in ("processing", "succeeded", "errored", "canceled", "expired")}
+            ),
+            "created_at": TIME,
+            "expires_at": TIME,
+            "ended_at": nullable(TIME),
+            "cancel_initiated_at": nullable(TIME),
+            "archived_at": nullable(TIME),
+            "results_url": nullable(STRING),
+        }
+    ),
+    "BatchList": record(
+        {
+            "data": {"type": "array", "items": named("Batch")},
+            "has_more": {"type": "boolean"},
+            "first_id": nullable(STRING),
+            "last_id": nullable(STRING),
+        }
+    ),
     "ModelList": record(
         {
             "data": {"type": "array", "items": named("Model")},

@@ -24,6 +24,8 @@ class ServerSettings:
     drain_notice_seconds: float = 0.0  # /ready says no for so long before the server stops listening
     sweep_seconds: float = 60.0  # between two rounds that erase what nobody refers to any more
     scrub_bytes_per_second: float = 1e6  # at which stored bytes are read and verified, each content once a week; 0: not at all
+    batch_requests: int = 4  # of batches that are answered at once, while nobody else waits
+    batch_lease_seconds: float = 20.0  # so long after a process has died, another takes up what it was answering
     connections: int = 1000  # at once; more are answered 503
     serving: Serving = field(default_factory=Serving)  # which models, and what their engines may use
 

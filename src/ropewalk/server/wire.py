@@ -107,7 +107,7 @@ def file_list(listing: Listing, spoken: Dialect, next_page: str | None) -> dict[
     if spoken.new_lists:
         found["next_page"] = next_page
     if spoken.old_lists:
-        found |= _ends([file.id for file in listing.files], listing.more)
+        found |= list_ends([file.id for file in listing.files], listing.more)
     return found
 
 
@@ -169,10 +169,11 @@ def model_info(id: str, display_name: str, created: str, longest: int | None = N
 
 def model_list(models: Sequence[dict[str, Any]], more: bool) -> dict[str, Any]:
     """A page of models, in the list shape that models still have."""
-    return {"data": list(models)} | _ends([model["id"] for model in models], more)
+    return {"data": list(models)} | list_ends([model["id"] for model in models], more)
 
 
-def _ends(ids: Sequence[str], more: bool) -> dict[str, Any]:
+def list_ends(ids: Sequence[str], more: bool) -> dict[str, Any]:
+    """The keys of a list in the older shape."""
     return {"has_more": more, "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
 
 
