@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 
 from ropewalk.errors import ModelError
@@ -26,7 +25,6 @@ class Framing:
     steered: bool = False
 
 
-@lru_cache(maxsize=64)
 def framing(folder: str) -> Framing:
     """Of the model whose tokenizer lies in this folder; '': a tokenizer without one."""
     path = Path(folder) / FILE
