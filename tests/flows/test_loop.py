@@ -1,4 +1,4 @@
-"""The whole loop, thin: a file into the store, a run on it by id, two candidates compared, the alias moves, the alias is asked."""
+"""The whole loop, thin: a file into the store, a run on it, two candidates compared, the alias moves, it is asked, about a file too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.files.local import open_local
 from ropewalk.quickstart import facts
+from ropewalk.quickstart.question import about
 from ropewalk.quickstart.run import BASE
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import train
@@ -64,4 +65,12 @@ def test_a_file_becomes_a_shipped_model_that_answers(tmp_path: Path, monkeypatch
     registry.ship("answers", "reader-house")
     assert reply(load_served(registry, "answers"), asked[new.index(True)].prompt, 48) == asked[new.index(True)].answer
     assert registry.resolve("answers").lineage["file"] == file.id
+
+    country = next(c for c in held_out if c.name == asked[new.index(True)].country)
+    document = open_local().put(facts.document(country).encode(), "country.txt")
+    dialogue = open_local().run(about(registry, "answers", document.id, [asked[new.index(True)].question, "How large is it?"]))
+    assert asked[new.index(True)].value in dialogue.told[0].cited[0].text
+    assert dialogue.told[0].stands_in(facts.document(country))
+    assert dialogue.told[1].usage.cache_read > dialogue.told[1].usage.input
+
     assert registry.rollback("answers").name == "reader"
