@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
@@ -30,11 +30,18 @@ class EngineSettings:
 
 def write_request(request: Request) -> dict[str, Any]:
     """A request as JSON."""
-    found = asdict(request)
-    for span in found["prefix"]:
-        if span["keep"] is not None:
-            span["keep"]["key"] = base64.b64encode(span["keep"]["key"]).decode()
-    return found
+    # Field by field: `asdict` would copy every id of the prompt.
+    found = {part.name: getattr(request, part.name) for part in fields(request)}
+    prefix = [{"ids": span.ids, "keep": span.keep and _written(span.keep)} for span in request.prefix]
+    return found | {
+        "prefix": prefix,
+        "sampling": asdict(request.sampling),
+        "grammar": request.grammar and asdict(request.grammar),
+    }
+
+
+def _written(keep: Keep) -> dict[str, str]:
+    return {"path": keep.path, "key": base64.b64encode(keep.key).decode()}
 
 
 def read_request(found: dict[str, Any]) -> Request:
