@@ -22,7 +22,8 @@ from starlette.routing import BaseRoute, Route
 from ropewalk.errors import BadInput, ResumeFailed, TooLarge
 from ropewalk.files import resumable
 from ropewalk.files.incoming import checked_expiry
-from ropewalk.files.resumable import ALGORITHMS, Checksum, Resumable
+from ropewalk.files.parts import Resumable
+from ropewalk.files.resumable import ALGORITHMS, Checksum
 from ropewalk.files.store import Store
 from ropewalk.server import body
 from ropewalk.server.auth import caller_of
