@@ -319,3 +319,27 @@ def wait_until(true: Any) -> None:
             return
         time.sleep(0.05)
     pytest.fail("it never came to be")
+
+
+# -- files beyond the context
+
+
+def long_file(asked: Running) -> str:
+    chapters = [f"# Chapter {n}\n\n" + f"Here is talk of weather, and of day {n} at sea. " * 40 for n in range(1, 21)]
+    chapters.insert(13, "# The keeper\n\nThe keeper of the lighthouse of Pellworm was called Ingwersen. ")
+    return put(asked, "\n".join(chapters), "long.md")
+
+
+def test_of_a_file_beyond_the_context_the_chunks_are_shown_that_the_question_leads_to(asked, sdk):
+    id = long_file(asked)
+    sent = question({"type": "file", "file_id": id}, "What was the keeper of the lighthouse called?", citations={"enabled": True})
+    raw = sdk.messages.with_raw_response.create(**sent, extra_headers={"x-ropewalk-extensions": "true"})
+    told, usage = raw.headers["x-ropewalk-retrieval"], raw.parse().usage
+    shown, chunks = told.removeprefix(f"{id}=").removesuffix(" chunks").split("/")
+    assert 0 < int(shown) < int(chunks)
+    assert usage.model_extra["retrieval"] == [{"file_id": id, "shown_chunks": int(shown), "chunks": int(chunks)}]
+    assert total(usage) <= 512 - 512 // 4
+    assert sdk.messages.count_tokens(model="answers", messages=sent["messages"]).input_tokens == total(usage)
+    with sdk.messages.with_streaming_response.create(**sent, stream=True) as streamed:
+        assert streamed.headers["x-ropewalk-retrieval"] == told
+    assert "x-ropewalk-retrieval" not in sdk.messages.with_raw_response.create(**HELLO).headers

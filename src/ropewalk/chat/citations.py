@@ -96,9 +96,11 @@ class Piece:
 class Citables:
     """All documents of a request, in pieces that are numbered from 1."""
 
-    def __init__(self, citables: Sequence[Citable]) -> None:
+    def __init__(self, citables: Sequence[Citable], *, divided: bool = True) -> None:
+        """`divided` False: nothing of them will be cited."""
         self.citables = tuple(citables)
-        self.pieces = [Piece(i, begin, end) for i, citable in enumerate(self.citables) for begin, end in citable.pieces()]
+        divisible = enumerate(self.citables if divided else ())
+        self.pieces = [Piece(i, begin, end) for i, citable in divisible for begin, end in citable.pieces()]
         # What a text cites in the same form must not be taken for a citation of ours.
         self.letter = "s" if any(BRACKETED.search(citable.text) for citable in self.citables) else ""
         results = [citable.found_at is not None for citable in self.citables]

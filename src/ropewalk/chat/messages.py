@@ -167,6 +167,22 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """A file that was longer than the model's context: so many of its chunks are shown."""
+
+    file_id: str
+    shown: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Comes before the reply begins, where files are shown in part."""
+
+    excerpts: tuple[Excerpt, ...]
+
+
+@dataclass(frozen=True)
 class Started:
     """The reply begins."""
 
@@ -210,4 +226,4 @@ class Ended:
     usage: Usage
 
 
-ReplyEvent: TypeAlias = Started | BlockStarted | Delta | CitationAdded | BlockEnded | Ended
+ReplyEvent: TypeAlias = Retrieved | Started | BlockStarted | Delta | CitationAdded | BlockEnded | Ended

@@ -1,6 +1,7 @@
 """What is served, by one YAML file: `ropewalk serve --models models.yml`. Without one, all that the registry has published is.
 
 engine: {memory_gb: 4, disk_gb: 50}
+retrieval: {chunk: 1500}
 warm_at_upload: [answers]
 preload: [answers]
 models:
@@ -74,11 +75,20 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """How files are shown that are longer than a model's context."""
+
+    chunk: int = 1500  # characters of the pieces they are cut into
+    tokens: int = 16_384  # of pieces that one question is shown at most; 0: as many as fit
+
+
+@dataclass(frozen=True)
 class Serving:
     """The file. `models` None: whatever the registry has published."""
 
     models: Mapping[str, ServedModel] | None = None
     engine: EngineOptions = EngineOptions()
+    retrieval: Retrieval = Retrieval()
     preload: tuple[str, ...] = ()  # models whose engines start with the server
     warm_at_upload: tuple[str, ...] = ()  # models that read a file as soon as it is uploaded
     fetch_urls: bool = True  # documents at addresses of the public internet
@@ -94,7 +104,7 @@ def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
     document = read_document(path)
     values = document.values
-    _only(document, (), values, ("models", "engine", "preload", "warm_at_upload", "fetch_urls"))
+    _only(document, (), values, ("models", "engine", "retrieval", "preload", "warm_at_upload", "fetch_urls"))
     models: dict[str, ServedModel] | None = None
     if "models" in values:
         named = _mapping(document, ("models",), values["models"])
@@ -104,6 +114,7 @@ def read_serving(path: Path | str) -> Serving:
     serving = Serving(
         models,
         _made(EngineOptions, document, ("engine",), values.get("engine", {})),
+        _made(Retrieval, document, ("retrieval",), values.get("retrieval", {})),
         _names(document, "preload", models),
         _names(document, "warm_at_upload", models),
         _bool(document, "fetch_urls", True),
@@ -115,6 +126,9 @@ def read_serving(path: Path | str) -> Serving:
     for name in ("running", "waiting", "chunk"):
         if getattr(serving.engine, name) < 1:
             raise _wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 1 or more")
+    for name, least in (("chunk", 100), ("tokens", 0)):
+        if (value := getattr(serving.retrieval, name)) < least:
+            raise _wrong(document, ("retrieval", name), f"{name} is {value}; expected {least} or more")
     return serving
 
 

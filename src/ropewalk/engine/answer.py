@@ -12,9 +12,9 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -22,12 +22,14 @@ from tokenizers.decoders import DecodeStream
 from ropewalk.chat.citations import Citable, Citables, wanted
 from ropewalk.chat.citing import Citing
 from ropewalk.chat.framing import framing
-from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, StopReason, Text, Usage
+from ropewalk.chat.messages import Ended, Excerpt, MessagesRequest, ReplyEvent, Retrieved, Started, StopReason, Text, Usage
 from ropewalk.chat.parsers import Parser, held_back
 from ropewalk.chat.prompt import Prompt, Shown, render
 from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
+from ropewalk.chat.retrieval import Chunk, Index, fitted, joined
 from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
+from ropewalk.config.serving import Retrieval
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
 from ropewalk.engine.sources import Sources
@@ -39,6 +41,8 @@ from ropewalk.vault import derive
 
 FOLDER = "prefixes"  # in the data folder
 MOST_REMEMBERED = 100_000
+# Shares of a context that are left to the reply: files that would leave less are shown in part, and then leave more.
+REPLY_AT_LEAST, REPLY = 16, 4
 
 
 class Places:
@@ -77,6 +81,7 @@ class Answerer:
     adapter: str | None = None
     adapter_digest: str = ""
     invocation: tuple[int, ...] | None = None  # of an activated adapter
+    retrieval: Retrieval = field(default_factory=Retrieval)
 
     async def count(self, caller: Caller, request: MessagesRequest) -> int:
         """Ids of the rendered prompt."""
@@ -84,7 +89,7 @@ class Answerer:
 
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage:
         """Reads the documents of a conversation ahead of its first question."""
-        prompt, _ = await self._prompt(caller, request)
+        prompt, _, _ = await self._prompt(caller, request, whole=True)  # which parts are shown, only a question tells
         sent = Request(_id(), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
             event = await anext(events)
@@ -100,9 +105,11 @@ class Answerer:
             return
         signatures = Signatures(derive(await self._own_key(caller), "thinking"))
         signatures.check(request)
-        prompt, citing = await self._prompt(caller, request)
-        grammar = await asyncio.to_thread(self._grammar, request, prompt, citing)
         await self.client.start()
+        prompt, citing, excerpts = await self._prompt(caller, request)
+        if excerpts:
+            yield Retrieved(excerpts)
+        grammar = await asyncio.to_thread(self._grammar, request, prompt, citing)
         room = self.client.longest - prompt.length
         if room < 1:
             raise BadInput(
@@ -162,30 +169,55 @@ class Answerer:
 
     # -- prompts
 
-    async def _prompt(self, caller: Caller, request: MessagesRequest) -> tuple[Prompt, Citing | None]:
-        """The ids, and what reads citations out of the reply."""
+    async def _prompt(
+        self, caller: Caller, request: MessagesRequest, *, whole: bool = False
+    ) -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
+        """The ids, what reads citations out of the reply, and which files are shown in part, which `whole` leaves out."""
         cites = wanted(request)
         documents = request.documents()
         read = [await self.sources.read(caller, part.source) for part in documents]
+        question = " ".join(
+            block.text for turn in request.turns[-2:] if turn.role == "user" for block in turn.blocks if isinstance(block, Text)
+        )
 
-        def rendered() -> tuple[Prompt, Citing | None]:
-            if not cites:
-                return render(self.template, request, [Shown(found.document.text, found.file_id) for found in read]), None
+        def rendered(parts: Mapping[int, Sequence[Chunk]]) -> tuple[Prompt, Citing | None]:
             habits = framing(self.template.origin)
-            pairs = zip(documents, read, strict=True)
-            citables = Citables([Citable(found.document, d.title, found.file_id, d.found_at) for d, found in pairs])
-            shown = [Shown(citables.shown(i, numbered=habits.numbers), found.file_id) for i, found in enumerate(read)]
-            prompt = render(self.template, request, shown, citables.instruction if habits.numbers else "")
-            asked = [
-                block.text
-                for turn in request.turns[-2:]
-                if turn.role == "user"
-                for block in turn.blocks
-                if isinstance(block, Text)
-            ]
-            return prompt, Citing(citables, " ".join(asked), marked=habits.numbers, steered=habits.steered)
+            citables = Citables(
+                [
+                    Citable(found.document, d.title, found.file_id, d.found_at, joined(parts[i]) if i in parts else None)
+                    for i, (d, found) in enumerate(zip(documents, read, strict=True))
+                ],
+                divided=cites,
+            )
+            numbers = cites and habits.numbers
+            shown = [Shown(citables.shown(i, numbered=numbers), found.file_id) for i, found in enumerate(read)]
+            prompt = render(self.template, request, shown, citables.instruction if numbers else "")
+            return prompt, Citing(citables, question, marked=numbers, steered=habits.steered) if cites else None
 
-        return await asyncio.to_thread(rendered)  # the ids of a long document take their time
+        def fitting() -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
+            prompt, citing = rendered({})
+            longest = self.client.longest  # 0: not known before the engine has started
+            stored = [i for i, found in enumerate(read) if found.file_id is not None]
+            if whole or not stored or not longest or prompt.length <= longest - longest // REPLY_AT_LEAST:
+                return prompt, citing, ()
+            size = min(self.retrieval.chunk, max(100, longest // 2))  # characters: several fit in the smallest context
+            with closing(Index([read[i].document for i in stored], size)) as index:
+                found = fitted(
+                    index,
+                    question,
+                    lambda chosen: rendered(dict(zip(stored, chosen, strict=True))),
+                    lambda made: made[0].length,
+                    longest - longest // REPLY,
+                    self.retrieval.tokens or longest,
+                    lambda text: len(self.template.encode_content(text)),
+                )
+                if found is None:  # it is not the files that are too long
+                    return prompt, citing, ()
+                made, chosen = found
+                counts = zip(stored, chosen, index.chunks, strict=True)
+                return *made, tuple(Excerpt(read[i].file_id or "", len(own), len(of)) for i, own, of in counts)
+
+        return await asyncio.to_thread(fitting)  # the ids of a long document take their time
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""

@@ -110,7 +110,8 @@ class Models:
         if target.base is None:
             return self._remote(name)
         base = await self._base(target.base)
-        answerer = Answerer(self.store, self._sources, self._places, base.client, base.template, base.weights)
+        parts = self.store, self._sources, self._places, base.client, base.template, base.weights
+        answerer = Answerer(*parts, retrieval=self.serving.retrieval)
         if not loaded:
             return answerer
         await self._started(name, base)

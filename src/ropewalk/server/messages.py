@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent
+from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Retrieved
 from ropewalk.engine.models import Models
 from ropewalk.server import body, logs
 from ropewalk.server.auth import caller_of
@@ -41,10 +41,10 @@ ALPHABET = string.digits + string.ascii_letters
 async def create(request: Request) -> Response:
     """POST /v1/messages"""
     asked = await _asked(request)
-    writer = ReplyWriter(new_message_id(), asked.model, asked.caching)
+    writer = ReplyWriter(new_message_id(), asked.model, asked.caching, extended=dialect(request.headers).extensions)
     events = _events(request, asked)
     if not asked.stream:
-        return JSON(await unless_gone(request, _whole(writer, events)))
+        return JSON(await unless_gone(request, _whole(writer, events)), headers=writer.headers())
     reply = Reply(writer, events, request.state.request_id)
     try:
         await unless_gone(request, reply.begin())
@@ -170,8 +170,9 @@ class Reply(StreamingResponse):
     async def begin(self) -> None:
         """Waits for the first event, but not long; raises what keeps it from coming."""
         await asyncio.wait({self._next}, timeout=FIRST_SECONDS)
-        if self._next.done():
-            self._next.result()
+        if self._next.done() and isinstance(event := self._next.result(), Retrieved):
+            self._writer.take(event)
+            self.headers.update(self._writer.headers())
 
     async def leave(self) -> None:
         """Ends the reply, wherever it is."""

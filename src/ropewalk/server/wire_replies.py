@@ -18,7 +18,9 @@ from ropewalk.chat.messages import (
     Cited,
     Delta,
     Ended,
+    Excerpt,
     ReplyEvent,
+    Retrieved,
     Started,
     Text,
     Thinking,
@@ -29,6 +31,7 @@ from ropewalk.server.wire import failure
 from ropewalk.server.wire_messages import LOCATIONS
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+RETRIEVAL = "x-ropewalk-retrieval"
 Content = dict[str, Any]
 
 
@@ -42,6 +45,8 @@ class ReplyWriter:
     content: list[Content] = field(default_factory=list)
     thought_characters: int = 0
     said_characters: int = 0
+    excerpts: tuple[Excerpt, ...] = ()  # files that are shown in part
+    extended: bool = False  # whether the client is told what the Claude API does not know
     _arguments: str = ""
 
     async def message(self, events: AsyncIterator[ReplyEvent]) -> Content:
@@ -57,6 +62,8 @@ class ReplyWriter:
         index = len(self.content)
         opened = self.take(event)
         match event:
+            case Retrieved():
+                return []
             case Started(usage):
                 return [{"type": "message_start", "message": self._message(usage, [], None, None)}]
             case BlockStarted():
@@ -80,9 +87,16 @@ class ReplyWriter:
                 told = {name: whole[name] for name in CUMULATIVE}
                 return [{"type": "message_delta", "delta": delta, "usage": told}, {"type": "message_stop"}]
 
+    def headers(self) -> dict[str, str]:
+        """What is told of a reply before it begins: FILE_ID=SHOWN/ALL chunks."""
+        shown = [f"{excerpt.file_id}={excerpt.shown}/{excerpt.chunks} chunks" for excerpt in self.excerpts]
+        return {RETRIEVAL: ", ".join(shown)} if shown else {}
+
     def take(self, event: ReplyEvent) -> Content:
         """Adds an event to the content -> the block at hand, as it was when it began."""
         match event:
+            case Retrieved(excerpts):
+                self.excerpts = excerpts
             case BlockStarted(block):
                 self.content.append(_begun(block))
                 self._arguments = ""
@@ -139,7 +153,8 @@ class ReplyWriter:
         hour = self.ttl == "1h"
         # Which ids were thinking is known by their text alone: its share of all that was said.
         thought = round(usage.output * self.thought_characters / self.said_characters) if self.thought_characters else 0
-        return {
+        shown = [{"file_id": e.file_id, "shown_chunks": e.shown, "chunks": e.chunks} for e in self.excerpts]
+        return ({"retrieval": shown} if shown and self.extended else {}) | {
             "input_tokens": usage.input,
             "cache_creation_input_tokens": usage.cache_creation,
             "cache_read_input_tokens": usage.cache_read,
