@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from ropewalk.errors import BadInput
 
 # Else a model may go on with blanks for ever.
 GUIDANCE = {"whitespace_pattern": "[ ]?"}
+MOST_PARTS = 2_000
 ANYTHING = "/(.|\\n)*/"
 
 
@@ -24,6 +26,12 @@ class Lark:
         self._split = split
         self._rules: list[str] = []
         self._named: dict[str, str] = {}
+        self._parts = 0
+
+    def spend(self) -> bool:
+        """Whether another part of a schema may be looked at: one that refers to itself has no end."""
+        self._parts += 1
+        return self._parts <= MOST_PARTS
 
     def rule(self, body: str, attributes: str = "") -> str:
         """The name of a rule of this body."""
@@ -73,6 +81,23 @@ def _fault(schema: str) -> str:
     except ValueError as error:
         return str(error)
     return LLMatcher.validate_grammar(grammar).strip()
+
+
+@lru_cache(maxsize=512)
+def valid(text: str) -> bool:
+    """Whether a reply can be kept to this grammar."""
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(text))
+
+
+def expression(part: Mapping[str, Any], characters: str = "(.|\\n)") -> str | None:
+    """The regular expression of a schema of text, as far as it says one; None: any text."""
+    pattern = part.get("pattern")
+    if isinstance(pattern, str) and re.fullmatch(r"\^[^|\n]*(?<!\\)\$", pattern):
+        return "/" + re.sub(r"(?<!\\)/", r"\/", pattern[1:-1]) + "/"
+    least, most = part.get("minLength", 0), part.get("maxLength")
+    if not least and most is None:
+        return None
+    return f"/{characters}{{{least},{'' if most is None else most}}}/"
 
 
 def fault(schema: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from ropewalk.chat.dialects.dialect import Asked, Form
+from ropewalk.chat.dialects.dialect import Asked, Dialect, Form
 from ropewalk.chat.dialects.known import dialect_of
-from ropewalk.chat.lark import check
+from ropewalk.chat.lark import check, valid
 from ropewalk.chat.messages import MessagesRequest
 from ropewalk.chat.parsers import Parser
 from ropewalk.chat.template import Template
@@ -30,6 +31,19 @@ def form_for(template: Template, request: MessagesRequest, tail: str) -> Form | 
             check(tool.schema, f"tools.{number}.input_schema")
     if asked.goes_on:
         return None
+    form = _form(dialect, asked)
+    if form is not None and form.kind == "lark" and not valid(form.text):
+        # What a family writes beside JSON cannot say all that a schema does: then its calls are only kept to being objects.
+        loose = tuple(replace(tool, schema={"type": "object"}) for tool in asked.tools)
+        form = _form(dialect, replace(asked, tools=loose))
+        strict = [tool.name for tool in asked.tools if tool.strict]
+        if strict:
+            raise BadInput(f"tools: this model's calls of '{strict[0]}' cannot be kept to its input_schema; leave out strict")
+    return form
+
+
+def _form(dialect: Dialect, asked: Asked) -> Form | None:
+    request = asked.request
     forced = request.tool_choice.kind in ("any", "tool")
     if forced and not dialect.calls:
         raise BadInput(

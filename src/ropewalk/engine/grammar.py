@@ -51,9 +51,14 @@ class Follower:
         self._opener, self._again = after, again
         self._after, self._seen = after, tuple[int, ...]()
 
+    @property
+    def active(self) -> bool:
+        """Whether the grammar is in force now."""
+        return not self._after
+
     def mask(self, logits: Tensor) -> None:
         """Forbids, in place, every id [V] that may not come next."""
-        if len(self._after) > 0:
+        if not self.active:
             return
         fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():

@@ -10,7 +10,7 @@ from typing import Any
 from ropewalk.chat.calls import JsonCall
 from ropewalk.chat.dialects.dialect import Asked, Dialect, arguments
 from ropewalk.chat.dialects.tagged import properties_of, resolved, types_of
-from ropewalk.chat.lark import ANYTHING, Lark
+from ropewalk.chat.lark import ANYTHING, Lark, expression
 from ropewalk.chat.messages import Tool
 from ropewalk.chat.parsers import Marked, Parser, held_back
 
@@ -64,10 +64,10 @@ class Gemma(Dialect):
         if isinstance(choices, list) and choices:
             return lark.either(self._literal(lark, choice) for choice in choices)
         inner = next((part[key] for key in ("anyOf", "oneOf") if isinstance(part.get(key), list)), None)
-        if inner and depth < DEEPEST:
+        if inner and depth < DEEPEST and lark.spend():
             return lark.either(self._value(lark, one, root, depth + 1) for one in inner if isinstance(one, Mapping))
         types = types_of(part, root)
-        if not types or depth >= DEEPEST:
+        if not types or depth >= DEEPEST or not lark.spend():
             return self._anything(lark)
         bodies = [self._of_type(lark, kind, part, root, depth) for kind in sorted(types)]
         return lark.either(bodies)
@@ -103,14 +103,10 @@ class Gemma(Dialect):
         return f'"{{" {first} "}}"'
 
     def _text(self, lark: Lark, part: Mapping[str, Any]) -> str:
-        least, most = part.get("minLength", 0), part.get("maxLength")
-        expression = ANYTHING if not least and most is None else f"/(.|\\n){{{least},{'' if most is None else most}}}/"
-        if isinstance(pattern := part.get("pattern"), str) and pattern.startswith("^") and pattern.endswith("$"):
-            expression = "/" + pattern[1:-1].replace("/", "\\/") + "/"
         quote = lark.words(QUOTE)
         if not isinstance(self.template.control_parts(QUOTE)[0], int):
             return lark.rule(f"{quote} {lark.until(QUOTE)}")
-        return lark.rule(f"{quote} {lark.terminal(expression)} {quote}")
+        return lark.rule(f"{quote} {lark.terminal(expression(part) or ANYTHING)} {quote}")
 
     def _literal(self, lark: Lark, value: Any) -> str:
         return lark.words(written(value))

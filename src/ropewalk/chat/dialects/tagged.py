@@ -12,7 +12,7 @@ from typing import Any
 
 from ropewalk.chat.calls import is_object
 from ropewalk.chat.dialects.dialect import Asked, Dialect, arguments
-from ropewalk.chat.lark import Lark
+from ropewalk.chat.lark import Lark, expression
 from ropewalk.chat.messages import Tool
 from ropewalk.chat.parsers import Marked, Parser, held_back
 
@@ -20,6 +20,7 @@ OPENER, CLOSER = "<tool_call>", "</tool_call>"
 FUNCTION = re.compile(r"\s*<function=(?P<name>[^>\n]+)>\s*")
 PARAMETER = re.compile(r"\s*<parameter=(?P<name>[^>\n]+)>\n?")
 END = re.compile(r"\s*</function>\s*</tool_call>")
+DEEPEST = 8
 VALUE_ENDS = "</parameter>"
 
 
@@ -47,21 +48,19 @@ class Tagged(Dialect):
         head, foot = lark.words(f"\n<function={tool.name}>\n"), lark.words(f"</function>\n{CLOSER}")
         return f"{head} {' '.join(parameters)} {foot}"
 
-    def _value(self, lark: Lark, part: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-        if types_of(part, root) != {"string"}:
+    def _value(self, lark: Lark, part: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> str:
+        part, types = resolved(part, root), types_of(part, root)
+        if "string" in types and len(types) > 1 and depth < DEEPEST and lark.spend():  # texts bare, all else as JSON
+            return lark.either(self._value(lark, one, root, depth + 1) for one in _apart(part))
+        if types != {"string"}:
             common = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{lark.json({**common, **part})} {lark.words(ENDING)}"
-        part = resolved(part, root)
         choices = [part["const"]] if "const" in part else part.get("enum")
         if choices:
             return f"{lark.either(lark.words(str(choice)) for choice in choices)} {lark.words(ENDING)}"
-        if isinstance(pattern := part.get("pattern"), str) and pattern.startswith("^") and pattern.endswith("$"):
-            return f"{lark.terminal('/' + pattern[1:-1].replace('/', chr(92) + '/') + '/')} {lark.words(ENDING)}"
-        least, most = part.get("minLength", 0), part.get("maxLength")
-        if least or most is not None:
-            # Without what begins a tag, so that the length is that of the whole value.
-            length = f"{{{least},{'' if most is None else most}}}"
-            return f"{lark.terminal(f'/[^<]{length}/')} {lark.words(ENDING)}"
+        # Without what begins a tag, so that the length is that of the whole value.
+        if (limited := expression(part, "[^<]")) is not None:
+            return f"{lark.terminal(limited)} {lark.words(ENDING)}"
         return lark.until(ENDING)
 
 
@@ -184,6 +183,20 @@ def _may_be_tag(text: str) -> bool:
 def _begins(text: str) -> bool:
     """Whether this is the end of a call, as far as it goes."""
     return text.startswith("</function>") and "</function></tool_call>".startswith(re.sub(r"\s+", "", text))
+
+
+def _apart(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A schema of several types as schemas of one, or of texts and of all else."""
+    for key in ("anyOf", "oneOf"):
+        inner = part.get(key)
+        if isinstance(inner, list):
+            return [one for one in inner if isinstance(one, Mapping)]
+    choices = part.get("enum")
+    if isinstance(choices, list):
+        texts = [choice for choice in choices if isinstance(choice, str)]
+        return [{"enum": texts}, {"enum": [choice for choice in choices if not isinstance(choice, str)]}]
+    others = [kind for kind in part["type"] if kind != "string"]
+    return [{**part, "type": "string"}, {**part, "type": others}]
 
 
 def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
