@@ -6,7 +6,7 @@ import os
 import pytest
 from sqlalchemy import func, select
 
-from ropewalk.errors import NotFound, ResumeFailed
+from ropewalk.errors import NotFound, OutputError, ResumeFailed
 from ropewalk.files import resumable
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
@@ -76,6 +76,35 @@ def test_an_upload_that_is_ended_while_bytes_come_leaves_nothing_either(opened):
             await resumable.append(store, caller, upload.id, 0, interrupted())
         assert await counted(store, resumables, parts, erasures) == [0, 0, 0]
         assert await reserved(store, caller) == (0, 0, 0, 0)
+        assert [*store.blobs.names(), *store.blobs.staged()] == []
+
+    opened(body)
+
+
+def test_a_part_that_could_not_be_written_does_not_count(opened, monkeypatch):
+    async def body(store, caller):
+        upload = await resumable.create(store, caller, 3 * CHUNK, "a.bin")
+        stage = store.blobs.stage
+
+        def full(name):
+            staged = stage(name)
+            write, written = staged.write, []
+
+            def once(data):
+                written.append(data)
+                if len(written) == 2:
+                    raise OutputError("the disk is full")
+                write(data)
+
+            monkeypatch.setattr(staged, "write", once)
+            return staged
+
+        monkeypatch.setattr(store.blobs, "stage", full)
+        with pytest.raises(OutputError):
+            await resumable.append(store, caller, upload.id, 0, pieces(bytes(CHUNK), bytes(CHUNK), bytes(CHUNK)))
+        monkeypatch.setattr(store.blobs, "stage", stage)
+        assert (await resumable.show(store, caller, upload.id)).received == 0
+        assert await counted(store, parts, erasures) == [0, 0]
         assert [*store.blobs.names(), *store.blobs.staged()] == []
 
     opened(body)

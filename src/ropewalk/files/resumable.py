@@ -106,21 +106,24 @@ async def append(
     digest = hashlib.new(checksum[0]) if checksum else None
     part: Part | None = None
     try:
-        try:
-            async for piece in pieces:
-                if upload.received + (part.size if part else 0) + len(piece) > upload.length:
-                    raise TooLarge(f"upload `{id}` was announced with {upload.length:,} bytes, and more than that came")
-                if part is None:
-                    part = await Part.begin(store, upload)
-                await part.write(piece)
-                if digest:
-                    digest.update(piece)
-                elif part.size >= PART:
-                    upload, part = await part.publish(), None
-        except Exception:
-            if part and not digest:
-                await part.publish()
-            raise
+        while True:
+            try:
+                piece = await anext(pieces, None)
+            except Exception:  # they stopped coming; an error of our own, below, leaves nothing of the part
+                if part and not digest:
+                    await part.publish()
+                raise
+            if piece is None:
+                break
+            if upload.received + (part.size if part else 0) + len(piece) > upload.length:
+                raise TooLarge(f"upload `{id}` was announced with {upload.length:,} bytes, and more than that came")
+            if part is None:
+                part = await Part.begin(store, upload)
+            await part.write(piece)
+            if digest:
+                digest.update(piece)
+            elif part.size >= PART:
+                upload, part = await part.publish(), None
         if checksum and digest and digest.digest() != checksum[1]:
             raise ResumeFailed(f"the {checksum[0]} of these bytes is not the one that was sent with them: send them again", 460)
         if part:
