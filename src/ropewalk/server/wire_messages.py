@@ -50,10 +50,16 @@ BILLING = (
 SAMPLING = {"temperature", "top_p", "top_k"}
 COUNTED = {"messages", "model", "system", "tools", "tool_choice", "thinking", "output_config", "output_format", "cache_control"}
 # Understood, and of no effect here: they choose among Anthropic's machines, prices and reports.
-WITHOUT_EFFECT = {"service_tier", "inference_geo", "speed", "diagnostics", "context_management", "betas", "anthropic_beta"}
+WITHOUT_EFFECT = {"service_tier", "inference_geo", "speed", "diagnostics", "context_management", "betas", "anthropic_beta"} | {
+    "billing_policy",
+    "fallbacks",
+    "fallback_credit_token",
+}
 ASKED = COUNTED | SAMPLING | WITHOUT_EFFECT | {"max_tokens", "stop_sequences", "stream", "metadata"}
 ELSEWHERE = {
     "container": "no code is executed here; leave it out, and give the model tools of your own",
+    "compaction": "conversations are not summarised here; send a shorter one",
+    "thread": "conversations are not kept here; send all of their messages",
     "mcp_servers": "this server does not call MCP servers; call them yourself and send what they answer as tool results",
 }
 SERVER_BLOCKS = re.compile(r"server_tool_use|mcp_tool_\w+|\w+_tool_result|compaction|tool_reference|browser_state")
@@ -172,12 +178,12 @@ class _Reader:
             return False
         kind = found.need("type").choice(("enabled", "disabled", "adaptive", "between_tools"))
         if kind == "enabled":
-            found.only({"type", "budget_tokens", "display"})
+            found.only({"type", "budget_tokens", "display", "block_binding"})
             budget = found.need("budget_tokens")
             if budget.integer(LEAST_BUDGET) >= most and not self.counting:
                 raise body.fail("`max_tokens` must be greater than `thinking.budget_tokens`.")
         else:
-            found.only({"type"} if kind == "disabled" else {"type", "display"})
+            found.only({"type"} if kind == "disabled" else {"type", "display", "block_binding"})
         return kind != "disabled"
 
     def schema(self, body: Node) -> dict[str, Any] | None:
