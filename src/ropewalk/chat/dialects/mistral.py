@@ -71,13 +71,14 @@ class Mistral(Dialect):
 
     def one_call(self, lark: Lark, tools: Sequence[Tool]) -> str:
         call = super().one_call(lark, tools)
-        return call if self.named else f'"[" {call} "]"'
+        return call if self.named else f'" "? "[" {call} "]"'
 
     def all_calls(self, lark: Lark, tools: Sequence[Tool], *, parallel: bool) -> str:
         opener, one = lark.words(OPENER), super().one_call(lark, tools)
         if self.named:
             return f"({opener} {one})+" if parallel else f"{opener} {one}"
-        return f'{opener} "[" {one} (", " {one})* "]"' if parallel else f'{opener} "[" {one} "]"'
+        more = f'(", " {one})*' if parallel else ""
+        return f'{opener} " "? "[" {one} {more} "]"'  # templates differ in the blank
 
 
 def short_id(id: str) -> str:
