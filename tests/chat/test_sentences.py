@@ -81,3 +81,10 @@ def test_a_long_text_is_split_quickly():
     began = time.process_time()
     assert len(sentences(text)) == 40_000
     assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("text", ["a. ", "\n", " ", "。", "(.", "x", "1.\n", ".\"'", "A. B.\n\n"])
+def test_no_text_takes_longer_than_its_length(text):
+    began = time.process_time()
+    sentences(text * (300_000 // len(text)))
+    assert time.process_time() - began < 3

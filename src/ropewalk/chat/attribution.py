@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 # What stands between blanks, without the punctuation around it; ".ke" and "#3" keep what belongs to them.
-WORD = re.compile(r"[.#@$€£]?\w+(?:[.,:'’/@%-]*\w+)*%?")
+WORD = re.compile(r"[.#@$€£]?\w+(?:[.,:'’/@%-]+\w+)*%?")
 # Scripts without blanks: two characters at a time.
 JOINED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 NUMERAL = re.compile("[〇零一二三四五六七八九十百千万億兆]+")

@@ -14,7 +14,11 @@ NARROW = 50  # a shorter line was ended by its writer, not by the width of a pag
 CLOSERS = "\"'”’»)\\]"
 WIDE = "。！？｡"  # end a sentence without a blank
 WIDE_CLOSERS = WIDE + "」』”’）"
-PLACE = re.compile(rf"(?P<mark>[.!?…।॥؟۔።][.!?…{CLOSERS}]*)\s+(?=\S)|(?P<wide>[{WIDE}][{WIDE_CLOSERS}]*+)\s*(?=\S)|\n\s*(?=\S)")
+# Repetitions are bounded, so that no text takes longer than its length.
+PLACE = re.compile(
+    rf"(?P<mark>[.!?…।॥؟۔።][.!?…{CLOSERS}]{{0,8}})\s+(?=\S)|(?P<wide>[{WIDE}][{WIDE_CLOSERS}]{{0,8}}+)\s*(?=\S)|\n\s*(?=\S)"
+)
+LOOK_BACK = 200  # characters of a line that are looked at
 NEVER_LAST = frozenset(
     "dr mr mrs ms mme prof rev gen col capt lt st vs e.g i.e cf no nos nr fig figs eq eqs vol vols pp ed eds ch sec art abs tab "
     "approx ca resp bzw z.b u.a d.h vgl jan feb mar apr jun jul aug sep sept oct nov dec dept univ".split()
@@ -27,8 +31,9 @@ def sentences(text: str, begin: int = 0, end: int | None = None) -> list[tuple[i
     """The sentences of a part of a text, as offsets into the text."""
     end = len(text) if end is None else end
     found: list[tuple[int, int]] = []
-    for match in PLACE.finditer(text, begin, end):
-        if match.end() < end and _ends(text, begin, match):
+    last = begin + len(text[begin:end].rstrip())
+    for match in PLACE.finditer(text, begin, last):
+        if _ends(text, begin, match):
             found += _cut(text, begin, match.end())
             begin = match.end()
     return found + _cut(text, begin, end)
@@ -39,7 +44,7 @@ def ended(statement: str, following: str) -> bool:
     if not statement or not (statement[-1].isspace() or (statement[-1] in WIDE_CLOSERS and following not in WIDE_CLOSERS)):
         return False
     text = statement + following
-    places = list(PLACE.finditer(text, max(0, len(statement) - 200)))
+    places = list(PLACE.finditer(text, max(0, len(statement) - LOOK_BACK)))
     return bool(places) and places[-1].end() == len(statement) and _ends(text, 0, places[-1])
 
 
@@ -50,7 +55,8 @@ def _ends(text: str, begin: int, match: re.Match[str]) -> bool:
     gap = text[match.start() + len(match["mark"] or "") : match.end()]
     if gap.count("\n") > 1 or (gap.count("\n") == 1 and following in BULLETS):
         return True
-    line = text[max(begin, text.rfind("\n", 0, match.start()) + 1) : match.start()]
+    before = text[max(begin, match.start() - LOOK_BACK) : match.start()]
+    line = before[before.rfind("\n") + 1 :]
     if match["mark"] is None:
         numbered = following.isdigit() and LIST_NUMBER.match(line) is not None
         wrapped = len(line) >= NARROW or line.rstrip()[-1:] in (",", "-", ";") or following.islower()
