@@ -1,6 +1,7 @@
 """The Messages API over a real server and a real engine: a tiny base of this machine, asked through the official SDK."""
 
 import base64
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,10 @@ from typing import Any
 
 import anthropic
 import httpx
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from files.papers import pdf
 from ropewalk.config.serving import EngineOptions, ServedModel, Serving
@@ -332,7 +335,9 @@ def long_file(asked: Running) -> str:
 
 def test_of_a_file_beyond_the_context_the_chunks_are_shown_that_the_question_leads_to(asked, sdk):
     id = long_file(asked)
-    sent = question({"type": "file", "file_id": id}, "What was the keeper of the lighthouse called?", citations={"enabled": True})
+    sent = question(
+        {"type": "file", "file_id": id}, "What was the keeper of the lighthouse called?", citations={"enabled": True}
+    )
     raw = sdk.messages.with_raw_response.create(**sent, extra_headers={"x-ropewalk-extensions": "true"})
     told, usage = raw.headers["x-ropewalk-retrieval"], raw.parse().usage
     shown, chunks = told.removeprefix(f"{id}=").removesuffix(" chunks").split("/")
@@ -343,3 +348,78 @@ def test_of_a_file_beyond_the_context_the_chunks_are_shown_that_the_question_lea
     with sdk.messages.with_streaming_response.create(**sent, stream=True) as streamed:
         assert streamed.headers["x-ropewalk-retrieval"] == told
     assert "x-ropewalk-retrieval" not in sdk.messages.with_raw_response.create(**HELLO).headers
+
+
+# -- tools
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["days"],
+        "additionalProperties": False,
+    },
+}
+CALLING: dict[str, Any] = {
+    **HELLO,
+    "max_tokens": 100,
+    "tools": [WEATHER],
+    "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+}
+
+
+def test_a_tool_that_must_be_called_is_called_and_its_answer_is_taken(sdk):
+    reply = sdk.messages.create(**CALLING)
+    [call] = reply.content
+    assert (call.type, call.name, reply.stop_reason) == ("tool_use", "weather", "tool_use")
+    assert call.id.startswith("toolu_")
+    assert 1 <= call.input["days"] <= 9
+    with sdk.messages.stream(**CALLING) as stream:
+        final = stream.get_final_message()
+    assert (final.content[0].input, final.stop_reason) == (call.input, "tool_use")
+    answer = {"type": "tool_result", "tool_use_id": call.id, "content": "Rain"}
+    said = [*HELLO["messages"], {"role": "assistant", "content": reply.content}, {"role": "user", "content": [answer]}]
+    after = sdk.messages.create(**{**HELLO, "messages": said, "tools": [WEATHER], "tool_choice": {"type": "none"}})
+    assert after.content[0].type == "text"
+
+
+def test_a_schema_that_cannot_be_kept_is_refused(sdk):
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema\.properties\.a: "):
+        sdk.messages.create(**HELLO, output_config={"format": {"type": "json_schema", "schema": schema}})
+
+
+# -- usage
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=40)
+PARTS = st.one_of(
+    WORDS.map(lambda text: {"type": "text", "text": text}),
+    WORDS.filter(str.strip).map(
+        lambda text: {"type": "document", "source": {"type": "content", "content": text}, "title": "T"}
+    ),
+    st.just({"type": "document", "source": {"type": "file", "file_id": "here"}}),
+)
+TURNS = st.lists(st.tuples(st.lists(PARTS, min_size=1, max_size=3), WORDS.filter(str.strip)), min_size=1, max_size=3)
+
+
+def test_the_three_kinds_of_input_tokens_are_the_rendered_prompt(asked, sdk):
+    file_id = put(asked, "A short file. " * 4)
+
+    @hypothesis.settings(max_examples=15, deadline=None)
+    @hypothesis.given(TURNS, st.none() | WORDS)
+    def holds(turns: Any, system: str | None) -> None:
+        messages: list[dict[str, Any]] = []
+        for blocks, reply in turns:
+            messages += [{"role": "user", "content": blocks}, {"role": "assistant", "content": reply.strip()}]
+        body = {"model": "answers", "messages": messages[:-1]} | ({"system": system} if system else {})
+        body = json.loads(json.dumps(body).replace('"here"', json.dumps(file_id)))
+        counted = sdk.messages.count_tokens(**body).input_tokens
+        first = sdk.messages.create(**body, max_tokens=1).usage
+        again = sdk.messages.create(**body, max_tokens=1).usage
+        assert total(first) == total(again) == counted
+        assert again.cache_creation_input_tokens == 0
+        assert again.cache_read_input_tokens == first.cache_read_input_tokens + first.cache_creation_input_tokens
+
+    holds()
