@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from files.papers import pdf
 from ropewalk.chat.framing import FILE
-from ropewalk.chat.messages import Bytes, CitationAdded, Delta, Document, FileId, MessagesRequest, Pieces, Text, Turn
+from ropewalk.chat.messages import Bytes, CitationAdded, Cited, Delta, Document, FileId, MessagesRequest, Pieces, Text, Turn
 from ropewalk.chat.template import Template
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.grammar import Grammars
@@ -51,14 +52,16 @@ def ask(base, tmp_path, monkeypatch):
     files = open_local()
     file = files.put(LEASE.encode(), "lease.txt")
 
-    def asked(reply, *documents, folder=base, question="How much is the rent?"):
-        template = Template.load(folder)
+    def asked(reply, *documents, before=()):
+        template = Template.load(base)
         client = Scripted(template, reply)
         documents = documents or (Document(FileId(file.id), title="Lease", citations=True),)
 
         async def work(store, caller):
             answerer = Answerer(store, Sources(store), Places(store), client, template, "w")
-            request = MessagesRequest("m", 100, (Turn("user", (*documents, Text(question))),))
+            turns = [Turn("user", (*documents, Text("How much is the rent?")))]
+            turns += [Turn("assistant", before), Turn("user", (Text("And until when?"),))] if before else []
+            request = MessagesRequest("m", 100, tuple(turns))
             assert await answerer.count(caller, request) > 0
             return [event async for event in answerer.stream(caller, request)]
 
@@ -105,6 +108,29 @@ def test_blocks_and_texts_in_one_request_are_cited_in_their_own_terms(ask):
         ("content_block_location", 0, 1, 2, "Another block. Of two sentences."),
         ("char_location", 1, 0, 7, "A text."),
     ]
+
+
+def test_a_pdf_is_cited_by_its_pages(ask):
+    paper = pdf("First page. It is short.", "The rent is 900 euros. It is due on the first.")
+    events, prompt, _, _ = ask(
+        "900 euros [3], on the first [4]. All of it [2-3].", Document(Bytes("application/pdf", paper), citations=True)
+    )
+    assert "[3] The rent is 900 euros. [4] It is due on the first." in prompt
+    found = cited(events)
+    assert [(c.kind, c.start, c.end) for c in found] == [
+        ("page_location", 2, 3),
+        ("page_location", 2, 3),
+        ("page_location", 1, 3),
+    ]
+    assert found[0].text == "The rent is 900 euros."
+    assert found[2].text.startswith("It is short.")
+    assert found[2].text.endswith("The rent is 900 euros.")
+
+
+def test_an_earlier_reply_is_read_again_as_its_text(ask):
+    earlier = (Text("It is 900. ", (Cited("char_location", "The rent is 900 euros.", 0, None, None, 21, 43),)), Text("Fine."))
+    _, prompt, _, _ = ask("On the first.", before=earlier)
+    assert "assistant\nIt is 900. Fine.<|" in prompt
 
 
 def test_a_reply_can_be_held_to_markers_that_exist(ask, base):
