@@ -153,9 +153,13 @@ class JsonObject:
 class JsonCall:
     """A call whose input is JSON: `header` with the tool's name, unless that is known; the input; `footer`, decided by `until`."""
 
-    def __init__(self, names: Container[str], header: str, footer: str = "", until: str = "", name: str = "") -> None:
+    def __init__(
+        self, names: Container[str], header: str, footer: str = "", until: str = "", name: str = "", first: str = ""
+    ) -> None:
+        """`first`: what a header begins with."""
         self._names, self._header, self._footer, self._until = names, re.compile(header), re.compile(footer), until
         self.name = name if name in names else ""
+        self._first = first
         self.input = self.rest = ""
         self.done = False
         self.failed = bool(name) and not self.name
@@ -192,8 +196,13 @@ class JsonCall:
             self.name = found["name"] if found["name"] in self._names else ""
             self.failed = not self.name
             self._held = self._held[found.end() :]
-        elif self._until and self._until in self._held:
+        elif (self._until and self._until in self._held) or not self._begins_right():
             self.failed = True
+
+    def _begins_right(self) -> bool:
+        """Whether a header may still come of what there is."""
+        said = self._held.lstrip()
+        return not said or said.startswith(self._first)
 
     def _read(self) -> None:
         told, count = self._object.feed(self._held)

@@ -137,7 +137,7 @@ class GemmaCall(JsonCall):
     """A call while it comes, its input told as JSON."""
 
     def __init__(self, names: Container[str]) -> None:
-        super().__init__(names, r"\s*call:(?P<name>[\w.-]+)\s*(?=\{)", r"\s*" + re.escape(CLOSER), CLOSER)
+        super().__init__(names, r"\s*call:(?P<name>[\w.-]+)\s*(?=\{)", r"\s*" + re.escape(CLOSER), CLOSER, first="c")
         self._quoted = False
 
     def _read(self) -> None:

@@ -29,7 +29,7 @@ class Hermes(Dialect):
 
     def parser(self, asked: Asked, *, kept: bool) -> Parser:
         names = {tool.name for tool in asked.tools}
-        calls = {OPENER: lambda: JsonCall(names, HEADER, FOOTER + re.escape(CLOSER), CLOSER)} if names else {}
+        calls = {OPENER: lambda: JsonCall(names, HEADER, FOOTER + re.escape(CLOSER), CLOSER, first="{")} if names else {}
         return Marked(self.thinking, calls, streams=kept, **self._plain(asked))
 
     def call(self, lark: Lark, tool: Tool) -> str:
