@@ -10,7 +10,18 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ropewalk.chat.messages import BlockStarted, Delta, MessagesRequest, Text, Tool, ToolChoice, ToolUse, Turn
+from ropewalk.chat.messages import (
+    BlockEnded,
+    BlockStarted,
+    Delta,
+    MessagesRequest,
+    Text,
+    Thinking,
+    Tool,
+    ToolChoice,
+    ToolUse,
+    Turn,
+)
 from ropewalk.chat.prompt import render
 from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
 from ropewalk.chat.template import Template
@@ -147,6 +158,22 @@ def test_a_call_that_must_be_is_of_its_schema(grammars, family, parallel):
         assert len(called) >= 1, text
         assert parallel or len(called) == 1
         check(called)
+
+
+@pytest.mark.parametrize("family", SOURCES)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_reply_of_a_schema_is_of_it_whatever_is_thought_before(grammars, family, thinking):
+    template = Template(grammars[1], SOURCES[family], {"eos_token": "</s>"})
+    schema = {**SMALL, "title": "reply"}
+    request = replace(asked("auto", tools=()), schema=schema, thinking=thinking)
+    for seed in range(5):
+        text = walk(grammars, template, request, seed)
+        parser = parser_for(template, request, "<|start|>assistant" if family == "harmony" else "")
+        events = [*parser.feed(text), *parser.finish()]
+        while isinstance(events[0].block, Thinking):
+            events = events[events.index(BlockEnded()) + 1 :]
+        assert isinstance(events[0].block, Text)
+        jsonschema.validate(json.loads("".join(event.text for event in events if isinstance(event, Delta))), schema)
 
 
 def test_only_the_tool_that_is_named_is_called(grammars):

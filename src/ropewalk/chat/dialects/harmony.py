@@ -58,9 +58,9 @@ class Harmony(Dialect):
         head = lark.words(f"{CHANNEL}commentary to=functions.{tool.name} <|constrain|>json{MESSAGE}")
         return f"{head} {lark.json(arguments(tool))}"
 
-    def _thoughts(self, lark: Lark) -> str:
+    def _thoughts(self, lark: Lark, names: Sequence[str] = ("analysis", "commentary")) -> str:
         until, again = lark.until(END), lark.words(f"{START}assistant")
-        channels = [f"{lark.words(f'{CHANNEL}{name}{MESSAGE}')} {until} {again}" for name in ("analysis", "commentary")]
+        channels = [f"{lark.words(f'{CHANNEL}{name}{MESSAGE}')} {until} {again}" for name in names]
         return f"{lark.either(channels)}*"
 
     def must_call(self, asked: Asked) -> Form:
@@ -79,7 +79,7 @@ class Harmony(Dialect):
     def structured(self, asked: Asked, schema: Mapping[str, Any]) -> Form:
         lark = self.lark()
         bodies = [self._final(lark, lark.json(schema)), *([self.one_call(lark, asked.tools)] if asked.tools else [])]
-        return Form("lark", lark.text(f"{self._thoughts(lark)} {lark.either(bodies)}"))
+        return Form("lark", lark.text(f"{self._thoughts(lark, ['analysis'])} {lark.either(bodies)}"))
 
     def _final(self, lark: Lark, body: str) -> str:
         return lark.rule(f"{lark.words(f'{CHANNEL}final{MESSAGE}')} {body}")
