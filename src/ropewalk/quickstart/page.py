@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ropewalk.compare.verdict import Outcome
 from ropewalk.files.catalog import File
+from ropewalk.quickstart.question import Dialogue
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Page:
     training: str
     questions: int
     file: File
+    dialogue: Dialogue
     seconds: int
     fast: bool
 

@@ -124,7 +124,9 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     dialogue = ask_about(files, registry, folder, *two_questions(asked, after if outcome.verdict is Verdict.SHIP else before))
     tell(console, dialogue)
     seconds = time.monotonic() - began
-    page = write_page(make_page(scores, outcome, before, after, asked, result, file, seconds, fast), folder / "index.html")
+    page = write_page(
+        make_page(scores, outcome, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
+    )
     write_summary(folder / "summary.json", scores, outcome, result, dialogue, len(asked), seconds, fast)
     show(console, scores, outcome, page, folder, seconds)
     return page
@@ -241,7 +243,7 @@ def random_control(folder: Path, file: File, size: Size, registry: Registry, ask
 
 def make_page(
     scores: list[Score], outcome: Outcome, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
-    result: Result, file: File, seconds: float, fast: bool,
+    result: Result, file: File, dialogue: Dialogue, seconds: float, fast: bool,
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
     samples = [
@@ -250,7 +252,7 @@ def make_page(
     ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
     steps = f"loss {result.first_loss:.2f} to {result.last_loss:.2f} in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s"
-    return Page(scores, outcome, samples, plot, steps, len(asked), file, round(seconds), fast)
+    return Page(scores, outcome, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
 
 
 def write_summary(
