@@ -249,3 +249,18 @@ def test_twenty_models_call_and_every_input_is_of_its_schema(tmp_path):
     for called in found:
         for name, given in called:
             jsonschema.validate(given, SMALL if name == "weather" else NONE)
+
+
+@pytest.mark.parametrize(("family", "model"), [("hermes", "qwen3"), ("tagged", "qwen3_5"), ("gemma", "gemma4")])
+def test_calls_read_as_transformers_reads_them(grammars, family, model):
+    from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS, _normalize_tool_call
+    from transformers.utils.chat_parsing.response_parser import parse_response
+
+    theirs = next(found for models, found in _RESPONSE_TEMPLATE_FALLBACKS.items() if model in models)
+    template = Template(grammars[1], SOURCES[family], {"eos_token": "</s>"})
+    tools = [{"type": "function", "function": {"name": tool.name, "parameters": tool.schema}} for tool in TOOLS]
+    for seed in range(10):
+        text = walk(grammars, template, asked(parallel=True), seed)
+        message = parse_response(text, theirs, prefix="", tools=tools)
+        found = [_normalize_tool_call(call) for call in message["tool_calls"]]
+        assert calls(template, asked(), text) == [(call.name, json.loads(call.arguments)) for call in found], text
