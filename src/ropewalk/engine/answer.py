@@ -158,6 +158,8 @@ class Answerer:
             if text.stopped_by is not None:
                 reason = "stop_sequence"
                 break
+            if parser.called and not request.tool_choice.parallel:
+                break
             if event.finish == "length":
                 reason = "model_context_window_exceeded" if cut_short else "max_tokens"
         for said in signatures.sign(cited(parser.feed(text.finish()) + parser.finish())):
