@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 SCRIPTS = (
     *("day0.py", "moe_lora.py", "train_cpu.py", "resume.py"),
     *("files.py", "crash_files.py", "quota_race.py", "fuzz_files.py"),
+    *("serve.py", "load_messages.py", "fuzz_messages.py"),
 )
 
 

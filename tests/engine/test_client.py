@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,5 +134,19 @@ def test_a_reply_keeps_to_a_schema(base):
             assert 1 <= found["pages"] <= 9
         with pytest.raises(BadInput, match="cannot be kept to"):
             await collect(client, request("x", grammar=Grammar("lark", "start: (")))
+
+    asked(base, body)
+
+
+def test_an_answer_to_who_has_just_been_cancelled_is_dropped_and_the_next_arrives(base):
+    async def body(client):
+        lines = asyncio.StreamReader()
+        lines.feed_data(b'{"call": 0}\n{"call": 1}\n')
+        lines.feed_eof()
+        gone, waiting = (asyncio.get_running_loop().create_future() for _ in range(2))
+        gone.cancel()
+        client._answers.update({0: gone, 1: waiting})
+        await client._read(SimpleNamespace(stdout=lines, wait=lambda: asyncio.sleep(0)))
+        assert waiting.result() == {"call": 1}
 
     asked(base, body)

@@ -154,8 +154,8 @@ class EngineClient:
                     event = read_event(found)
                     if event.id in self._streams:
                         self._streams[event.id].put_nowait(event)
-            elif message["call"] in self._answers:
-                self._answers[message["call"]].set_result(message)
+            elif (answer := self._answers.get(message["call"])) is not None and not answer.done():
+                answer.set_result(message)  # done: whoever asked has just been cancelled, and is still in the table
         await process.wait()
         for events in self._streams.values():
             events.put_nowait(None)
