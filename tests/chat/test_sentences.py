@@ -36,6 +36,7 @@ WRITTEN = (
         ["今日は雨です。", "傘が要ります！", "「はい。」", "そうです"],
         ["यह घर है। ", "वह पेड़ है।"],
         ["Wer mietet z.B. eine Wohnung? ", "Der Mieter, vgl. Abs. 2 BGB. ", "Gut."],
+        ["ask 'What does it cost?' --file x. ", 'Then "Really?" - no. ', "Good."],
         ["He said (quietly.) ", "Then he left."],
     ],
 )

@@ -19,9 +19,9 @@ PLACE = re.compile(
     rf"(?P<mark>[.!?…।॥؟۔።][.!?…{CLOSERS}]{{0,8}})\s+(?=\S)|(?P<wide>[{WIDE}][{WIDE_CLOSERS}]{{0,8}}+)\s*(?=\S)|\n\s*(?=\S)"
 )
 LOOK_BACK = 200  # characters of a line that are looked at
-NEVER_LAST = frozenset(
-    "dr mr mrs ms mme prof rev gen col capt lt st vs e.g i.e cf no nos nr fig figs eq eqs vol vols pp ed eds ch sec art abs tab "
-    "approx ca resp bzw z.b u.a d.h vgl jan feb mar apr jun jul aug sep sept oct nov dec dept univ".split()
+NEVER_LAST = frozenset("dr mr mrs ms mme prof rev gen col capt lt st vs e.g i.e cf ca approx resp bzw z.b u.a d.h vgl".split())
+BEFORE_NUMBERS = frozenset(
+    "no nos nr fig figs eq eqs vol vols p pp ed ch sec art abs tab jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
 BULLETS = frozenset("-*•–—#|>·")
 LIST_NUMBER = re.compile(r"\s*(?:\d{1,3}|[A-Za-z])[.)]")
@@ -61,7 +61,7 @@ def _ends(text: str, begin: int, match: re.Match[str]) -> bool:
         numbered = following.isdigit() and LIST_NUMBER.match(line) is not None
         wrapped = len(line) >= NARROW or line.rstrip()[-1:] in (",", "-", ";") or following.islower()
         return numbered or not wrapped
-    if following.islower():
+    if following.islower() or following in ",;:-–—)]":
         return False
     return match["mark"][0] != "." or not _abbreviates(line, following)
 
@@ -72,7 +72,7 @@ def _abbreviates(line: str, following: str) -> bool:
     if line.strip() == word and LIST_NUMBER.fullmatch(word + "."):
         return True  # the number of an item
     plain = word.lower()
-    if plain in ("a.m", "p.m"):
+    if plain in BEFORE_NUMBERS or plain in ("a.m", "p.m"):
         return following.isdigit()
     return (
         plain in NEVER_LAST
