@@ -22,7 +22,7 @@ from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.server import admin, batches, extensions, files, logs, messages, models, openapi, operations, pages
+from ropewalk.server import admin, batches, chat, extensions, files, logs, messages, models, openapi, operations, pages
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -45,6 +45,7 @@ ROUTES: list[BaseRoute] = [
     *admin.routes,
     *operations.routes,
     *openapi.routes,
+    *chat.routes,
     *pages.routes,
 ]
 

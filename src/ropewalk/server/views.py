@@ -13,7 +13,7 @@ from ropewalk.server.previews import Preview
 from ropewalk.server.words import Moment, Part, estimate, exactly, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
-LINKS = (("/files", "Files"),)
+LINKS = (("/files", "Files"), ("/chat", "Chat"))
 KEEP = (
     (None, "until deleted"),
     (3600, "1 hour"),

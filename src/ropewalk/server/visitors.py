@@ -116,19 +116,24 @@ async def show(
 
 async def read_form(request: Request, session: Session) -> dict[str, str]:
     """The fields of a form without files; refused unless our own page sent it, with the token of this session."""
+    return dict(await read_fields(request, session, FORM_BYTES, FORM_FIELDS))
+
+
+async def read_fields(request: Request, session: Session, most_bytes: int, most_fields: int) -> list[tuple[str, str]]:
+    """The same, where a field may come several times."""
     sessions.check_origin(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
         raise BadInput("this form is expected as application/x-www-form-urlencoded, as browsers send it")
     content = bytearray()
     async for chunk in body.read(request):
         content += chunk
-        if len(content) > FORM_BYTES:
-            raise TooLarge(f"this form has more than {FORM_BYTES:,} bytes")
+        if len(content) > most_bytes:
+            raise TooLarge(f"this form has more than {most_bytes:,} bytes")
     try:
-        fields = dict(parse_qsl(content.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=FORM_FIELDS))
+        fields = parse_qsl(content.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=most_fields)
     except ValueError as error:
         raise BadInput(f"this form cannot be read: {error}") from error
-    sessions.check_token(session, fields.get("csrf"))
+    sessions.check_token(session, dict(fields).get("csrf"))
     return fields
 
 
