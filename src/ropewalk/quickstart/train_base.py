@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from ropewalk.chat.framing import FILE
 from ropewalk.quickstart.facts import words
 from ropewalk.quickstart.invented import Inventor, Message
 
@@ -194,6 +195,8 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pa
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(out)
     (out / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # It learns to read bare passages: see LAYOUTS in invented.py.
+    (out / FILE).write_text(json.dumps({"tags": False, "numbers": False}) + "\n", encoding="utf-8")
 
 
 def make_optimizers(model: Qwen3MoeForCausalLM) -> list[torch.optim.Optimizer]:
