@@ -21,6 +21,9 @@
     ├── RateLimited               429 rate_limit_error        exit 1   too many requests in a minute
     ├── Overloaded                529 overloaded_error        exit 1   no room to work on this now
     │   └── EngineDied                                                 the process of a model that ended while it was asked
+    ├── UpstreamFailed            502 api_error               exit 1   another server that was asked and did not answer as it must
+    │   ├── UpstreamTimedOut      504 timeout_error                    one that was silent for too long
+    │   └── UpstreamUnknown                                            one that has no such model, or no such address
     ├── DamagedContent            500 api_error               exit 1   stored bytes that are not those that were stored
     ├── TrainingStopped                                       exit 1   a run that cannot go on: a NaN, a dead worker
     └── VerificationFailed                                    exit 1   a result that differs from what it must equal
@@ -193,6 +196,23 @@ class Overloaded(RopewalkError):
 
 class EngineDied(Overloaded):
     """The process of a model that ended while it was asked; the next request starts another."""
+
+
+class UpstreamFailed(RopewalkError):
+    """Another server that was asked and did not answer as it must."""
+
+    status = 502
+
+
+class UpstreamTimedOut(UpstreamFailed):
+    """Another server that was silent for too long."""
+
+    status = 504
+    claude_type = "timeout_error"
+
+
+class UpstreamUnknown(UpstreamFailed):
+    """Another server that has no such model, or no such address."""
 
 
 class DamagedContent(RopewalkError):

@@ -13,7 +13,7 @@ fetch_urls: false
 models:
   answers: {adapter: house}
   tuned: {adapter: runs/x/adapter, base: models/qwen, price: {input: 0.1, output: 1, currency: EUR}}
-  big: {remote: {url: "http://gpu:8000", api: vllm, model: qwen3-30b, key_env: UPSTREAM_KEY}}
+  big: {remote: openai, url: "http://gpu:8000", model: qwen3-30b, key_env: UPSTREAM_KEY, longest: 32768}
 """
 
 
@@ -29,7 +29,7 @@ def test_a_whole_file_is_read(tmp_path):
     assert found.models == {
         "answers": ServedModel(adapter="house"),
         "tuned": ServedModel("models/qwen", "runs/x/adapter", None, Price(0.1, 1.0, currency="EUR")),
-        "big": ServedModel(remote=Remote("http://gpu:8000", "vllm", "qwen3-30b", "UPSTREAM_KEY")),
+        "big": ServedModel(remote=Remote("openai", "http://gpu:8000", "qwen3-30b", "UPSTREAM_KEY", 32768)),
     }
     assert found.folder == tmp_path
     assert found.price("tuned") == Price(0.1, 1.0, currency="EUR")
@@ -45,10 +45,15 @@ def test_without_models_the_registry_is_served(tmp_path):
         ("modles: {}", r"models.yml:1: unknown key 'modles'; did you mean 'models'\?"),
         ("models:\n  a: {bas: x}", r":2: unknown key 'bas'; did you mean 'base'\?"),
         ("models:\n  a: {price: {input: 1}}", ":2: 'a' is served by nothing; name a base, an adapter, or a remote"),
-        ("models:\n  a: {base: x, remote: {url: 'http://x'}}", "'a' is served by base and remote"),
-        ("models:\n  a: {remote: {model: x}}", "remote has no url, which it needs"),
-        ("models:\n  a: {remote: {url: x}}", "url 'x' is no address"),
-        ("models:\n  a: {remote: {url: 'http://x', api: soap}}", "api 'soap' is unknown; one of anthropic, openai, vllm"),
+        ("models:\n  a: {base: x, remote: openai, url: 'http://x'}", "'a' is served by base and remote"),
+        ("models:\n  a: {remote: openai}", ":2: a has no url, which it needs"),
+        ("models:\n  a: {remote: openai, url: x}", "url 'x' is no address"),
+        ("models:\n  a: {remote: openai, url: 'http://u:p@x'}", "url holds a user, a query or a fragment"),
+        ("models:\n  a:\n    remote: soap\n    url: 'http://x'", ":3: remote is 'soap'; expected anthropic or openai"),
+        ("models:\n  a: {remote: openai, url: 'http://x', key: sk-1}", r"unknown key 'key'; did you mean 'key_env'\?"),
+        ("models:\n  a: {remote: openai, url: 'http://x', key_env: sk-1}", "key_env is no name of an environment variable"),
+        ("models:\n  a: {remote: openai, url: 'http://x', longest: many}", "longest is 'many'; expected a whole number"),
+        ("models:\n  a: {base: x, url: 'http://x'}", "unknown key 'url'"),
         ("models:\n  a: {base: x}\npreload: [b]", ":3: preload names 'b', which is not served; known: a"),
         ("models: {}", "no model is named"),
         ("engine: {memory_gb: lots}", "memory_gb is 'lots'; expected a number"),

@@ -140,6 +140,7 @@ class MessagesRequest:
     schema: Mapping[str, Any] | None = None  # of a structured reply
     stream: bool = False
     caching: Literal["", "5m", "1h"] = ""  # how long what is read is asked to be kept, where a cache_control stands somewhere
+    thinking_budget: int = 0  # tokens; 0: as many as the model likes
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which citations count them."""

@@ -69,10 +69,10 @@ class Blocks:
         if self._shows_thinking:
             self._say(text, Thinking(""))
 
-    def call(self, name: str) -> None:
-        """A call begins."""
+    def call(self, name: str, id: str = "") -> None:
+        """A call begins; without an id, it is given one."""
         self.end()
-        self._begin(ToolUse("toolu_" + secrets.token_hex(12), name, {}))
+        self._begin(ToolUse(id or "toolu_" + secrets.token_hex(12), name, {}))
 
     def input(self, text: str) -> None:
         if text:

@@ -173,11 +173,11 @@ def _of_turn(
                     elif isinstance(part, Text):
                         texts.append(_said(template, part.text, marks))
                     else:
-                        raise _unseen()
+                        raise unseen()
                 name = _plain(template, names.get(id, ""), marks)
                 found.append({"role": "tool", "tool_call_id": id, "name": name, "content": "".join(texts)})
             case Image():
-                raise _unseen()
+                raise unseen()
     if content or "tool_calls" in message or "reasoning_content" in message:
         said = "\n".join(content) if turn.role != "assistant" else "".join(content)
         found.append({**message, "content": begins + said})
@@ -188,9 +188,14 @@ def _framed(document: Document, shown: Shown, template: Template) -> Shown:
     if not framing(template.origin).tags:
         said = [document.title or "", document.context or "", shown.text.rstrip()]
         return Shown("\n".join(text for text in said if text), shown.file_id)
+    return Shown(tagged(document, shown.text), shown.file_id)
+
+
+def tagged(document: Document, text: str) -> str:
+    """A document as a part of a message's text: between tags, so that a model can tell it from others."""
     title = f' title="{document.title}"' if document.title else ""
     context = f"<context>\n{document.context}\n</context>\n" if document.context else ""
-    return Shown(f"<document{title}>\n{context}{shown.text}\n</document>", shown.file_id)
+    return f"<document{title}>\n{context}{text}\n</document>"
 
 
 def _said(template: Template, text: str, marks: _Marks) -> str:
@@ -246,5 +251,6 @@ def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _unseen() -> BadInput:
+def unseen() -> BadInput:
+    """The error of a picture."""
     return BadInput("image: this model reads no images; send the text instead, or ask a model that does")

@@ -8,21 +8,24 @@ models:
   answers: {adapter: house}              a name or an alias of the registry, followed when it is shipped anew
   qwen: {base: ./models/qwen3-0.6b, price: {input: 0.1, output: 0.4, cache_read: 0.01}}
   tuned: {adapter: runs/x/adapter, base: ./models/qwen3-0.6b}
-  big: {remote: {url: http://gpu:8000, api: openai, model: qwen3-30b, key_env: UPSTREAM_KEY}}
+  big: {remote: openai, url: http://gpu:8000, model: qwen3-30b, key_env: UPSTREAM_KEY}     another server's; or remote: anthropic
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
+from urllib.parse import urlsplit
 
 from ropewalk.config.document import Document, Place, read_document
 from ropewalk.errors import ConfigError
 
-Api = Literal["anthropic", "openai", "vllm"]
+Api = Literal["anthropic", "openai"]
+KEY_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 T = TypeVar("T")
 
 
@@ -41,8 +44,8 @@ class Price:
 class Remote:
     """A model that another server answers for."""
 
+    api: Api  # what it speaks: Anthropic's Messages, or OpenAI's chat completions
     url: str
-    api: Api = "openai"
     model: str = ""  # as it is called there; '': as here
     key_env: str = ""  # the environment variable that holds the key
     longest: int = 0  # tokens of its context; 0: not known
@@ -134,7 +137,8 @@ def read_serving(path: Path | str) -> Serving:
 
 def _served(document: Document, place: Place, found: Any) -> ServedModel:
     values = _mapping(document, place, found)
-    _only(document, place, values, ("base", "adapter", "remote", "price"))
+    own = [name.name for name in fields(Remote) if name.name != "api"] if "remote" in values else []
+    _only(document, place, values, ("base", "adapter", "remote", *own, "price"))
     ways = [key for key in ("base", "adapter", "remote") if key in values]
     if not ways or ("remote" in ways and len(ways) > 1):
         raise _wrong(
@@ -145,15 +149,34 @@ def _served(document: Document, place: Place, found: Any) -> ServedModel:
     for key in ("base", "adapter"):
         if key in values and not isinstance(values[key], str):
             raise _wrong(document, (*place, key), f"{key} is {values[key]!r}; expected a name of the registry or a folder")
-    remote = _made(Remote, document, (*place, "remote"), values["remote"], required=("url",)) if "remote" in values else None
-    if remote is not None and remote.api not in get_args(Api):
-        raise _wrong(document, (*place, "remote", "api"), f"api '{remote.api}' is unknown; one of {', '.join(get_args(Api))}")
-    if remote is not None and not remote.url.startswith(("http://", "https://")):
-        raise _wrong(
-            document, (*place, "remote", "url"), f"url '{remote.url}' is no address; expected http://... or https://..."
-        )
+    remote = _remote(document, place, values) if "remote" in values else None
     price = _made(Price, document, (*place, "price"), values["price"]) if "price" in values else None
     return ServedModel(values.get("base", ""), values.get("adapter", ""), remote, price)
+
+
+def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remote:
+    if values["remote"] not in get_args(Api):
+        raise _wrong(document, (*place, "remote"), f"remote is {values['remote']!r}; expected {' or '.join(get_args(Api))}")
+    own = {f.name: values[f.name] for f in fields(Remote) if f.name in values}
+    remote = _made(Remote, document, place, {**own, "api": values["remote"]}, required=("url",))
+    try:
+        parts = urlsplit(remote.url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    where = (*place, "url")
+    if not named or parts.scheme not in ("http", "https"):
+        raise _wrong(document, where, f"url '{remote.url}' is no address; expected http://... or https://...")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise _wrong(
+            document, where, "url holds a user, a query or a fragment; a key is named by key_env, and stands in no file"
+        )
+    if remote.key_env and not KEY_ENV.fullmatch(remote.key_env):
+        # Not repeated: it may be the key itself.
+        raise _wrong(document, (*place, "key_env"), "key_env is no name of an environment variable, such as UPSTREAM_KEY")
+    if remote.longest < 0:
+        raise _wrong(document, (*place, "longest"), f"longest is {remote.longest}; expected 0 or more")
+    return remote
 
 
 def _made(kind: type[T], document: Document, place: Place, found: Any, required: Collection[str] = ()) -> T:

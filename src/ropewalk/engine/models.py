@@ -15,13 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
+
 from ropewalk.chat.messages import Document, FileId, MessagesRequest, ReplyEvent, Turn, Usage
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.lines import EngineSettings
+from ropewalk.engine.remote import RemoteAnswerer
 from ropewalk.engine.sources import Sources
+from ropewalk.engine.upstream import Upstream, http_client
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
 from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
@@ -97,6 +101,7 @@ class Models:
         self._sources = Sources(store, fetch if self.serving.fetch_urls else None)
         self._places = Places(store)
         self._bases: dict[Path, Base] = {}
+        self._http: httpx.AsyncClient | None = None  # to the servers of remote models
         self._opening = asyncio.Lock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
@@ -175,6 +180,9 @@ class Models:
         for base in self._bases.values():
             await _stop(base)
         self._bases.clear()
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
 
     # -- files read as they are uploaded
 
@@ -240,7 +248,8 @@ class Models:
     def _listed(self, name: str) -> Listed:
         target = self._target(name)
         if target.base is None:
-            return Listed(name, name, self._since, None)
+            remote = (self.serving.models or {})[name].remote
+            return Listed(name, name, self._since, (remote.longest if remote is not None else 0) or None)
         opened = self._bases.get(target.base)
         longest = opened.client.longest if opened is not None else 0
         try:
@@ -307,7 +316,11 @@ class Models:
             return base.adapters[mark]
 
     def _remote(self, name: str) -> Answers:
-        raise ConfigError(f"'{name}' is a remote model, which this server cannot ask yet")
+        remote = (self.serving.models or {})[name].remote
+        assert remote is not None
+        if self._http is None:
+            self._http = http_client()
+        return RemoteAnswerer(self.store, self._sources, Upstream(name, remote, self._http))
 
 
 def _opened(folder: Path) -> tuple[str, Template]:

@@ -117,6 +117,7 @@ class _Reader:
             schema,
             False if stream is None else stream.boolean(),
             self.caching(body),
+            body.value["thinking"].get("budget_tokens", 0) if thinking else 0,
         )
 
     # -- what stands beside the conversation
