@@ -179,7 +179,7 @@ def test_a_files_chunks_are_shown_with_their_places(served, browser):
 
 
 def test_the_picture_of_the_docs(served, browser, monkeypatch, tmp_path):
-    """With SCREENSHOTS=docs, the one that the docs show."""
+    """With SCREENSHOTS=docs, the one that the docs show, where they say that its reply and its numbers are made up."""
     _, key = served.workspace("Claims")
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
     put(served, key, "Handbook for adjusters.md")
