@@ -25,7 +25,9 @@ from ropewalk.engine.event_stream import EventStream
 from ropewalk.engine.upstream import Upstream, http_client, retry_after
 from ropewalk.errors import OutputError, UpstreamFailed, UpstreamTimedOut
 from ropewalk.files.settings import Settings
+from ropewalk.server.node import Node
 from ropewalk.server.settings import ServerSettings
+from ropewalk.server.wire_messages import read_request
 from server.conftest import Running, running
 
 KEY = "sk-far-away-0815"
@@ -65,6 +67,8 @@ class Other:
 
     async def answer(self, request: Request) -> Response:
         self.asked.append((request.url.path, dict(request.headers), await request.json()))
+        if "messages" in request.url.path:  # what we send, our own server understands
+            read_request(Node(self.body), request.headers["anthropic-version"], counting="count" in request.url.path)
         answer = self.answers.pop(0)
         if answer.status != 200:
             return Response(answer.body, answer.status, answer.headers)
