@@ -1,6 +1,6 @@
 """The official SDKs against a running server: `make test-sdk`. Prints each run's closing line and writes test-sdk.json.
 
-For anthropic 2.12.0 the SDK's own tests of files and models, from its sdist; for every version, and for the npm package, our own
+For anthropic 2.12.0 the SDK's own tests of files, models, messages and batches, from its sdist; for every version, and for the npm package, our own
 behavioural tests. Each SDK lives in an environment of its own under .sdk/, apart from ours.
 """
 
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import environments
@@ -23,8 +24,11 @@ from served import Served, served
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OWN_MODULES = [
-    f"tests/api_resources/{name}" for name in ("test_files.py", "beta/test_files.py", "test_models.py", "beta/test_models.py")
+    f"tests/api_resources/{beta}{name}"
+    for name in ("test_files.py", "test_models.py", "test_messages.py", "messages/test_batches.py")
+    for beta in ("", "beta/")
 ]
+SERVING = "engine: {longest: 256, threads: 1}\n"  # random weights seldom say that they are done
 KINDS = ("passed", "failed", "expected_failures", "skipped")
 Counts = dict[str, int]
 
@@ -35,7 +39,7 @@ def main() -> int:
     results: dict[str, dict[str, Counts]] = {}
     if arguments.only in (None, "typescript"):
         environments.typescript()  # what is missing is said at once, not after the Python ones
-    with tempfile.TemporaryDirectory(prefix="ropewalk-sdk-") as folder, served(Path(folder)) as server:
+    with tempfile.TemporaryDirectory(prefix="ropewalk-sdk-") as folder, serving(Path(folder)) as server:
         if environments.OWN_TESTS in versions:
             results.setdefault(environments.OWN_TESTS, {})["own"] = own_tests(server)
         for version in versions:
@@ -58,6 +62,15 @@ def main() -> int:
             file=sys.stderr,
         )
     return int(failed)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    """A server whose model makes short replies."""
+    settings = folder / "models.yml"
+    settings.write_text(SERVING, encoding="utf-8")
+    with served(folder, "--models", str(settings)) as server:
+        yield server
 
 
 def own_tests(server: Served) -> Counts:

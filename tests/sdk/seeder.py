@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from anthropic.resources.messages.messages import DEPRECATED_MODELS
 from sqlalchemy import insert, select, update
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from ropewalk.batches.tables import batches
 from ropewalk.database import now
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.files.tables import files
+from ropewalk.models.base import make_base
 from ropewalk.registry import Registry
 from ropewalk.tenants.keys import USUAL_RIGHTS, create_key
 from ropewalk.tenants.secrets import workspace_purpose
@@ -37,7 +40,9 @@ from ropewalk.vault import new_key
 
 SECRET = "my-anthropic-api-key"
 FILE = "file_id"
+BATCH = "message_batch_id"
 MODEL = "model_id"
+ANSWERING = "claude-opus-5-5"  # asked for by name in the tests of messages; here a tiny base with random weights
 WORKSPACE = "wrkspc_011CZkZaBF1tNoB5wlCeusgy"
 PLENTY = 1_000_000  # requests per minute: no test is to meet the limit unless it asks for one
 AT_ONCE = 8
@@ -66,6 +71,10 @@ class Rows:
             made = await self.store.put(await self.store.local_caller(WORKSPACE), b"Example data", "example.txt")
             async with self.store.database.writing() as connection:
                 await connection.execute(update(files).where(files.c.id == made.id).values(id=FILE))
+        async with self.store.database.reading() as connection:
+            there = (await connection.execute(select(batches.c.id).where(batches.c.id == BATCH))).first()
+        if there is None:
+            await self._ended_batch()
         return {}
 
     async def workspace(
@@ -121,6 +130,15 @@ class Rows:
         Registry(self.data / "registry").publish_base(name, folder)
         return {}
 
+    async def _ended_batch(self) -> None:
+        """A batch that has ended, of no requests."""
+        caller, moment = await self.store.local_caller(WORKSPACE), now()
+        row = {"id": BATCH, "organization_id": caller.organization_id, "workspace_id": WORKSPACE, "rights": "", "version": ""}
+        counts = dict.fromkeys(("total", "unanswered", "succeeded", "errored", "canceled", "expired"), 0)
+        times = {"created_at": moment, "expires_at": moment, "ended_at": moment}
+        async with self.store.database.writing() as connection:
+            await connection.execute(insert(batches).values(**row, **counts, **times, complete=True))
+
     async def _fixed_workspace(self) -> None:
         async with self.store.database.reading() as connection:
             if (await connection.execute(select(workspaces.c.id).where(workspaces.c.id == WORKSPACE))).first():
@@ -138,6 +156,11 @@ class Rows:
             await connection.execute(insert(workspaces).values(row))
         await create_key(self.store.database, self.store.vault, WORKSPACE, "the SDK's own", secret=SECRET)
         await self.model(name=MODEL)
+        await asyncio.to_thread(make_base, self.data / "models" / ANSWERING, "qwen3_moe", size="tiny", seed=1)
+        registry = Registry(self.data / "registry")
+        registry.publish_base(ANSWERING, self.data / "models" / ANSWERING)
+        for name in DEPRECATED_MODELS:  # the SDK warns of them, and asks them all the same
+            registry.ship(name, ANSWERING)
 
 
 def app(data: Path, server: str) -> Starlette:
