@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,13 @@ def test_an_alias_is_followed_when_it_is_shipped_anew(asked, sdk, tiny, tmp_path
     assert sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text not in (base, adapted)
     registry.rollback("moving")
     assert sdk.messages.create(**{**HELLO, "model": "moving"}).content[0].text == base
+
+
+def test_a_model_whose_folder_is_gone_is_told(asked, sdk, tiny, tmp_path):
+    asked.app.state.registry.publish_adapter("gone", adapter(tiny, tmp_path / "gone", 1), "tiny")
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(anthropic.BadRequestError, match="there is no folder"):
+        sdk.messages.create(**{**HELLO, "model": "gone"})
 
 
 def test_thinking_comes_back_only_as_it_was_signed(sdk):

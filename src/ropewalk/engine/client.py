@@ -16,7 +16,7 @@ from typing import Any
 from ropewalk import errors
 from ropewalk.engine.lines import EngineSettings, read_event, write_request
 from ropewalk.engine.request import Event, Request
-from ropewalk.errors import EngineDied, Overloaded, RopewalkError
+from ropewalk.errors import BadInput, EngineDied, Overloaded, RopewalkError
 
 LINE = 1 << 26  # bytes of one line at most
 STOP_SECONDS = 10.0
@@ -47,8 +47,12 @@ class EngineClient:
             process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE, env=environment)
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps(asdict(self.settings)).encode() + b"\n")
-            first = await process.stdout.readline()
+            try:
+                process.stdin.write(json.dumps(asdict(self.settings)).encode() + b"\n")
+                first = await process.stdout.readline()
+            except asyncio.CancelledError:  # nobody knows the process yet: it would stay for ever
+                process.kill()
+                raise
             if not first:
                 raise EngineDied(f"the engine for {self.settings.base} did not start; its messages are on the error stream")
             ready = json.loads(first)
@@ -58,7 +62,8 @@ class EngineClient:
             self.longest, self._process = ready["longest"], process
             self._reader = asyncio.create_task(self._read(process))
             for name, folder in self._adapters.items():
-                await self._call("load_adapter", name=name, folder=folder)
+                with suppress(BadInput):  # its folder may be gone; the others are not to wait for it
+                    await self._call("load_adapter", name=name, folder=folder)
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """What a request brings, as it comes; closing the iterator cancels it at once."""

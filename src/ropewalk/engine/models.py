@@ -329,7 +329,8 @@ def _opened(folder: Path) -> tuple[str, Template]:
 
 async def _stop(base: Base) -> None:
     if base.starting is not None:
-        with suppress(RopewalkError):
+        base.starting.cancel()
+        with suppress(RopewalkError, asyncio.CancelledError):
             await base.starting
     await base.client.stop()
 

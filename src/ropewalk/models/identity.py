@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from ropewalk.errors import ModelError
 from ropewalk.models.folder import check_folder, read_header
 
 SAMPLE = 1024  # bytes of a tensor read at its beginning, its middle and its end: training changes all of them
@@ -29,5 +30,7 @@ def weights_digest(folder: Path) -> str:
 
 def stamp(folder: Path) -> str:
     """Changes whenever a file of the folder does, as far as sizes and times tell."""
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder} any more; publish the model again")
     parts = sorted((f.name, s.st_size, s.st_mtime_ns) for f in folder.iterdir() if (s := f.stat()) and f.is_file())
     return hashlib.sha256(repr((str(folder), parts)).encode()).hexdigest()[:24]
