@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -248,7 +249,7 @@ def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
 def _operation(route: Route, described: Operation, method: str) -> dict[str, Any]:
     in_path = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in route.param_convertors]
     found: dict[str, Any] = {
-        "operationId": f"{route.name}_{method.lower()}",
+        "operationId": "_".join([method.lower(), *re.findall(r"[A-Za-z0-9]+", route.path_format)]),
         "summary": described.summary,
         "parameters": [*in_path, *described.parameters, *([] if described.public else EVERYWHERE)],
         "responses": {str(status): _answer(status, schema, described) for status, schema in described.answers.items()},
