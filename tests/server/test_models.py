@@ -10,6 +10,8 @@ import pytest
 def published(server, tmp_path_factory):
     """Five bases, the last the newest, an adapter older than all, and an alias of the adapter."""
     registry, folder = server.app.state.registry, tmp_path_factory.mktemp("base")
+    others = registry.file.read_text() if registry.file.exists() else None  # published by tests before these
+    registry.file.unlink(missing_ok=True)
     for number in range(5):
         registry.publish_base(f"base-{number}", folder)
     registry.publish_adapter("house", folder, "base-0")
@@ -19,7 +21,9 @@ def published(server, tmp_path_factory):
         state["entries"][f"base-{number}"]["created"] = f"2026-01-02T00:00:0{number}+00:00"
     state["entries"]["house"]["created"] = "2026-01-01T00:00:00+00:00"
     registry.file.write_text(json.dumps(state))
-    return ["base-4", "base-3", "base-2", "base-1", "base-0", "house", "answers"]
+    yield ["base-4", "base-3", "base-2", "base-1", "base-0", "house", "answers"]
+    if others is not None:
+        registry.file.write_text(others)
 
 
 def test_the_official_client_pages_through_all_models(server, published):
