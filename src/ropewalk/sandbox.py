@@ -267,7 +267,9 @@ def _text(payload: bytes) -> str:
 def _memory_file(name: str) -> Iterator[int]:
     """A file without a name or a place on disk, so that plain content never touches one; the process inherits it."""
     if sys.platform != "linux":
-        raise RopewalkError(f"a process can be confined on Linux only, and this is {sys.platform}: run the server in a container")
+        raise RopewalkError(
+            f"a process can be confined on Linux only, and this is {sys.platform}: run the server in a container"
+        )
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         yield file
