@@ -70,8 +70,12 @@ def ask_json(method, path, make):
     return lambda things, token: (method, path.format(things=things), {"json": make(things)})
 
 
-def ask_form(path):
-    return lambda things, token: ("POST", path.format(things=things), {"data": {"csrf": token}})
+def ask_form(path, **fields):
+    def request(things, token):
+        data = {"csrf": token, **{name: value.format(things=things) for name, value in fields.items()}}
+        return "POST", path.format(things=things), {"data": data}
+
+    return request
 
 
 # Routes that take an id: what to ask, the status for who has the thing, and the status for everybody else.
@@ -175,6 +179,9 @@ PAGES = {
     ("GET", "/files/{id}/content"): [(ask("GET", "/files/{things.file}/content"), 200, 404)],
     ("GET", "/files/{id}/pages/{number}"): [(ask("GET", "/files/{things.file}/pages/1"), None, 404)],
     ("GET", "/files/{id}/delete"): [(ask("GET", "/files/{things.file}/delete"), 200, 404)],
+    ("GET", "/files/{id}/chunks"): [(ask("GET", "/files/{things.file}/chunks"), 200, 404)],
+    ("GET", "/chat"): [(ask("GET", "/chat?file={things.file}"), 200, 200)],
+    ("POST", "/chat"): [(ask_form("/chat", question="When?", model="nobody", file="{things.file}"), 404, 404)],
     ("POST", "/files/{id}/delete"): [(ask_form("/files/{things.file}/delete"), 303, 404)],
     ("GET", "/files/{id}/receipt/{sequence}"): [(ask("GET", "/files/{things.deleted}/receipt/{things.sequence}"), 200, 404)],
     ("GET", "/files/{id}/receipt/{sequence}/json"): [

@@ -73,6 +73,8 @@ class Multipart:
         # What every client known writes after the last part: a line break, the boundary between dashes, a line break.
         self.closing = len(boundary) + 8
         self.finished = False
+        self._delimiter = b"--" + boundary
+        self._opening: bytes | None = b""  # what has come before the first boundary is whole; None once it is
         self._received = 0  # bytes of the chunks before this one
         self._chunk = b""
         self._events: list[Event] = []
@@ -83,16 +85,31 @@ class Multipart:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """What these bytes of the body bring."""
+        if self._opening is not None:
+            chunk = self._opened(chunk)
+            if not chunk:
+                return []
         self._chunk = chunk
         try:
             self._parser.write(chunk)
         except FormParserError as error:
             raise BadInput(f"the body is not multipart/form-data as its Content-Type says: {error}") from error
         self._received += len(chunk)
-        if not self._parts and self._received > MAX_PREAMBLE and not self.finished:
-            raise BadInput("the body is not multipart/form-data as its Content-Type says: it does not begin with the boundary")
         events, self._events = self._events, []
         return events
+
+    def _opened(self, chunk: bytes) -> bytes:
+        """The bytes from the first boundary on, once it is whole; line breaks before it are let pass."""
+        assert self._opening is not None
+        self._opening += chunk
+        begins = self._opening.lstrip(b"\r\n")
+        blank = len(self._opening) - len(begins)
+        if blank > MAX_PREAMBLE or not (begins.startswith(self._delimiter) or self._delimiter.startswith(begins)):
+            raise BadInput("the body is not multipart/form-data as its Content-Type says: it does not begin with the boundary")
+        if len(begins) < len(self._delimiter):
+            return b""
+        self._opening, self._received = None, blank
+        return begins
 
     def close(self) -> None:
         """Raises unless the closing boundary has come: a body cut short is never taken for a whole one."""
