@@ -249,7 +249,7 @@ def test_who_leaves_costs_the_engine_nothing_more(asked):
             next(response.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/messages", json=body, timeout=0.3)
-    for _ in range(50):
+    for _ in range(200):
         if stats(asked)["requests"] == 0:
             return
         time.sleep(0.05)
