@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import string
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ropewalk.batches.tables import batch_items, batches
 from ropewalk.database import Database, now
 from ropewalk.errors import BadInput, NotFound
+from ropewalk.ids import new_id
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
 from ropewalk.tenants.workspaces import workspace_key
@@ -33,7 +33,6 @@ LIFE = 24 * HOUR  # what is not answered by then has expired
 KEPT = 29 * 24 * HOUR  # results, after the batch was created
 PORTION, PORTION_BYTES = 500, 4 << 20  # of one transaction
 PAGE = 100  # results read at once
-ALPHABET = string.digits + string.ascii_letters
 
 Outcome = Literal["succeeded", "errored", "canceled", "expired"]
 Asked = tuple[str, Mapping[str, Any]]  # custom_id, params
@@ -106,7 +105,7 @@ class Ledger:
     async def create(self, caller: Caller, version: str, asked: Sequence[Asked]) -> Batch:
         """A batch of these requests; durable when it returns."""
         caller.needs("write")
-        id, moment, key = "msgbatch_" + "".join(secrets.choice(ALPHABET) for _ in range(24)), now(), new_key()
+        id, moment, key = new_id("msgbatch"), now(), new_key()
         async with self.database.reading() as connection:
             sealed = wrap(await workspace_key(connection, self.vault, caller.workspace_id), key, _purpose(id))
         batch = Batch(

@@ -6,11 +6,11 @@ of a marker is held back until it is known. What each family writes is in dialec
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ropewalk.chat.messages import BlockEnded, BlockStarted, Delta, ReplyEvent, Text, Thinking, ToolUse
+from ropewalk.ids import new_id
 
 
 class Parser(Protocol):
@@ -72,7 +72,7 @@ class Blocks:
     def call(self, name: str, id: str = "") -> None:
         """A call begins; without an id, it is given one."""
         self.end()
-        self._begin(ToolUse(id or "toolu_" + secrets.token_hex(12), name, {}))
+        self._begin(ToolUse(id or new_id("toolu"), name, {}))
 
     def input(self, text: str) -> None:
         if text:

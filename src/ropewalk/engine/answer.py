@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Spa
 from ropewalk.engine.sources import Sources
 from ropewalk.errors import BadInput
 from ropewalk.files.store import Store
+from ropewalk.ids import new_id
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
 from ropewalk.vault import derive
@@ -90,7 +90,7 @@ class Answerer:
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage:
         """Reads the documents of a conversation ahead of its first question."""
         prompt, _, _ = await self._prompt(caller, request, whole=True)  # which parts are shown, only a question tells
-        sent = Request(_id(), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
+        sent = Request(new_id("msg"), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
             event = await anext(events)
         created, read = event.created or 0, event.read or 0
@@ -117,7 +117,7 @@ class Answerer:
                 "leave a document out, or ask about a part of it"
             )
         sent = Request(
-            _id(),
+            new_id("msg"),
             await self._spans(caller, prompt),
             prompt.tail,
             min(request.max_tokens, room),
@@ -295,7 +295,3 @@ class _Text:
         """What was held back."""
         said, self._held = self._held, ""
         return said
-
-
-def _id() -> str:
-    return "msg_" + secrets.token_hex(12)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +16,6 @@ from ropewalk.files.tables import blobs, files
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
 
-ALPHABET = string.digits + string.ascii_letters
-ID_CHARACTERS = 24  # 142 bits
 ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what is none is not looked for: not every database can be asked for every text
 
 Place = tuple[int, str]  # (created_at, id): where a file stands in a list
@@ -78,11 +74,6 @@ class Stored:
     file: File
     sealed_data_key: bytes
     sealed_workspace_key: bytes
-
-
-def new_id(prefix: str) -> str:
-    """A random id: file_..., wrkspc_..."""
-    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(ID_CHARACTERS))
 
 
 def visible(caller: Caller) -> ColumnElement[bool]:

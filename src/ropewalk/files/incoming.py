@@ -28,6 +28,7 @@ from ropewalk.files.catalog import File
 from ropewalk.files.media import sniff
 from ropewalk.files.names import extension_of, stored_name
 from ropewalk.files.tables import blobs, erasures, files, uploads
+from ropewalk.ids import new_id
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -180,7 +181,7 @@ class Incoming:
             await connection.execute(insert(erasures).values(place="blobs", stored=self.id))
         created = now()
         row: dict[str, Any] = {
-            "id": catalog.new_id("file_"),
+            "id": new_id("file"),
             "workspace_id": self._caller.workspace_id,
             "user_id": self._caller.user_id,
             "key_id": self._caller.key_id,

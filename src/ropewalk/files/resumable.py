@@ -22,13 +22,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
 from ropewalk.errors import QuotaExceeded, ResumeFailed, TooLarge
-from ropewalk.files import catalog
 from ropewalk.files.catalog import File
 from ropewalk.files.incoming import Incoming
 from ropewalk.files.names import stored_name
 from ropewalk.files.parts import LIFE, Part, Resumable, as_resumable, contents, late, missing
 from ropewalk.files.store import Store
 from ropewalk.files.tables import erasures, parts, resumables
+from ropewalk.ids import new_id
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
@@ -57,7 +57,7 @@ async def create(
     if length > store.max_file_bytes:
         raise TooLarge(f"the file is larger than {store.max_file_bytes:,} bytes, the most that a file may have here")
     stored_name(filename, "")  # a name that cannot be kept is told before the bytes come
-    id, moment = catalog.new_id("upload_"), now()
+    id, moment = new_id("upload"), now()
     async with store.database.reading() as connection:
         sealed = wrap(await workspace_key(connection, store.vault, caller.workspace_id), new_key(), f"resumable {id}")
     upload = Resumable(

@@ -21,13 +21,14 @@ from ropewalk.engine.models import Models
 from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
+from ropewalk.ids import new_id
 from ropewalk.registry import Registry
 from ropewalk.server import admin, batches, chat, extensions, files, logs, messages, models, openapi, operations, pages
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
 from ropewalk.server.settings import ServerSettings
-from ropewalk.server.wire import JSON, Failure, failure, new_request_id
+from ropewalk.server.wire import JSON, Failure, failure
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
@@ -180,7 +181,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
-        self.request_id = new_request_id()
+        self.request_id = new_id("req")
         self.status: int | None = None
         self.received = self.sent = 0
         self._began = time.perf_counter()

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 from ropewalk.batches.ledger import Item, Ledger
 from ropewalk.engine.models import Models
+from ropewalk.ids import new_id
 from ropewalk.server import body, logs
 from ropewalk.server.auth import caller_of
 from ropewalk.server.batch_runner import BatchRunner
@@ -21,7 +22,7 @@ from ropewalk.server.messages import answer_of, new_message_id, version_of
 from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, named, operation, query, record
 from ropewalk.server.operations import Metrics
-from ropewalk.server.wire import JSON, failure, new_request_id
+from ropewalk.server.wire import JSON, failure
 from ropewalk.server.wire_batches import (
     batch_body,
     batch_deleted,
@@ -130,7 +131,7 @@ async def _answer(app: Starlette, item: Item) -> Mapping[str, Any]:
 
 def _failed(error: BaseException) -> Mapping[str, Any]:
     """The result of a request that came to nothing; what is our own fault is in the log, under the id that it names."""
-    request_id = new_request_id()
+    request_id = new_id("req")
     if failure(error).status == 500:
         logs.event("batch_request_failed", logging.ERROR, error, request_id=request_id)
     return errored(error, request_id)

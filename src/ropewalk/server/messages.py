@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-import string
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -17,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Retrieved
 from ropewalk.engine.models import Models
+from ropewalk.ids import new_id
 from ropewalk.server import body, logs
 from ropewalk.server.auth import caller_of
 from ropewalk.server.node import Node
@@ -32,7 +31,6 @@ T = TypeVar("T")
 MAX_BYTES = 32_000_000
 PING_SECONDS = 10.0  # without a word from the model, a stream says that it is still there
 FIRST_SECONDS = 5.0  # so long an error can still be the answer's status; then the stream begins
-ALPHABET = string.digits + string.ascii_letters
 
 
 @operation(
@@ -41,7 +39,7 @@ ALPHABET = string.digits + string.ascii_letters
 async def create(request: Request) -> Response:
     """POST /v1/messages"""
     asked = await _asked(request)
-    writer = ReplyWriter(new_message_id(), asked.model, asked.caching, extended=dialect(request.headers).extensions)
+    writer = ReplyWriter(new_id("msg"), asked.model, asked.caching, extended=dialect(request.headers).extensions)
     events = _events(request, asked)
     if not asked.stream:
         return JSON(await unless_gone(request, _whole(writer, events)), headers=writer.headers())
@@ -97,10 +95,6 @@ async def warm(request: Request) -> JSON:
     usage = await unless_gone(request, answerer.warm(caller, whole))
     told = {"cache_creation_input_tokens": usage.cache_creation, "cache_read_input_tokens": usage.cache_read}
     return JSON({"type": "file_warmed", "file_id": id, "model": whole.model, "usage": told})
-
-
-def new_message_id() -> str:
-    return "msg_" + "".join(secrets.choice(ALPHABET) for _ in range(24))
 
 
 def version_of(request: Request) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ropewalk.ids import new_id
 from ropewalk.server.transport import Unlocked, unlocked
-from ropewalk.server.wire import JSON, Failure, new_request_id
+from ropewalk.server.wire import JSON, Failure
 
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a request, to the end of its headers
 HEAD_BYTES = 65_536  # that bring neither the end of the headers nor a byte of the body
@@ -81,7 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answers what never became a request of the application's, unless another answer is on its way, and ends the connection."""
         if self.cycle is None or self.cycle.response_complete:
-            request_id = new_request_id()
+            request_id = new_id("req")
             content = bytes(JSON(Failure(status, "invalid_request_error", message).body(request_id)).body)
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nrequest-id: {request_id}\r\ncontent-type: application/json\r\n"
             self.transport.write(f"{head}content-length: {len(content)}\r\nconnection: close\r\n\r\n".encode() + content)

@@ -11,8 +11,6 @@ import binascii
 import hashlib
 import hmac
 import json
-import secrets
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +36,6 @@ VERSIONS = ("2023-06-01", "2026-10-21")
 FILES_BETA = "files-api-2025-04-14"
 AGENTS_BETA = "managed-agents-2026-04-01"
 EXTENSIONS = "x-ropewalk-extensions"  # a request header; with it, answers hold what the Claude API does not know
-ALPHABET = string.digits + string.ascii_letters
 MAC_BYTES = 16
 
 
@@ -74,10 +71,6 @@ class JSON(Response):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")  # halves of characters
-
-
-def new_request_id() -> str:
-    return "req_" + "".join(secrets.choice(ALPHABET) for _ in range(24))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
 from ropewalk.errors import BadInput, NotFound, PermissionDenied
+from ropewalk.ids import new_id
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import RIGHTS, Caller
 from ropewalk.tenants.secrets import open_secret
 from ropewalk.tenants.tables import keys, workspaces
 from ropewalk.tenants.workspaces import COLUMNS as WORKSPACE_COLUMNS
-from ropewalk.tenants.workspaces import DEFAULT, PAGE, Page, Workspace, acting, find_workspace, new_id, organization, page_of
+from ropewalk.tenants.workspaces import DEFAULT, PAGE, Page, Workspace, acting, find_workspace, organization, page_of
 from ropewalk.vault import Vault
 
 USUAL_RIGHTS = frozenset({"read", "write", "download"})

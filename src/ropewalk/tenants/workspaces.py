@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
@@ -14,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
 from ropewalk.errors import BadInput, NotFound
+from ropewalk.ids import new_id
 from ropewalk.tenants.audit import append, start_chain
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.quotas import set_limit, usage
@@ -26,7 +25,6 @@ DEFAULT = "default"  # the name of the organisation and of the workspace that th
 DOWNLOADS = ("owner", "nobody")
 PAGE = 1000  # the most that a list gives at once
 Item = TypeVar("Item")
-_ALPHABET = string.digits + string.ascii_letters
 _NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
 _MOST = 1 << 62
 
@@ -55,11 +53,6 @@ class Page(Generic[Item]):
 COLUMNS = [workspaces.c[field.name] for field in fields(Workspace)]
 WANTED = bindparam("wanted", type_=Text)
 NAMED = select(*COLUMNS).where((workspaces.c.id == WANTED) | (workspaces.c.name == WANTED))  # once: every request asks it
-
-
-def new_id(kind: str) -> str:
-    """A random id: `wrkspc_` and 24 letters and digits, 142 bits."""
-    return f"{kind}_{''.join(secrets.choice(_ALPHABET) for _ in range(24))}"
 
 
 async def ensure_default(database: Database, vault: Vault) -> Workspace:
