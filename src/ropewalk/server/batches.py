@@ -18,7 +18,7 @@ from ropewalk.server import body, logs
 from ropewalk.server.auth import caller_of
 from ropewalk.server.batch_runner import BatchRunner
 from ropewalk.server.files import MAX_LIMIT, limit_of
-from ropewalk.server.messages import answer_of, new_message_id, version_of
+from ropewalk.server.messages import answer_of, version_of
 from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, named, operation, query, record
 from ropewalk.server.operations import Metrics
@@ -124,7 +124,7 @@ async def _answer(app: Starlette, item: Item) -> Mapping[str, Any]:
     models: Models = app.state.models
     metrics: Metrics = app.state.metrics
     asked = read_item(item.params, item.batch.version)
-    writer = ReplyWriter(new_message_id(), asked.model, asked.caching)
+    writer = ReplyWriter(new_id("msg"), asked.model, asked.caching)
     async with aclosing(answer_of(models, metrics, item.batch.owner, asked)) as events:  # type: ignore[type-var]
         return succeeded(await writer.message(events))
 
