@@ -131,3 +131,9 @@ LLAMAFACTORY = Environment(
     libraries_off=("torchaudio",),
 )
 OGX = Environment("ogx", ("ogx==1.5.0",), ("ogx", "--help"), ("ogx",), torch=False, python=(3, 12))
+TRANSFORMERS_SERVE = Environment(
+    "transformers_serve",
+    ("transformers[serving]==5.23.0",),
+    ("python", "-c", "import transformers.cli.serve"),
+    ("transformers", "torch"),
+)
