@@ -151,10 +151,29 @@ class MessagesRequest:
                 found += [part for part in inner if isinstance(part, Document)]
         return found
 
+    def files(self) -> list[str]:
+        """The stored files that are asked about, each once."""
+        found: dict[str, None] = {}
+        for turn in self.turns:
+            for block in turn.blocks:
+                for part in block.content if isinstance(block, ToolResult) else (block,):
+                    if isinstance(part, Document | Image) and isinstance(part.source, FileId):
+                        found[part.source.id] = None
+        return list(found)
+
 
 # -- what is answered
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
+
+
+@dataclass(frozen=True)
+class FileUsage:
+    """What of a prompt's tokens is a stored file's."""
+
+    file_id: str
+    cache_creation: int = 0
+    cache_read: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,7 @@ class Usage:
     cache_creation: int = 0  # read now and kept
     cache_read: int = 0  # read before
     output: int = 0
+    files: tuple[FileUsage, ...] = ()  # the share of each stored file; what another server reads is not told by file
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,19 @@ from typing import Any
 
 from ropewalk.chat.dialects.known import dialect_of
 from ropewalk.chat.framing import framing
-from ropewalk.chat.messages import Document, Image, MessagesRequest, Text, Thinking, Tool, ToolResult, ToolUse, Turn
+from ropewalk.chat.messages import (
+    Document,
+    FileUsage,
+    Image,
+    MessagesRequest,
+    Text,
+    Thinking,
+    Tool,
+    ToolResult,
+    ToolUse,
+    Turn,
+    Usage,
+)
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput
 
@@ -48,6 +60,22 @@ class Prompt:
     @property
     def length(self) -> int:
         return sum(len(piece.ids) for piece in self.prefix) + len(self.tail)
+
+    def usage(self, created: int, read: int, output: int = 0) -> Usage:
+        """What the prompt cost: its first `read` ids were read before, the `created` after them now, and kept."""
+        shares: dict[str, tuple[int, int]] = {}
+        begin, named = 0, 0
+        for piece in self.prefix:
+            end = begin + len(piece.ids)
+            if len(piece.files) > named:  # it ends with this document
+                named = len(piece.files)
+                old_created, old_read = shares.get(piece.files[-1], (0, 0))
+                found = max(0, min(end, read) - begin)
+                made = max(0, min(end, read + created) - max(begin, read))
+                shares[piece.files[-1]] = (old_created + made, old_read + found)
+            begin = end
+        files = tuple(FileUsage(id, *share) for id, share in shares.items())
+        return Usage(self.length - created - read, created, read, output, files)
 
 
 @dataclass

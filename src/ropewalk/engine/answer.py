@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -93,8 +93,7 @@ class Answerer:
         sent = Request(new_id("msg"), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
             event = await anext(events)
-        created, read = event.created or 0, event.read or 0
-        return Usage(prompt.length - created - read, created, read)
+        return prompt.usage(event.created or 0, event.read or 0)
 
     async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
         """The reply, as it comes; closing the iterator ends it at once."""
@@ -149,8 +148,7 @@ class Answerer:
         reason: StopReason = "end_turn"
         async for event in events:
             if event.read is not None:
-                created = event.created or 0
-                usage = Usage(prompt.length - event.read - created, created, event.read)
+                usage = prompt.usage(event.created or 0, event.read)
                 yield Started(usage)
             produced += len(event.ids)
             for said in signatures.sign(cited(parser.feed(text.feed(event.ids)))):
@@ -166,8 +164,7 @@ class Answerer:
             yield said
         if parser.called and reason == "end_turn":
             reason = "tool_use"
-        whole = Usage(usage.input, usage.cache_creation, usage.cache_read, produced)
-        yield Ended(reason, text.stopped_by, whole)
+        yield Ended(reason, text.stopped_by, replace(usage, output=produced))
 
     # -- prompts
 

@@ -21,7 +21,8 @@ from ropewalk.chat.messages import (
     Thinking,
     Turn,
 )
-from ropewalk.engine.models import Answers, Models
+from ropewalk.engine.counted import Answers
+from ropewalk.engine.models import Models
 from ropewalk.errors import NotFound, Overloaded
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store

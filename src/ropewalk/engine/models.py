@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
-from ropewalk.chat.messages import Document, FileId, MessagesRequest, ReplyEvent, Turn, Usage
+from ropewalk.chat.messages import Document, FileId, MessagesRequest, Turn, Usage
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
+from ropewalk.engine.counted import Answers, Counted
 from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.remote import RemoteAnswerer
 from ropewalk.engine.sources import Sources
@@ -30,6 +31,7 @@ from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, Ropew
 from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
 from ropewalk.files.store import Store
+from ropewalk.files.token_ledger import TokenLedger
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
 from ropewalk.registry import Registry
@@ -41,16 +43,6 @@ AHEAD = 2  # files that are read ahead at once: questions come first
 AHEAD_TRIES = 20
 
 log = logging.getLogger("ropewalk.engine")
-
-
-class Answers(Protocol):
-    """Whoever answers: an engine of this machine, or another server."""
-
-    async def count(self, caller: Caller, request: MessagesRequest) -> int: ...
-
-    async def warm(self, caller: Caller, request: MessagesRequest) -> Usage: ...
-
-    def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +90,7 @@ class Models:
 
     def __init__(self, store: Store, registry: Registry, serving: Serving | None = None) -> None:
         self.store, self.registry, self.serving = store, registry, serving or Serving()
+        self.ledger = TokenLedger(store.database)
         self._sources = Sources(store, fetch if self.serving.fetch_urls else None)
         self._places = Places(store)
         self._bases: dict[Path, Base] = {}
@@ -111,6 +104,9 @@ class Models:
 
     async def answerer(self, name: str, *, loaded: bool = True) -> Answers:
         """Who answers for this name now. `loaded`: ready to answer, not only to count."""
+        return Counted(name, await self._answerer(name, loaded), self.ledger)
+
+    async def _answerer(self, name: str, loaded: bool) -> Answers:
         target = await asyncio.to_thread(self._target, name)
         if target.base is None:
             return self._remote(name)
@@ -183,6 +179,7 @@ class Models:
         if self._http is not None:
             await self._http.aclose()
             self._http = None
+        await self.ledger.close()
 
     # -- files read as they are uploaded
 

@@ -85,7 +85,8 @@ def usage(found: Mapping[str, Any] | None, before: Usage | None = None) -> Usage
     told = [(found or {}).get(name) for name in names]
     before = before or Usage()
     known = (before.input, before.cache_creation, before.cache_read, before.output)
-    return Usage(*(count if isinstance(count, int) else old for count, old in zip(told, known, strict=True)))
+    input, created, read, output = (count if isinstance(count, int) else old for count, old in zip(told, known, strict=True))
+    return Usage(input, created, read, output)
 
 
 class Replies:

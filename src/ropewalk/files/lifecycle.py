@@ -17,6 +17,7 @@ from ropewalk.failpoints import failpoint
 from ropewalk.files import catalog, resumable
 from ropewalk.files.store import Doomed, Store
 from ropewalk.files.tables import blobs, derived, erasures, files, parts, uploads
+from ropewalk.files.token_ledger import sample_storage
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -98,6 +99,7 @@ async def sweep(store: Store, *, thorough: bool = True) -> SweepReport:
     report.orphans = await _sweep_staged(store)
     report.erased = await _erase_again(store)
     report.purged = await _purge(store)
+    await sample_storage(store.database)
     if thorough:
         report.orphans += await _sweep_published(store)
         report.missing = await _find_missing(store)

@@ -30,7 +30,7 @@ from ropewalk.files.content import Content
 from ropewalk.files.incoming import Incoming
 from ropewalk.files.receipts import Receipt, issue
 from ropewalk.files.settings import Settings
-from ropewalk.files.tables import blobs, derived, erasures, files
+from ropewalk.files.tables import blobs, derived, erasures, file_token_days, files
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -185,6 +185,7 @@ class Store:
             # Locked first: a file that expires, or is deleted by another, between the look and the DELETE would be given back twice.
             await connection.execute(select(files.c.id).where(files.c.id == id, catalog.visible(caller)).with_for_update())
             file = await catalog.find(connection, caller, id)
+            counted = await connection.execute(delete(file_token_days).where(file_token_days.c.file_id == id))
             gone = await connection.execute(delete(files).where(files.c.id == id))
             if not gone.rowcount:  # somebody else's DELETE was first
                 raise catalog.missing(id)
@@ -202,7 +203,7 @@ class Store:
                 created_at=file.created_at,
                 content="expired" if file.blob_id is None else "shared" if left.shared else "erased",
                 shared_with=left.shared,
-                derived=left.kinds,
+                derived=tuple(sorted({*left.kinds, *(("token_counts",) if counted.rowcount else ())})),
                 adapters=adapters,
                 user_id=file.user_id,
             )

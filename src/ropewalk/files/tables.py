@@ -55,6 +55,17 @@ uploads = Table(  # uploads in flight: what they have reserved, and until when t
     Column("created_at", BigInteger, nullable=False),
 )
 
+file_token_days = Table(  # what questions about a file cost and did not; dies with it
+    "file_token_days",
+    metadata,
+    Column("file_id", Text, ForeignKey("files.id", ondelete="CASCADE"), primary_key=True),
+    Column("day", Text, primary_key=True),  # UTC, as 2026-11-22
+    Column("model", Text, primary_key=True),
+    Column("questions", BigInteger, nullable=False),
+    Column("cache_creation", BigInteger, nullable=False),  # tokens of the file that were read and kept
+    Column("cache_read", BigInteger, nullable=False),  # tokens of the file that were not read again
+)
+
 derived = Table(  # everything made from a file; dies with it
     "derived",
     metadata,

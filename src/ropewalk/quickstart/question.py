@@ -24,7 +24,8 @@ from ropewalk.chat.messages import (
     Usage,
 )
 from ropewalk.config.serving import EngineOptions, Serving
-from ropewalk.engine.models import Answers, Models
+from ropewalk.engine.counted import Answers
+from ropewalk.engine.models import Models
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
 from ropewalk.tenants.caller import Caller

@@ -142,8 +142,8 @@ async def answer_of(models: Models, metrics: Metrics, caller: Caller, asked: Mes
     async with aclosing(answerer.stream(caller, asked)) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Ended):
-                for kind, count in vars(event.usage).items():
-                    metrics.tokens.labels(kind).inc(count)
+                for kind in ("input", "cache_creation", "cache_read", "output"):
+                    metrics.tokens.labels(kind).inc(getattr(event.usage, kind))
             yield event
 
 

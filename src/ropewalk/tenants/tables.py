@@ -56,6 +56,29 @@ usage = Table(
     Column("limit_files", BigInteger),
 )
 
+token_days = Table(  # what questions cost; a row outlives the files that were asked about, and names none of them
+    "token_days",
+    metadata,
+    Column("workspace_id", Text, primary_key=True),
+    Column("day", Text, primary_key=True),  # UTC, as 2026-11-22
+    Column("model", Text, primary_key=True),
+    Column("user_id", Text, primary_key=True),  # '': nobody's in particular
+    Column("requests", BigInteger, nullable=False),
+    Column("input", BigInteger, nullable=False),
+    Column("cache_creation", BigInteger, nullable=False),
+    Column("cache_read", BigInteger, nullable=False),
+    Column("output", BigInteger, nullable=False),
+    Index("token_days_day", "day"),
+)
+
+storage_days = Table(  # the most that a workspace had stored on a day, of what was seen
+    "storage_days",
+    metadata,
+    Column("workspace_id", Text, primary_key=True),
+    Column("day", Text, primary_key=True),
+    Column("used_bytes", BigInteger, nullable=False),
+)
+
 audit = Table(
     "audit",
     metadata,
