@@ -50,7 +50,7 @@ FOLDERS = {
     "sandbox_child": {"confinement"},
     "confinement": set(),
 }
-TOP = {"cli", "quickstart", "__main__"}  # may import everything
+TOP = {"cli", "verbs", "quickstart", "__main__"}  # may import everything; a room's verbs.py is part of the command line
 LIGHT = [
     "ropewalk.cli",
     "ropewalk.errors",
@@ -95,10 +95,17 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_point_down(path):
     here = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    if here in TOP or here == "__init__":
+    if here in TOP or here == "__init__" or path.name == "verbs.py":
         return
     allowed = FOLDERS[here] | {here} | (set() if here == "kernels" else {"errors"})
     assert {room(m) for m in imports(path)} <= allowed
+
+
+def test_what_belongs_to_the_command_line_is_imported_by_nothing_else():
+    ours = [path for path in SOURCE.rglob("*.py") if path.name not in ("cli.py", "verbs.py", "__main__.py")]
+    assert {
+        str(path): found for path in ours if (found := {m for m in imports(path) if m.split(".")[-1] in ("cli", "verbs")})
+    } == {}
 
 
 def test_every_init_file_is_empty():

@@ -1,237 +1,250 @@
-"""The arguments of `workspaces`, `keys` and `audit`. Imports nothing heavy: every command line reads this."""
+"""The arguments of `workspaces`, `keys` and `audit`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
+
+from ropewalk.verbs import Verb, Verbs, add_verb, blobs_argument, database_arguments, json_argument, settings_of
 
 if TYPE_CHECKING:
     from ropewalk.tenants.commands import Place
 
-Verb: TypeAlias = Callable[[argparse.Namespace], int]
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Add: TypeAlias = Callable[[Verbs, str, str, str, Verb | None], argparse.ArgumentParser]
 NONE = "or 'none'"
 
 
-class Tenants:
-    """Adds the verbs to a command line; `place` says where the store is that the arguments mean."""
+def add_verbs(verbs: Verbs) -> None:
+    """`workspaces ...`, `keys ...` and `audit ...`."""
+    _workspaces(add_verb(verbs, "workspaces", "tenants", "ropewalk workspaces list"))
+    _keys(add_verb(verbs, "keys", "who may ask, and for what", "ropewalk keys create --name laptop"))
+    _audit(add_verb(verbs, "audit", "the log of who did what", "ropewalk audit verify"))
 
-    def __init__(self, add: Add, place: Callable[[argparse.Namespace], Place], delete_workspace: Verb) -> None:
-        self._add_verb, self._place, self._delete_workspace = add, place, delete_workspace
 
-    def add(self, verbs: Verbs) -> None:
-        """The three groups."""
-        self._workspaces(self._add_verb(verbs, "workspaces", "tenants", "ropewalk workspaces list", None))
-        self._keys(self._add_verb(verbs, "keys", "who may ask, and for what", "ropewalk keys create --name laptop", None))
-        self._audit(self._add_verb(verbs, "audit", "the log of who did what", "ropewalk audit verify", None))
+# -- workspaces ----------------------------------------------------------------------------------------------------------------
 
-    # -- workspaces
 
-    def _workspaces(self, group: argparse.ArgumentParser) -> None:
-        inner = group.add_subparsers(metavar="VERB")
-        create = self._verb(
-            inner, "workspaces create", "make a workspace and print its id", "acme --limit-bytes 50GB", self._create_workspace
-        )
-        create.add_argument("name")
-        create.add_argument("--limit-bytes", metavar="SIZE", help="such as 50GB (default: what is set for new workspaces)")
-        create.add_argument("--limit-files", metavar="N", help="(default: what is set for new workspaces)")
-        _settings_arguments(create)
-        listed = self._verb(inner, "workspaces list", "list workspaces, newest first", "--limit 100", self._list_workspaces)
-        listed.add_argument("--archived", action="store_true", help="archived ones too")
-        _paging_arguments(listed)
-        archive = self._verb(
-            inner, "workspaces archive", "close a workspace for good: its keys end at once", "acme", self._archive_workspace
-        )
-        archive.add_argument("workspace", help="name or id")
-        delete = self._verb(
-            inner,
-            "workspaces delete",
-            "archive a workspace, erase every file in it, destroy its key, and print the signed receipts, one a line",
-            "acme --yes --receipts acme.jsonl",
-            self._delete_workspace,
-        )
-        delete.add_argument("workspace", help="name or id")
-        delete.add_argument(
-            "--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)"
-        )
-        delete.add_argument("--yes", action="store_true", help="without it, only the number of files is told")
-        delete.add_argument(
-            "--receipts", type=Path, metavar="FILE", help="add the receipts to this file instead of printing them"
-        )
-        limit = self._verb(
-            inner,
-            "workspaces limit",
-            "show what is used and may be; set limits of a workspace, a user, a key or all together",
-            "acme --bytes 50GB --files none",
-            self._limit,
-        )
-        whose = limit.add_mutually_exclusive_group()
-        limit.add_argument("workspace", nargs="?", help="name or id")
-        limit.add_argument("--bytes", metavar="SIZE", help=f"such as 50GB, {NONE}")
-        limit.add_argument("--files", metavar="N", help=f"a number, {NONE}")
-        limit.add_argument("--user", help="of this user of the workspace")
-        whose.add_argument("--key", metavar="ID", help="of a key")
-        whose.add_argument("--organization", action="store_true", help="of everything together")
-        whose.add_argument("--new-workspaces", action="store_true", help="of each workspace that is made from now on")
-        _settings_arguments(limit)
+def _workspaces(group: argparse.ArgumentParser) -> None:
+    inner = group.add_subparsers(metavar="VERB")
+    create = _verb(
+        inner, "workspaces create", "make a workspace and print its id", "acme --limit-bytes 50GB", _create_workspace
+    )
+    create.add_argument("name")
+    create.add_argument("--limit-bytes", metavar="SIZE", help="such as 50GB (default: what is set for new workspaces)")
+    create.add_argument("--limit-files", metavar="N", help="(default: what is set for new workspaces)")
+    _settings_arguments(create)
+    listed = _verb(inner, "workspaces list", "list workspaces, newest first", "--limit 100", _list_workspaces)
+    listed.add_argument("--archived", action="store_true", help="archived ones too")
+    _paging_arguments(listed)
+    archive = _verb(inner, "workspaces archive", "close a workspace for good: its keys end at once", "acme", _archive_workspace)
+    archive.add_argument("workspace", help="name or id")
+    delete = _verb(
+        inner,
+        "workspaces delete",
+        "archive a workspace, erase every file in it, destroy its key, and print the signed receipts, one a line",
+        "acme --yes --receipts acme.jsonl",
+        _delete_workspace,
+    )
+    delete.add_argument("workspace", help="name or id")
+    blobs_argument(delete)
+    delete.add_argument("--yes", action="store_true", help="without it, only the number of files is told")
+    delete.add_argument("--receipts", type=Path, metavar="FILE", help="add the receipts to this file instead of printing them")
+    limit = _verb(
+        inner,
+        "workspaces limit",
+        "show what is used and may be; set limits of a workspace, a user, a key or all together",
+        "acme --bytes 50GB --files none",
+        _limit,
+    )
+    whose = limit.add_mutually_exclusive_group()
+    limit.add_argument("workspace", nargs="?", help="name or id")
+    limit.add_argument("--bytes", metavar="SIZE", help=f"such as 50GB, {NONE}")
+    limit.add_argument("--files", metavar="N", help=f"a number, {NONE}")
+    limit.add_argument("--user", help="of this user of the workspace")
+    whose.add_argument("--key", metavar="ID", help="of a key")
+    whose.add_argument("--organization", action="store_true", help="of everything together")
+    whose.add_argument("--new-workspaces", action="store_true", help="of each workspace that is made from now on")
+    _settings_arguments(limit)
 
-    def _create_workspace(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
 
-        settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
-        limits = commands.limits_of(arguments.limit_bytes, arguments.limit_files)
-        return commands.create_workspace(self._place(arguments), arguments.name, {**settings, **limits}, arguments.json)
+def _create_workspace(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-    def _list_workspaces(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
+    settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
+    limits = commands.limits_of(arguments.limit_bytes, arguments.limit_files)
+    return commands.create_workspace(_place(arguments), arguments.name, {**settings, **limits}, arguments.json)
 
-        return commands.list_workspaces(
-            self._place(arguments), arguments.limit, arguments.after, arguments.archived, arguments.json
-        )
 
-    def _archive_workspace(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
+def _list_workspaces(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-        return commands.archive_workspace(self._place(arguments), arguments.workspace, arguments.json)
+    return commands.list_workspaces(_place(arguments), arguments.limit, arguments.after, arguments.archived, arguments.json)
 
-    def _limit(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
 
-        scope, id = commands.scope_of(
-            arguments.workspace, arguments.user, arguments.key, arguments.organization, arguments.new_workspaces
-        )
-        settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
-        limits = commands.limits_of(arguments.bytes, arguments.files)
-        return commands.limit(self._place(arguments), scope, id, limits, settings, arguments.json)
+def _archive_workspace(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-    # -- keys
+    return commands.archive_workspace(_place(arguments), arguments.workspace, arguments.json)
 
-    def _keys(self, group: argparse.ArgumentParser) -> None:
-        inner = group.add_subparsers(metavar="VERB")
-        create = self._verb(
-            inner,
-            "keys create",
-            "make a key and print its secret, this once",
-            "--workspace acme --name laptop --rights read,write",
-            self._create_key,
-        )
-        create.add_argument("--name", required=True, help="for people to tell it by")
-        where = create.add_mutually_exclusive_group()
-        where.add_argument("--workspace", default="default", help="name or id (default: %(default)s)")
-        where.add_argument("--every-workspace", action="store_true", help="as the right 'admin' needs")
-        create.add_argument(
-            "--rights",
-            default="read,write,download",
-            help="some of read, write, download, users (to act for any user), admin; or all (default: %(default)s)",
-        )
-        create.add_argument("--user", metavar="ID", help="the one user that it acts for")
-        create.add_argument("--expires-in-days", type=float, metavar="N", help="(default: never)")
-        listed = self._verb(inner, "keys list", "list keys, newest first, without their secrets", "", self._list_keys)
-        listed.add_argument("--workspace", help="only keys of this workspace, by name or id")
-        listed.add_argument("--status", choices=["active", "expired", "archived"], help="only keys of this status")
-        _paging_arguments(listed)
-        revoke = self._verb(inner, "keys revoke", "end a key at once and for good", "key_abc", self._revoke_key)
-        revoke.add_argument("id")
-        rotate = self._verb(
-            inner,
-            "keys rotate-root",
-            "wrap every key of the store by another root key; no file is touched",
-            "--to ~/.config/ropewalk/root-2.key",
-            self._rotate,
-        )
-        rotate.add_argument(
-            "--to", type=Path, required=True, metavar="FILE", help="outside the data folder; made if it is not there"
-        )
 
-    def _create_key(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
+def _delete_workspace(arguments: argparse.Namespace) -> int:
+    from ropewalk.files import commands
+    from ropewalk.files.verbs import local_files
 
-        return commands.create_key(
-            self._place(arguments),
-            None if arguments.every_workspace else arguments.workspace,
-            arguments.name,
-            commands.parse_rights(arguments.rights),
-            arguments.user,
-            arguments.expires_in_days,
-            arguments.json,
-        )
+    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes)
 
-    def _list_keys(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
 
-        place, limit = self._place(arguments), arguments.limit
-        return commands.list_keys(place, arguments.workspace, arguments.status, limit, arguments.after, arguments.json)
+def _limit(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-    def _revoke_key(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
+    scope, id = commands.scope_of(
+        arguments.workspace, arguments.user, arguments.key, arguments.organization, arguments.new_workspaces
+    )
+    settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
+    limits = commands.limits_of(arguments.bytes, arguments.files)
+    return commands.limit(_place(arguments), scope, id, limits, settings, arguments.json)
 
-        return commands.revoke_key(self._place(arguments), arguments.id, arguments.json)
 
-    def _rotate(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import commands
+# -- keys ----------------------------------------------------------------------------------------------------------------------
 
-        return commands.rotate(self._place(arguments), arguments.to, arguments.json)
 
-    # -- audit
+def _keys(group: argparse.ArgumentParser) -> None:
+    inner = group.add_subparsers(metavar="VERB")
+    create = _verb(
+        inner,
+        "keys create",
+        "make a key and print its secret, this once",
+        "--workspace acme --name laptop --rights read,write",
+        _create_key,
+    )
+    create.add_argument("--name", required=True, help="for people to tell it by")
+    where = create.add_mutually_exclusive_group()
+    where.add_argument("--workspace", default="default", help="name or id (default: %(default)s)")
+    where.add_argument("--every-workspace", action="store_true", help="as the right 'admin' needs")
+    create.add_argument(
+        "--rights",
+        default="read,write,download",
+        help="some of read, write, download, users (to act for any user), admin; or all (default: %(default)s)",
+    )
+    create.add_argument("--user", metavar="ID", help="the one user that it acts for")
+    create.add_argument("--expires-in-days", type=float, metavar="N", help="(default: never)")
+    listed = _verb(inner, "keys list", "list keys, newest first, without their secrets", "", _list_keys)
+    listed.add_argument("--workspace", help="only keys of this workspace, by name or id")
+    listed.add_argument("--status", choices=["active", "expired", "archived"], help="only keys of this status")
+    _paging_arguments(listed)
+    revoke = _verb(inner, "keys revoke", "end a key at once and for good", "key_abc", _revoke_key)
+    revoke.add_argument("id")
+    rotate = _verb(
+        inner,
+        "keys rotate-root",
+        "wrap every key of the store by another root key; no file is touched",
+        "--to ~/.config/ropewalk/root-2.key",
+        _rotate,
+    )
+    rotate.add_argument(
+        "--to", type=Path, required=True, metavar="FILE", help="outside the data folder; made if it is not there"
+    )
 
-    def _audit(self, group: argparse.ArgumentParser) -> None:
-        inner = group.add_subparsers(metavar="VERB")
-        listed = self._verb(inner, "audit list", "list entries, newest first", "--workspace acme", self._list_entries)
-        listed.add_argument("--workspace", help="only entries of this workspace, by name or id")
-        listed.add_argument("--action", help="only entries of this action, such as file_deleted or denied")
-        listed.add_argument("--limit", type=int, default=100, metavar="N", help="(default: %(default)s)")
-        listed.add_argument("--before", type=int, metavar="SEQ", help="only entries before this one")
-        verify = self._verb(
-            inner,
-            "audit verify",
-            "check every entry of the log; exit code 1 if one was changed, removed or exchanged",
-            "--head audit-head.json",
-            self._verify,
-        )
-        verify.add_argument("export", type=Path, nargs="?", help="an exported log to check instead of the store's")
-        verify.add_argument(
-            "--head", type=Path, action="append", default=[], metavar="FILE", help="a signed head saved before; may be repeated"
-        )
-        verify.add_argument("--save-head", type=Path, metavar="FILE", help="write the signed head there, to keep elsewhere")
-        verify.add_argument(
-            "--public-key", type=Path, metavar="FILE", help="what `ropewalk files receipt-key` printed (default: this store's)"
-        )
-        export = self._verb(
-            inner, "audit export", "print the whole log and its signed head, as JSON lines", "--out audit.jsonl", self._export
-        )
-        export.add_argument("--out", type=Path, metavar="FILE", help="write there instead")
 
-    def _list_entries(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import audit_commands
+def _create_key(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-        place, limit = self._place(arguments), arguments.limit
-        return audit_commands.list_entries(
-            place, arguments.workspace, arguments.action, limit, arguments.before, arguments.json
-        )
+    return commands.create_key(
+        _place(arguments),
+        None if arguments.every_workspace else arguments.workspace,
+        arguments.name,
+        commands.parse_rights(arguments.rights),
+        arguments.user,
+        arguments.expires_in_days,
+        arguments.json,
+    )
 
-    def _verify(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import audit_commands
 
-        place = self._place(arguments)
-        if arguments.export is not None:
-            return audit_commands.verify_export(place, arguments.export, arguments.public_key, arguments.json)
-        return audit_commands.verify(place, arguments.head, arguments.public_key, arguments.save_head, arguments.json)
+def _list_keys(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
 
-    def _export(self, arguments: argparse.Namespace) -> int:
-        from ropewalk.tenants import audit_commands
+    place, limit = _place(arguments), arguments.limit
+    return commands.list_keys(place, arguments.workspace, arguments.status, limit, arguments.after, arguments.json)
 
-        return audit_commands.export(self._place(arguments), arguments.out)
 
-    def _verb(self, verbs: Verbs, name: str, summary: str, example: str, run: Verb) -> argparse.ArgumentParser:
-        verb = self._add_verb(verbs, name.split()[1], summary, f"ropewalk {name} {example}".rstrip(), run)
-        verb.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
-        verb.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
-        if name not in ("audit export", "workspaces delete"):  # which print JSON in any case
-            verb.add_argument("--json", action="store_true", help="print JSON")
-        return verb
+def _revoke_key(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
+
+    return commands.revoke_key(_place(arguments), arguments.id, arguments.json)
+
+
+def _rotate(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import commands
+
+    return commands.rotate(_place(arguments), arguments.to, arguments.json)
+
+
+# -- audit ---------------------------------------------------------------------------------------------------------------------
+
+
+def _audit(group: argparse.ArgumentParser) -> None:
+    inner = group.add_subparsers(metavar="VERB")
+    listed = _verb(inner, "audit list", "list entries, newest first", "--workspace acme", _list_entries)
+    listed.add_argument("--workspace", help="only entries of this workspace, by name or id")
+    listed.add_argument("--action", help="only entries of this action, such as file_deleted or denied")
+    listed.add_argument("--limit", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    listed.add_argument("--before", type=int, metavar="SEQ", help="only entries before this one")
+    verify = _verb(
+        inner,
+        "audit verify",
+        "check every entry of the log; exit code 1 if one was changed, removed or exchanged",
+        "--head audit-head.json",
+        _verify,
+    )
+    verify.add_argument("export", type=Path, nargs="?", help="an exported log to check instead of the store's")
+    verify.add_argument(
+        "--head", type=Path, action="append", default=[], metavar="FILE", help="a signed head saved before; may be repeated"
+    )
+    verify.add_argument("--save-head", type=Path, metavar="FILE", help="write the signed head there, to keep elsewhere")
+    verify.add_argument(
+        "--public-key", type=Path, metavar="FILE", help="what `ropewalk files receipt-key` printed (default: this store's)"
+    )
+    export = _verb(
+        inner, "audit export", "print the whole log and its signed head, as JSON lines", "--out audit.jsonl", _export
+    )
+    export.add_argument("--out", type=Path, metavar="FILE", help="write there instead")
+
+
+def _list_entries(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import audit_commands
+
+    place, limit = _place(arguments), arguments.limit
+    return audit_commands.list_entries(place, arguments.workspace, arguments.action, limit, arguments.before, arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import audit_commands
+
+    place = _place(arguments)
+    if arguments.export is not None:
+        return audit_commands.verify_export(place, arguments.export, arguments.public_key, arguments.json)
+    return audit_commands.verify(place, arguments.head, arguments.public_key, arguments.save_head, arguments.json)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ropewalk.tenants import audit_commands
+
+    return audit_commands.export(_place(arguments), arguments.out)
+
+
+def _verb(verbs: Verbs, name: str, summary: str, example: str, run: Verb) -> argparse.ArgumentParser:
+    verb = add_verb(verbs, name.split()[1], summary, f"ropewalk {name} {example}".rstrip(), run)
+    database_arguments(verb)
+    if name not in ("audit export", "workspaces delete"):  # which print JSON in any case
+        json_argument(verb)
+    return verb
+
+
+def _place(arguments: argparse.Namespace) -> Place:
+    from ropewalk.tenants.commands import Place
+
+    settings = settings_of(arguments)
+    return Place(settings.database, settings.data)
 
 
 def _settings_arguments(verb: argparse.ArgumentParser) -> None:

@@ -1,0 +1,65 @@
+"""The arguments of `check` and `train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ropewalk.verbs import Verbs, add_verb, json_argument
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """`check` and `train`."""
+    check = add_verb(
+        verbs,
+        "check",
+        "validate a configuration and show what will be trained, without loading weights",
+        "ropewalk check examples/sft-tiny.yml",
+        _check,
+    )
+    _config_argument(check)
+    check.add_argument("--offline", action="store_true", help="fetch nothing; what is not on disk is named as not checked")
+    json_argument(check)
+    train = add_verb(
+        verbs,
+        "train",
+        "train; goes on by itself with an unfinished run in the output folder",
+        "ropewalk train examples/sft-tiny.yml learning_rate=1e-4",
+        _train,
+    )
+    _config_argument(train)
+    train.add_argument("--restart", action="store_true", help="move a run that the output folder holds aside and begin anew")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes on this machine")
+    train.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base run")
+
+
+def _config_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with Axolotl's keys")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values laid over the file's, such as learning_rate=1e-4"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.plan import check_command
+
+    return check_command(arguments.config, arguments.overrides, offline=arguments.offline, as_json=arguments.json)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ropewalk.config.run import load_run
+    from ropewalk.train.prepare import prepare
+
+    run = load_run(arguments.config, arguments.overrides)
+    trusted = arguments.trust_remote_code
+    prepared = prepare(run, restart=arguments.restart, trust_remote_code=trusted)
+    if arguments.processes > 1 and "WORLD_SIZE" not in os.environ and not prepared.folder.finished:
+        prepared.folder.close()
+        from ropewalk.train.launch import launch
+
+        return launch(arguments.processes, [str(arguments.config), *arguments.overrides, *["--trust-remote-code"] * trusted])
+    from ropewalk.train.trainer import fit
+
+    fit(prepared)
+    return 0

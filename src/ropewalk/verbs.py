@@ -1,0 +1,71 @@
+"""What the verbs of every room share: how one is added, and the arguments and settings that several of them have.
+
+A room's own verbs.py holds what its commands take and starts their work. cli.py reads all of them for every command line: at their
+top they import nothing else of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from ropewalk.files.settings import Settings
+    from ropewalk.registry import Registry
+
+Verb: TypeAlias = Callable[[argparse.Namespace], int]
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_verb(verbs: Verbs, name: str, summary: str, example: str, run: Verb | None = None) -> argparse.ArgumentParser:
+    """A verb with its example; without `run`, one that needs another verb after it."""
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+    verb.set_defaults(run=run or (lambda arguments: needs_verb(verb)))
+    return verb
+
+
+def needs_verb(verb: argparse.ArgumentParser) -> int:
+    """The answer to a command that says too little: its help, and exit code 2."""
+    verb.print_help(sys.stderr)
+    return 2
+
+
+def json_argument(verb: argparse.ArgumentParser) -> None:
+    """--json"""
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def database_arguments(verb: argparse.ArgumentParser) -> None:
+    """Where the state is: --data and --database-url."""
+    verb.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
+    verb.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
+
+
+def store_arguments(verb: argparse.ArgumentParser) -> None:
+    """Where the file store is: its database, and --blobs."""
+    database_arguments(verb)
+    blobs_argument(verb)
+
+
+def blobs_argument(verb: argparse.ArgumentParser) -> None:
+    """--blobs"""
+    verb.add_argument("--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)")
+
+
+def settings_of(arguments: argparse.Namespace, **more: Any) -> Settings:
+    """The store that the arguments mean."""
+    from ropewalk.files.settings import Settings
+
+    given: dict[str, Any] = {name: getattr(arguments, name, None) for name in ("data", "database_url", "blobs")}
+    return Settings(**{name: value for name, value in given.items() if value is not None}, **more)
+
+
+def registry() -> Registry:
+    """This machine's models."""
+    from ropewalk.home import home
+    from ropewalk.registry import Registry
+
+    return Registry(home() / "registry")
