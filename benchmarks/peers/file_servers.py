@@ -90,13 +90,13 @@ class Server:
 
 
 @contextmanager
-def ropewalk(folder: Path) -> Iterator[Server]:
+def ropewalk(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
     """`ropewalk serve` as anybody starts it: SQLite and a folder, encryption on; only the rate limit is lifted."""
     port = free_port()
-    environment = {"ROPEWALK_ROOT_KEY": ROOT_KEY}
+    environment = {"ROPEWALK_ROOT_KEY": ROOT_KEY, **variables}
     if not folder.exists():
         asyncio.run(_with_a_key(folder))
-    command = [sys.executable, "-m", "ropewalk", "serve", "--port", str(port), "--data", str(folder)]
+    command = [sys.executable, "-m", "ropewalk", "serve", "--port", str(port), "--data", str(folder), *options]
     with _running(command, folder, environment) as (process, log):
         wait_for(port, "/health", process, log)
         yield Server("Ropewalk", port, folder, process, {"x-api-key": KEY, "anthropic-version": "2023-06-01"})

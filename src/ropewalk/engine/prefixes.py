@@ -197,6 +197,7 @@ class _Files:
                 about = path.stat()
                 found.append((about.st_mtime_ns, str(path), about.st_size))
         self._sizes: OrderedDict[str, int] = OrderedDict((path, size) for _, path, size in sorted(found))
+        self._make_room(0)  # the budget may have been larger
 
     def touch(self, path: str) -> None:
         with self._lock:
