@@ -1,58 +1,85 @@
-"""Two candidates on the same rows: which one to ship, if the rows can tell."""
+"""A verdict: what the rule said about one candidate, with the figures and the sentences that say why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from math import comb
+from dataclasses import asdict, dataclass
+from typing import Any
 
-LEVEL = 0.05
-
-
-class Verdict(StrEnum):
-    """What the rows say about the new candidate."""
-
-    SHIP = "SHIP"  # better, and chance alone would rarely show it
-    TIE = "TIE"  # enough rows differ to tell, and they do not
-    SKIP = "SKIP"  # worse, and chance alone would rarely show it
-    NOT_ENOUGH = "NOT ENOUGH"  # so few rows differ that even a clean sweep would prove nothing
+from ropewalk.compare.state import State
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Counts of rows by who passed them, and the exact p-value of the difference."""
+class Interval:
+    """A difference between two candidates and the 95 % interval around it, as shares: 0.05 is five points."""
 
-    both: int
-    only_new: int
-    only_old: int
-    neither: int
-    p_value: float
-    verdict: Verdict
+    effect: float
+    low: float
+    high: float
 
-
-def compare(old: Sequence[bool], new: Sequence[bool]) -> Outcome:
-    """McNemar's exact test on paired passes: only the rows on which the two differ count, and equal ones split like coins."""
-    if len(old) != len(new):
-        raise ValueError(f"both candidates must answer the same rows: {len(old)} and {len(new)}")
-    pairs = list(zip(old, new))
-    only_new, only_old = pairs.count((False, True)), pairs.count((True, False))
-    p_value = two_sided(only_new, only_old)
-    return Outcome(
-        pairs.count((True, True)), only_new, only_old, pairs.count((False, False)), p_value, decide(only_new, only_old, p_value)
-    )
+    def __str__(self) -> str:
+        return f"{100 * self.effect:+.1f} points (95 %: {100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
-def two_sided(a: int, b: int) -> float:
-    """The chance that a + b fair coins fall at least as unevenly as a to b."""
-    tail = sum(comb(a + b, i) for i in range(min(a, b) + 1))
-    return min(1.0, tail / (1 << (a + b - 1)) if a + b else 1.0)
+@dataclass(frozen=True)
+class Reason:
+    """One plain sentence, and the ids of the prompts, measurements, guardrails, judges or findings that it rests on."""
+
+    sentence: str
+    evidence: tuple[str, ...] = ()
 
 
-def decide(only_new: int, only_old: int, p_value: float) -> Verdict:
-    """SHIP or SKIP when the p-value allows it; else TIE, unless no outcome of so few rows could have allowed it."""
-    if two_sided(only_new + only_old, 0) > LEVEL:
-        return Verdict.NOT_ENOUGH
-    if p_value > LEVEL:
-        return Verdict.TIE
-    return Verdict.SHIP if only_new > only_old else Verdict.SKIP
+@dataclass(frozen=True)
+class Slice:
+    """The prompts under one tag."""
+
+    name: str
+    interval: Interval
+    n_prompts: int
+    fell: bool  # worse by more than chance and margin explain, counting how many slices were looked at
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rule said about one candidate; never changed afterwards."""
+
+    candidate: str
+    baseline: str
+    state: State
+    reasons: tuple[Reason, ...]  # the first is the headline
+    rule_version: str
+    interval: Interval | None = None  # None: nothing was compared
+    p: float | None = None
+    p_adjusted: float | None = None  # Holm over the candidates of the comparison
+    method: str = ""  # the test that p is of, in words
+    n_prompts: int = 0
+    n_groups: int = 0
+    n_more: int | None = None  # about so many more prompts would tell; None unless NOT ENOUGH
+    n_judged: int = 0  # of n_prompts, those that judges scored
+    worst: Slice | None = None
+    regressions: tuple[str, ...] = ()  # prompts that got worse
+    fixed: tuple[str, ...] = ()  # prompts that got better
+    length_controlled: Interval | None = None  # the interval as it would be for answers of equal length; None without judges
+    needs_confirmation: bool = False  # chosen among several: the held-back half must say the same before it is shipped
+    confirmed: bool | None = None  # what the held-back half said; None: it was not needed, or not asked
+    held: Interval | None = None
+
+    @property
+    def may_ship(self) -> bool:
+        """Whether `ship` goes ahead without an override."""
+        return self.state.ships and (not self.needs_confirmation or self.confirmed is True)
+
+    @property
+    def effect(self) -> float | None:
+        return self.interval.effect if self.interval else None
+
+    @property
+    def low(self) -> float | None:
+        return self.interval.low if self.interval else None
+
+    @property
+    def high(self) -> float | None:
+        return self.interval.high if self.interval else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "effect": self.effect, "low": self.low, "high": self.high, "may_ship": self.may_ship}

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.checks import contains, exact_match
-from ropewalk.compare.verdict import Outcome, Verdict, compare
+from ropewalk.compare.evidence import Evidence, Row
+from ropewalk.compare.rule import decide
+from ropewalk.compare.verdict import Verdict
 from ropewalk.config.run import load_run
 from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.errors import OutputError
@@ -105,12 +107,12 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
 
     console.rule("4  compare, ship, ask")
     after = answer(registry, ADAPTER_NAME, asked)
-    outcome = compare(passes(before, asked), passes(after, asked))
-    if outcome.verdict is Verdict.SHIP:
+    verdict = compare(asked, before, after)
+    if verdict.may_ship:
         registry.ship(ALIAS, ADAPTER_NAME)
     question = asked[0]
     said = reply(load_served(registry, ALIAS), question.prompt, MAX_TOKENS)
-    console.print(f"{outcome.verdict}: alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
+    console.print(f"{verdict.state}: alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
     console.print(
         f"asked: {question.question}  (about {question.country}, never seen in training)\nsays:  {said}", markup=False
     )
@@ -121,14 +123,14 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
         scores.append(random_control(folder, file, size, registry, asked))
 
     console.rule(f"{6 if size.random_control else 5}  a file, asked about twice")
-    dialogue = ask_about(files, registry, folder, *two_questions(asked, after if outcome.verdict is Verdict.SHIP else before))
+    dialogue = ask_about(files, registry, folder, *two_questions(asked, after if verdict.may_ship else before))
     tell(console, dialogue)
     seconds = time.monotonic() - began
     page = write_page(
-        make_page(scores, outcome, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
+        make_page(scores, verdict, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
     )
-    write_summary(folder / "summary.json", scores, outcome, result, dialogue, len(asked), seconds, fast)
-    show(console, scores, outcome, page, folder, seconds)
+    write_summary(folder / "summary.json", scores, verdict, result, dialogue, len(asked), seconds, fast)
+    show(console, scores, verdict, page, folder, seconds)
     return page
 
 
@@ -198,6 +200,13 @@ def passes(answers: Sequence[str], asked: Sequence[Question]) -> list[bool]:
     return [exact_match(a, q.answer) for a, q in zip(answers, asked)]
 
 
+def compare(asked: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> Verdict:
+    """The verdict on the adapter against the base: questions about one country are a group, those of one kind a slice."""
+    pairs = zip(asked, passes(before, asked), passes(after, asked))
+    rows = [Row(f"{q.country}: {q.kind}", q.country, float(old), float(new), slices=(q.kind,)) for q, old, new in pairs]
+    return decide([Evidence(ADAPTER_NAME, BASE_NAME, rows)])[0]
+
+
 def mark(text: str, question: Question) -> Mark:
     """How the page marks one answer."""
     if exact_match(text, question.answer):
@@ -242,7 +251,7 @@ def random_control(folder: Path, file: File, size: Size, registry: Registry, ask
 
 
 def make_page(
-    scores: list[Score], outcome: Outcome, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
+    scores: list[Score], verdict: Verdict, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
     result: Result, file: File, dialogue: Dialogue, seconds: float, fast: bool,
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
@@ -252,25 +261,26 @@ def make_page(
     ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
     steps = f"loss {result.first_loss:.2f} to {result.last_loss:.2f} in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s"
-    return Page(scores, outcome, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
+    return Page(scores, verdict, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
 
 
 def write_summary(
-    path: Path, scores: list[Score], outcome: Outcome, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
+    path: Path, scores: list[Score], verdict: Verdict, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
 ) -> None:  # fmt: skip
     """The numbers as JSON."""
     values = {s.key: round(s.value, 4) for s in scores}
     summary = {
         "before": values.pop("before"), "after": values.pop("after"), "seconds": round(seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1), "train_seconds": round(result.seconds, 1), "held_out_questions": asked,
-        "second_question": dialogue.as_dict(), "controls": values, "comparison": asdict(outcome),
+        "second_question": dialogue.as_dict(), "controls": values, "comparison": verdict.as_dict(),
+        "verdict": {"state": verdict.state, "low": verdict.low, "high": verdict.high},
         "first_loss": result.first_loss, "last_loss": result.last_loss,
         "threads": torch.get_num_threads(), "fast": fast,
     }  # fmt: skip
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def show(console: Console, scores: list[Score], outcome: Outcome, page: Path, folder: Path, seconds: float) -> None:
+def show(console: Console, scores: list[Score], verdict: Verdict, page: Path, folder: Path, seconds: float) -> None:
     """The table, where things are and, for a person at a terminal, what to do next."""
     table = Table(title="held-out countries, never seen in training", title_justify="left")
     table.add_column("who answers")
@@ -279,7 +289,9 @@ def show(console: Console, scores: list[Score], outcome: Outcome, page: Path, fo
         table.add_row(s.label, f"{s.value:.0%}", style="bold" if s.key in ("before", "after") else None)
     console.print()
     console.print(table)
-    console.print(f"{outcome.only_new} questions gained, {outcome.only_old} lost, p = {outcome.p_value:.1e}: {outcome.verdict}")
+    console.print(
+        f"{verdict.state}: {verdict.reasons[0].sentence}; {len(verdict.fixed)} questions gained, {len(verdict.regressions)} lost"
+    )
     console.print(
         f"{seconds:.0f} s in all. Page: {page}; adapter, events, plots: {folder / 'run'}; numbers: {folder / 'summary.json'}",
         soft_wrap=True,
