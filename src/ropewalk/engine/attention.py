@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ropewalk.engine.cache import Batch, Pair, Part, Segment
+from ropewalk.engine.cache import Batch, Kind, Pair, Part, Segment
 
 NAME = "ropewalk_batch"
 Partial = tuple[Tensor, Tensor]  # result [1, K, G*T, D] and log-sum-exp [1, K, G*T], both float32
@@ -140,15 +140,24 @@ def _own(part: Part, layer: int, window: int, groups: int) -> list[tuple[Pair, T
         if new == 1:
             return [((keys[:, :, -window:], values[:, :, -window:]), None)]
         behind = torch.arange(count - new, count)[:, None] - torch.arange(count)[None]
-        return [((keys, values), ((behind >= 0) & (behind < window)).repeat(groups, 1).to(keys.device))]
+        seen = _ahead(behind >= 0, part, "sliding") & (behind < window)
+        return [((keys, values), seen.repeat(groups, 1).to(keys.device))]
     if new == 1:
         return [(tail.last(len(tail)), None)]
     keys, values = tail.last(len(tail))
     pieces: list[tuple[Pair, Tensor | None]] = []
     if len(tail) > new:
         pieces.append(((keys[:, :, :-new], values[:, :, :-new]), None))
-    causal = torch.ones(new, new, dtype=torch.bool, device=keys.device).tril()
-    return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), causal.repeat(groups, 1))]
+    seen = _ahead(torch.ones(new, new, dtype=torch.bool, device=keys.device).tril(), part, "full")
+    return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), seen.repeat(groups, 1))]
+
+
+def _ahead(seen: Tensor, part: Part, kind: Kind) -> Tensor:
+    """A causal mask [T, N] of keys that end with those of the T new ids, and what these see of each other beyond it."""
+    mutual = part.mutual.get(kind)
+    if mutual is not None:
+        seen[:, -mutual.shape[1] :] |= mutual.to(seen.device)
+    return seen
 
 
 def _attend(query: Tensor, pair: Pair, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:

@@ -3,14 +3,15 @@
     Segment     a span of ids whose keys and values are final: read once, used by every request that begins with it
     Reading     one request's way through a model: the segments it stands on, and what it has read since
 
-A model's layers keep the past in one of three ways. Full attention keeps every key and value: a segment holds those of its own
-span. Sliding attention keeps the last window, recurrent layers a state of fixed size: a segment holds them as they were at its end.
+A model's layers keep the past in one of four ways. Full attention keeps every key and value: a segment holds those of its own
+span. Sliding attention keeps the last window, chunked attention those of the chunk it is in, recurrent layers a state of fixed size: a
+segment holds them as they were at its end. A layer may also attend to what an earlier one keeps, or keep nothing.
 Legend: K key-value heads, T tokens, D head size, W window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ropewalk.errors import ModelError
 
 GROWTH = 256  # tokens by which a tail's buffer grows
 
-Kind = Literal["full", "sliding", "recurrent"]
+Kind = Literal["full", "sliding", "chunked", "recurrent", "none"]
 Pair = tuple[Tensor, Tensor]  # keys and values [1, K, T, D]
 
 
@@ -34,39 +35,65 @@ class Layout:
 
     config: PretrainedConfig
     kinds: tuple[Kind, ...]
-    windows: tuple[int, ...]  # W of sliding layers; 0 elsewhere
+    windows: tuple[int, ...]  # W of sliding layers, the size of a chunk of chunked ones; 0 elsewhere
+    states: tuple[bool, ...]  # whether a layer has a recurrent state; some have one beside their attention
+    sources: tuple[int, ...]  # the layer whose keys and values a layer attends to: nearly always itself
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Layout:
         """Read off the cache that transformers makes for this configuration (of the text model)."""
         kinds: list[Kind] = []
         windows: list[int] = []
+        states: list[bool] = []
+        types = getattr(config, "layer_types", None) or ()
         for number, layer in enumerate(DynamicCache(config=config).layers):
-            name = type(layer).__name__
-            if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer):
-                kinds.append("recurrent")
-            elif type(layer) is DynamicSlidingWindowLayer:
-                kinds.append("sliding")
-            elif type(layer) is DynamicLayer:
-                kinds.append("full")
-            else:
+            kind = _kind_of(layer)
+            if kind is None:
                 raise ModelError(
-                    f"layer {number} of {config.model_type} keeps its past as {name}, which this engine does not know; "
-                    "serve the model through another engine: a remote model"
+                    f"layer {number} of {config.model_type} keeps its past as {type(layer).__name__}, which this engine does not "
+                    "know; serve the model through another engine: a remote model"
                 )
-            windows.append(int(getattr(layer, "sliding_window", 0) or 0) if kinds[-1] == "sliding" else 0)
-        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ModelError(f"{config.model_type} attends in chunks, which this engine does not know; use a remote model")
-        return cls(config, tuple(kinds), tuple(windows))
+            window = int(getattr(layer, "sliding_window", 0) or 0) if kind == "sliding" else 0
+            kinds.append("chunked" if window and len(types) > number and types[number] == "chunked_attention" else kind)
+            windows.append(window)
+            states.append(isinstance(layer, LinearAttentionCacheLayerMixin))
+        return cls(config, tuple(kinds), tuple(windows), tuple(states), _sources(config, len(kinds)))
+
+
+def _kind_of(layer: Any) -> Kind | None:
+    if isinstance(layer, DummyLayer):
+        return "none"
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer):
+        return "recurrent"
+    attends = [kind for kind in (DynamicLayer, DynamicSlidingWindowLayer) if kind in type(layer).__mro__]
+    known = {*LinearAttentionCacheLayerMixin.__subclasses__(), *attends}
+    if type(layer) not in attends and not known & set(type(layer).__bases__):
+        return None
+    return "sliding" if DynamicSlidingWindowLayer in attends else "full"
+
+
+def _sources(config: PretrainedConfig, count: int) -> tuple[int, ...]:
+    """Layers that share keys and values read those of the last layer of their type that stores them."""
+    sources = list(range(count))
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * count
+    for number, mode in enumerate(modes):
+        if mode == "reuse":
+            alike = [n for n in range(number) if modes[n] == "store" and config.layer_types[n] == config.layer_types[number]]
+            sources[number] = alike[-1]
+    return tuple(sources)
 
 
 @dataclass(frozen=True)
 class State:
-    """The fixed-size state of a recurrent layer; never changed in place."""
+    """The fixed-size state of a recurrent layer, and what attention beside it keeps; never changed in place."""
 
     convolutions: tuple[Tensor | None, ...]
     recurrents: tuple[Tensor | None, ...]
     kernel_sizes: tuple[Any, ...]
+    pair: Pair | None = None
+
+
+Layer = Pair | State | None  # what one layer keeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +103,8 @@ class Segment:
     key: str
     start: int  # position of its first id
     ids: tuple[int, ...]
-    layers: tuple[Pair | State, ...]  # full: its own span; sliding: the last W - 1 or fewer at its end; recurrent: its end
+    layers: tuple[Layer, ...]  # full: its own span; sliding: the last W - 1 or fewer at its end; recurrent: its end
+    shift: int = 0  # from the count of ids at its end to the place the model gives them: a picture's lie beside each other
 
     @property
     def end(self) -> int:
@@ -87,12 +115,18 @@ class Segment:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for layer in self.layers for tensor in tensors_of(layer))
 
+    def pair(self, layer: int) -> Pair | None:
+        """The keys and values that a layer keeps."""
+        kept = self.layers[layer]
+        return kept.pair if isinstance(kept, State) else kept
 
-def tensors_of(layer: Pair | State) -> list[Tensor]:
+
+def tensors_of(layer: Layer) -> list[Tensor]:
     """All tensors of what a layer keeps."""
     if isinstance(layer, State):
-        return [tensor for tensor in (*layer.convolutions, *layer.recurrents) if tensor is not None]
-    return list(layer)
+        states = [tensor for tensor in (*layer.convolutions, *layer.recurrents) if tensor is not None]
+        return states + list(layer.pair or ())
+    return list(layer or ())
 
 
 class Tail:
@@ -151,47 +185,56 @@ class Reading:
     position: int = 0  # ids read so far
     tails: list[Tail | None] = field(default_factory=list)  # per layer; of full layers: since the last segment
     states: DynamicCache | None = None  # of recurrent layers
+    shift: int = 0  # from `position` to the place that the model gives the next id
 
     @classmethod
     def after(cls, layout: Layout, segments: Sequence[Segment]) -> Reading:
         """A reading that stands at the end of these segments, which follow one another."""
         last = segments[-1] if segments else None
         tails: list[Tail | None] = []
-        states = DynamicCache(config=layout.config) if "recurrent" in layout.kinds else None
+        states = DynamicCache(config=layout.config) if any(layout.states) else None
         for number, kind in enumerate(layout.kinds):
             kept = last.layers[number] if last else None
-            if kind == "recurrent":
+            if states is not None and isinstance(kept, State):
+                _restore(states.layers[number], kept)
+            if kind in ("recurrent", "none"):
                 tails.append(None)
-                if isinstance(kept, State):
-                    assert states is not None
-                    _restore(states.layers[number], kept)
             else:
-                tails.append(Tail(kept if kind == "sliding" and not isinstance(kept, State) else None))
-        return cls(layout, list(segments), last.end if last else 0, tails, states)
+                tails.append(Tail(last.pair(number) if last and kind != "full" else None))
+        return cls(layout, list(segments), last.end if last else 0, tails, states, last.shift if last else 0)
 
     def close(self, key: str, ids: Sequence[int]) -> Segment:
         """What was read since the last segment becomes a segment of its own, on which this reading goes on."""
         start = self.segments[-1].end if self.segments else 0
         assert start + len(ids) == self.position
-        layers: list[Pair | State] = []
+        layers: list[Layer] = []
         for number, kind in enumerate(self.layout.kinds):
-            if kind == "recurrent":
-                assert self.states is not None
-                layers.append(_state_of(self.states.layers[number]))
-                continue
-            tail = self.tails[number]
-            assert tail is not None
-            count = len(ids) if kind == "full" else min(len(tail), self.layout.windows[number] - 1)
-            keys, values = tail.last(count)
-            layers.append((keys.contiguous().clone(), values.contiguous().clone()))
-            if kind == "full":
-                self.tails[number] = Tail()
-        segment = Segment(key, start, tuple(ids), tuple(layers))
+            pair, tail = None, self.tails[number]
+            if tail is not None:
+                keys, values = tail.last(self._kept(number, len(ids)))
+                pair = keys.contiguous().clone(), values.contiguous().clone()
+                if kind == "full":
+                    self.tails[number] = Tail()
+            states = self.states.layers[number] if self.states is not None and self.layout.states[number] else None
+            layers.append(pair if states is None else _state_of(states, pair))
+        segment = Segment(key, start, tuple(ids), tuple(layers), self.shift)
         self.segments.append(segment)
         return segment
 
 
-def _state_of(layer: Any) -> State:
+    def _kept(self, layer: int, since: int) -> int:
+        """How many keys a layer keeps at a segment's end, `since` ids after the one before."""
+        window = self.layout.windows[layer]
+        match self.layout.kinds[layer]:
+            case "sliding":
+                return window - 1
+            case "chunked":
+                return self.position % window
+            case _:
+                return since
+
+
+def _state_of(layer: Any, pair: Pair | None) -> State:
     def copies(tensors: Any) -> tuple[Tensor | None, ...]:
         return tuple(None if tensor is None else tensor.clone() for tensor in _listed(tensors, layer.number_of_states))
 
@@ -199,6 +242,7 @@ def _state_of(layer: Any) -> State:
         copies(layer.conv_states),
         copies(layer.recurrent_states),
         tuple(_listed(layer.conv_kernel_size, layer.number_of_states)),
+        pair,
     )
 
 
@@ -227,6 +271,9 @@ class Part:
     reading: Reading
     begin: int
     end: int
+    mutual: Mapping[Kind, Tensor] = field(
+        default_factory=dict
+    )  # [T, T]: which ids see which, in layers of a kind, also backwards
 
 
 class Batch:

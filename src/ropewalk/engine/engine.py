@@ -8,15 +8,15 @@ A prompt is cut at the ends of its spans whether they were known or not, so that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ropewalk.engine.cache import Reading, Segment
-from ropewalk.engine.request import Event, Finish, Grammar, Keep, Request, Span
+from ropewalk.engine.request import Event, Finish, Grammar, Keep, Picture, Request, Span
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.sampling import choose, stream
 from ropewalk.engine.scheduler import Limits, Scheduler, Turn
@@ -42,11 +42,21 @@ class Adapters(Protocol):
 class Prefixes(Protocol):
     """What the engine needs of engine/prefixes.py."""
 
-    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int]) -> str: ...
+    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int], picture: str = "") -> str: ...
 
     def find(self, key: str, keep: Keep | None) -> Segment | None: ...
 
     def put(self, segment: Segment, keep: Keep | None) -> None: ...
+
+
+class Sight(Protocol):
+    """What the engine needs of engine/sight.py."""
+
+    def look(self, picture: Picture) -> Any:
+        """What the model's eyes make of it."""
+
+    def read(self, reading: Reading, ids: Sequence[int], seen: Any) -> None:
+        """Reads the ids of a picture on a reading's end."""
 
 
 class Constraint(Protocol):
@@ -94,9 +104,16 @@ class Job:
     @property
     def reading(self) -> int:
         """Ids of the piece at hand: a step never reads past the end of a span."""
+        if self.shows:
+            return 1  # it is read whole, in a pass of its own
         if self.todo:
             return len(self.todo[0][0].ids) - self.inside
         return len(self.tail)
+
+    @property
+    def shows(self) -> Picture | None:
+        """The picture that comes next."""
+        return self.todo[0][0].picture if self.todo else None
 
     @property
     def blocked(self) -> bool:
@@ -114,8 +131,9 @@ class Engine:
         grammars: Grammars | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         longest: int | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.runner, self.prefixes, self.adapters, self.grammars = runner, prefixes, adapters, grammars
+        self.runner, self.prefixes, self.adapters, self.grammars, self.sight = runner, prefixes, adapters, grammars, sight
         self.longest = longest or int(runner.layout.config.max_position_embeddings)  # ids of prompt and reply together
         self._scheduler: Scheduler[Job] = Scheduler(limits)
         self._being_read: dict[str, Job] = {}
@@ -144,6 +162,11 @@ class Engine:
         self._scheduler.add(jobs)
         self._jobs[request.id] = jobs
 
+    def lacking(self, request: Request) -> list[str]:
+        """The digests of pictures that would have to be looked at, and came without their pixels."""
+        bare = [(span, key) for span, key in self._keyed(request) if span.picture is not None and span.picture.pixels is None]
+        return [span.picture.digest for span, key in bare if span.picture and self.prefixes.find(key, span.keep) is None]
+
     def cancel(self, id: str) -> None:
         """Ends a request at once; what it has read is kept for others."""
         for job in list(self._jobs.get(id, ())):
@@ -168,6 +191,8 @@ class Engine:
             raise BadInput("a request needs at least one id that is not part of its prefix")
         if any(not span.ids for span in request.prefix):
             raise BadInput("a span of a request's prefix has no ids")
+        if self.sight is None and any(span.picture for span in request.prefix):
+            raise BadInput("image: this model reads no images; send the text instead, or ask a model that does")
         if request.length + min(1, request.max_tokens) > self.longest:
             raise BadInput(
                 f"prompt is too long: {request.length:,} tokens, and the model reads {self.longest:,} with its reply; "
@@ -215,7 +240,8 @@ class Engine:
             position += len(span.ids)
             as_base = request.adapter is None or position <= invoked_at
             adapter = "" if as_base or self.adapters is None else self.adapters.digest(str(request.adapter))
-            parent = self.prefixes.key(parent, adapter, request.scope, span.ids)
+            shown = span.picture.digest if span.picture is not None else ""
+            parent = self.prefixes.key(parent, adapter, request.scope, span.ids, shown)
             found.append((span, parent))
         return found
 
@@ -252,6 +278,27 @@ class Engine:
     # -- on
 
     def _run(self, turns: Sequence[Turn[Job]]) -> None:
+        looking = [turn for turn in turns if turn.job.shows]
+        if looking:  # one at a time: the others are not to wait for long
+            self._look(looking[0].job)
+            turns = [turn for turn in turns if turn not in looking]
+        if turns:
+            self._pass(turns)
+
+    def _look(self, job: Job) -> None:
+        """Reads a picture."""
+        picture, count = job.shows, len(job.todo[0][0].ids)
+        assert picture is not None
+        assert self.sight is not None
+        if picture.pixels is None:  # it was known when the request came, and is not any more
+            self._end(job, "error", "a picture that had been read was forgotten meanwhile; ask again")
+            return
+        seen, turn = self.sight.look(picture), Turn(job, count)
+        with self.adapters.rows(*self._rows([turn])) if self.adapters is not None else nullcontext():
+            self.sight.read(job.reading_on, job.todo[0][0].ids, seen)
+        self._has_read(turn)
+
+    def _pass(self, turns: Sequence[Turn[Job]]) -> None:
         turns = sorted(turns, key=lambda turn: turn.job.request.adapter or "")
         work = [(turn.job.reading_on, self._ids(turn)) for turn in turns]
         if self.adapters is None:
@@ -341,11 +388,11 @@ class Engine:
         if finish:
             self._forget(job)
 
-    def _end(self, job: Job, finish: Finish) -> None:
-        self._tell(job, (), (), finish)
+    def _end(self, job: Job, finish: Finish, error: str = "") -> None:
+        self._tell(job, (), (), finish, error)
         self._forget(job)
 
-    def _tell(self, job: Job, ids: tuple[int, ...], logprobs: tuple[float, ...], finish: Finish) -> None:
+    def _tell(self, job: Job, ids: tuple[int, ...], logprobs: tuple[float, ...], finish: Finish, error: str = "") -> None:
         first = not job.told and job.sample == 0
         job.told = True
         self._events.append(
@@ -358,6 +405,7 @@ class Engine:
                 read=job.read if first else None,
                 created=job.created if first else None,
                 version=self.adapters.version(job.request.adapter) if self.adapters and job.request.adapter else 0,
+                error=error,
             )
         )
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ropewalk.engine.cache import Layout, Pair, Segment, State
+from ropewalk.engine.cache import Layer, Layout, Segment, State
 from ropewalk.engine.request import Keep
 from ropewalk.errors import DamagedContent
 from ropewalk.vault import CHUNK, TAG, Opener, Sealer
@@ -84,9 +84,10 @@ class Prefixes:
         self._writer = ThreadPoolExecutor(1, "segments")
         self._writing: set[str] = set()
 
-    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int]) -> str:
-        """The name of the segment of these ids after `parent` ('' at the beginning of a prompt)."""
-        text = json.dumps([VERSION, self.context, adapter, scope, parent, list(ids)], separators=(",", ":"))
+    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int], picture: str = "") -> str:
+        """The name of the segment of these ids, or of the picture they stand for, after `parent` ('' at a prompt's beginning)."""
+        parts = [VERSION, self.context, adapter, scope, parent, list(ids), *([picture] if picture else [])]
+        text = json.dumps(parts, separators=(",", ":"))
         key = hashlib.sha256(text.encode()).hexdigest()
         self._parents[key] = parent
         return key
@@ -243,10 +244,15 @@ def pack(segment: Segment, disk_format: Format = "exact") -> bytes:
             kernel_sizes[number] = list(layer.kernel_sizes)
             for name, states in (("convolution", layer.convolutions), ("recurrent", layer.recurrents)):
                 tensors |= {f"{number}.{name}.{i}": state for i, state in enumerate(states) if state is not None}
-        else:
-            for name, tensor in zip(("keys", "values"), layer):
-                tensors |= _packed(f"{number}.{name}", tensor) if disk_format == "int8" else {f"{number}.{name}": tensor}
-    about = {"version": VERSION, "key": segment.key, "start": segment.start, "kernel_sizes": kernel_sizes}
+        for name, tensor in zip(("keys", "values"), segment.pair(number) or ()):
+            tensors |= _packed(f"{number}.{name}", tensor) if disk_format == "int8" else {f"{number}.{name}": tensor}
+    about = {
+        "version": VERSION,
+        "key": segment.key,
+        "start": segment.start,
+        "shift": segment.shift,
+        "kernel_sizes": kernel_sizes,
+    }
     tensors["ids"] = torch.tensor(segment.ids, dtype=torch.int32)
     packed: bytes = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"about": json.dumps(about)})
     return packed
@@ -260,18 +266,21 @@ def unpack(packed: memoryview, key: str, layout: Layout, device: torch.device) -
     if (about["version"], about["key"]) != (VERSION, key):
         raise ValueError("it is of another version or another text")
     tensors = {name: _tensor(packed, begin, entry).to(device) for name, entry in header.items()}
-    layers: list[Pair | State] = []
+    layers: list[Layer] = []
     for number, kind in enumerate(layout.kinds):
-        if kind == "recurrent":
+        pair = None
+        if kind not in ("recurrent", "none"):
+            pair = _unpacked(tensors, f"{number}.keys"), _unpacked(tensors, f"{number}.values")
+        if layout.states[number]:
             sizes = about["kernel_sizes"][str(number)]
 
             def states(name: str, number: int = number, count: int = len(sizes)) -> tuple[Tensor | None, ...]:
                 return tuple(tensors.get(f"{number}.{name}.{index}") for index in range(count))
 
-            layers.append(State(states("convolution"), states("recurrent"), tuple(sizes)))
+            layers.append(State(states("convolution"), states("recurrent"), tuple(sizes), pair))
         else:
-            layers.append((_unpacked(tensors, f"{number}.keys"), _unpacked(tensors, f"{number}.values")))
-    return Segment(key, about["start"], tuple(tensors["ids"].tolist()), tuple(layers))
+            layers.append(pair)
+    return Segment(key, about["start"], tuple(tensors["ids"].tolist()), tuple(layers), about.get("shift", 0))
 
 
 def _tensor(packed: memoryview, begin: int, entry: dict[str, Any]) -> Tensor:

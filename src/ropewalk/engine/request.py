@@ -20,11 +20,22 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a span shows, decoded and upright."""
+
+    digest: str  # names its content and how it was decoded
+    width: int
+    height: int
+    pixels: bytes | None = field(default=None, repr=False)  # rows of red, green, blue; None: only what has been read before
+
+
+@dataclass(frozen=True)
 class Span:
     """Ids of a prompt that are read as one segment and can be used again by whoever's prompt begins with them."""
 
     ids: tuple[int, ...]
     keep: Keep | None = None  # None: in memory only
+    picture: Picture | None = None  # what the ids stand for, if they are not text
 
 
 @dataclass(frozen=True)

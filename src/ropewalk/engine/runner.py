@@ -21,7 +21,7 @@ class Runner:
         register()
         self.model = model.eval()
         self.layout = Layout.of(model.config.get_text_config(decoder=True))
-        model.set_attn_implementation(NAME)
+        model.get_decoder().set_attn_implementation(NAME)  # not that of a part that sees
         for module in model.modules():
             if _is_recurrent(module):
                 per_request(module)
@@ -38,7 +38,8 @@ class Runner:
             assert new, "a request without ids in a step"
             parts.append(Part(reading, len(ids), len(ids) + len(new)))
             ids += new
-            positions += range(reading.position, reading.position + len(new))
+            first = reading.position + reading.shift
+            positions += range(first, first + len(new))
         batch = Batch(parts)
         with running(batch):
             logits = self.model(
