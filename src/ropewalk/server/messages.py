@@ -21,8 +21,8 @@ from ropewalk.server.auth import caller_of
 from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, named, operation, record
 from ropewalk.server.operations import Metrics
-from ropewalk.server.wire import JSON, dialect
-from ropewalk.server.wire_messages import FIRST_VERSION, read_request
+from ropewalk.server.wire import FIRST_VERSION, JSON, dialect
+from ropewalk.server.wire_messages import read_request
 from ropewalk.server.wire_replies import PING, ReplyWriter, sent, sent_error
 from ropewalk.tenants.caller import Caller
 

@@ -32,7 +32,8 @@ from ropewalk.errors import (
 )
 from ropewalk.files.catalog import File, Listing, Place
 
-VERSIONS = ("2023-06-01", "2026-10-21")
+FIRST_VERSION = "2023-06-01"
+VERSIONS = (FIRST_VERSION, "2026-10-21")
 FILES_BETA = "files-api-2025-04-14"
 AGENTS_BETA = "managed-agents-2026-04-01"
 EXTENSIONS = "x-ropewalk-extensions"  # a request header; with it, answers hold what the Claude API does not know

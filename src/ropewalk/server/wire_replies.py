@@ -28,7 +28,7 @@ from ropewalk.chat.messages import (
     Usage,
 )
 from ropewalk.server.wire import failure
-from ropewalk.server.wire_messages import LOCATIONS
+from ropewalk.server.wire_blocks import LOCATIONS
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 RETRIEVAL = "x-ropewalk-retrieval"
