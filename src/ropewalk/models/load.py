@@ -39,10 +39,11 @@ def load_base(
     trainable: bool = False,
     overrides: Mapping[str, Any] | None = None,
     random_weights: bool = False,
+    whole: bool = False,
 ) -> PreTrainedModel:
-    """The model in eval mode, its parameters frozen unless trainable (full fine-tuning); of a multimodal one, its text part."""
+    """The model in eval mode, frozen unless trainable (full fine-tuning); of a multimodal one, its text part or the `whole`."""
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
-    config = override(load_config(folder, trust_remote_code=trust_remote_code), overrides or {})
+    config = override(load_config(folder, trust_remote_code=trust_remote_code, whole=whole), overrides or {})
     place = pick_device(device)
     options: dict[str, Any] = {
         "config": config,
@@ -68,14 +69,15 @@ def load_base(
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
         options["quantization_config"] = quantization(quantize)
     with quiet():
-        model, found = (_from_config(options), {}) if random_weights else _from_pretrained(folder, options)
+        maker = AutoModelForImageTextToText if whole else auto_class(config)
+        model, found = (_from_config(maker, options), {}) if random_weights else _from_pretrained(maker, folder, options)
     _check_complete(folder, found)
     model.requires_grad_(trainable)
     return model.eval()
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model to load: for a multimodal checkpoint, that of its text part where there is one."""
+def load_config(folder: Path, *, trust_remote_code: bool = False, whole: bool = False) -> PretrainedConfig:
+    """The configuration of the model to load: for a multimodal checkpoint, that of its text part where there is one, or all."""
     if not trust_remote_code and _needs_code(read_config(folder)):
         raise ModelError(
             f"{folder}: its model type '{read_config(folder).get('model_type')}' is not part of the installed transformers and "
@@ -87,7 +89,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{folder}: {_first_line(error)}") from error
     text = config.get_text_config()
-    if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not whole and text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         if text.tie_word_embeddings != config.tie_word_embeddings:
             text.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides in a multimodal checkpoint
         if text.dtype is None:
@@ -194,17 +196,17 @@ def _needs_code(config: dict[str, Any]) -> bool:
     return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
 
 
-def _from_config(options: dict[str, Any]) -> PreTrainedModel:
+def _from_config(maker: Any, options: dict[str, Any]) -> PreTrainedModel:
     """The model with new random weights, as torch's seed gives them."""
     chosen = {name: options[name] for name in ("dtype", "attn_implementation", "experts_implementation") if name in options}
     with options["device_map"][""]:
-        model: PreTrainedModel = auto_class(options["config"]).from_config(options["config"], **chosen)
+        model: PreTrainedModel = maker.from_config(options["config"], **chosen)
     return model
 
 
-def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(maker: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        model, found = auto_class(options["config"]).from_pretrained(folder, **options)
+        model, found = maker.from_pretrained(folder, **options)
     except ImportError as error:
         raise ModelError(f"{folder} needs a package that is not installed: {_first_line(error)}") from error
     except (ValueError, KeyError, OSError, RuntimeError) as error:

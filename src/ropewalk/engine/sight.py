@@ -1,0 +1,173 @@
+"""A model's eyes: a picture as ids, as what the vision tower makes of it, and as a part of what has been read.
+
+    size -> ids          as the model's own processor writes a picture of that size
+    pixels -> features   by the vision tower, once
+    features -> keys and values, on a reading's end: placed and masked as the model itself does it
+
+What differs from model to model is asked of the model: its processor how many ids, its `get_rope_index` where they lie, its
+`create_masks_for_generate` which of them see each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ropewalk.engine.attention import running
+from ropewalk.engine.cache import Batch, Kind, Part, Reading
+from ropewalk.engine.request import Picture
+from ropewalk.errors import BadInput, ModelError
+from ropewalk.models.seeing import Seeing
+
+KINDS: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "sliding"}
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # of a processor's output
+REMEMBERED = 10_000  # sizes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the vision tower made of a picture, and what lays it out."""
+
+    features: Any
+    layout: dict[str, Tensor]
+
+
+class Sight:
+    """How one model sees."""
+
+    def __init__(self, seeing: Seeing) -> None:
+        """ModelError for a model whose way of seeing is not known here."""
+        self.whole: Any = seeing.whole
+        self.processor = seeing.processor
+        self.token = str(getattr(self.processor, "image_token", "") or "")
+        self._inputs = _names(self.whole, "get_image_features")
+        if not self.token or "mm_encoder_outputs" not in _names(self.whole, "forward") or not self._inputs:
+            raise ModelError(f"a {self.whole.config.model_type} takes pictures in a way that this engine does not know")
+        self._index = getattr(getattr(self.whole, self.whole.base_model_prefix), "get_rope_index", None)
+        self._mutual = _mutual_kinds(self.whole)
+        self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    @property
+    def digest(self) -> str:
+        """Changes when the processor does."""
+        said = json.dumps(self.processor.image_processor.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(f"{type(self.processor).__name__} {said}".encode()).hexdigest()
+
+    def ids(self, width: int, height: int) -> tuple[int, ...]:
+        """What stands for a picture of this size; BadInput where the model takes none of that shape."""
+        if (width, height) not in self._sizes:
+            if len(self._sizes) >= REMEMBERED:
+                self._sizes.clear()
+            ids = self._processed(Image.new("RGB", (width, height)))["input_ids"][0]
+            self._sizes[width, height] = tuple(int(id) for id in ids)
+        return self._sizes[width, height]
+
+    @torch.inference_mode()
+    def look(self, picture: Picture) -> Seen:
+        """What the vision tower makes of it."""
+        assert picture.pixels is not None
+        pixels = np.frombuffer(picture.pixels, np.uint8).reshape(picture.height, picture.width, 3)
+        found = self._processed(Image.fromarray(pixels))
+        inputs = {name: value.to(self.whole.device) for name, value in found.items() if name in self._inputs}
+        inputs = {name: value.to(self.whole.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        return Seen(self.whole.get_image_features(**inputs, return_dict=True), dict(found))
+
+    @torch.inference_mode()
+    def read(self, reading: Reading, ids: Sequence[int], seen: Seen) -> None:
+        """Reads the ids of a picture on a reading's end."""
+        shown = seen.layout["input_ids"][0].tolist()
+        assert tuple(shown) == tuple(ids), "the ids of a picture are those of its size"
+        types = torch.tensor([[int(id in self.processor.image_token_ids) for id in ids]])
+        part = Part(reading, 0, len(ids), self._sees(types[0]))
+        places, shift = self._places(seen, types)
+        batch = Batch([part])
+        with running(batch):
+            self.whole(
+                input_ids=torch.tensor([list(ids)], device=self.whole.device),
+                position_ids=(places + reading.position + reading.shift).to(self.whole.device),
+                past_key_values=batch,
+                use_cache=True,
+                mm_encoder_outputs={"image": seen.features},
+                logits_to_keep=1,
+            )
+        reading.position += len(ids)
+        reading.shift += shift
+
+    def _processed(self, image: Image.Image) -> Any:
+        try:
+            return self.processor(images=[image], text=[self.token], add_special_tokens=False, return_tensors="pt")
+        except ValueError as error:
+            raise BadInput(
+                f"image: a picture of {image.width} by {image.height} pixels cannot be shown to this model: {error}"
+            ) from error
+
+    def _places(self, seen: Seen, types: Tensor) -> tuple[Tensor, int]:
+        """Where the ids lie from the reading's end on, and how far what follows is from their count."""
+        count = types.shape[1]
+        if self._index is None:
+            return torch.arange(count)[None], 0
+        known = set(inspect.signature(self._index).parameters)
+        grids = {name: value for name, value in seen.layout.items() if name in known and name not in TEXT}
+        places, delta = self._index(seen.layout["input_ids"], mm_token_type_ids=types, **grids)
+        return places, int(delta)
+
+    def _sees(self, types: Tensor) -> dict[Kind, Tensor]:
+        if not self._mutual:
+            return {}
+        begins = (types == 1) & (types.roll(1) != 1)
+        begins[0] = types[0] == 1
+        block = torch.where(types == 1, begins.cumsum(0), 0)
+        same = (block[:, None] == block[None]) & (block[:, None] > 0)
+        return dict.fromkeys(self._mutual, same)
+
+
+def _names(model: Any, method: str) -> set[str]:
+    """The parameters of a model's method."""
+    return set(inspect.signature(getattr(model, method)).parameters) - {"kwargs"}
+
+
+def _mutual_kinds(model: Any) -> tuple[Kind, ...]:
+    """The kinds of layers in which the ids of one picture see each other both ways: the model's own masks say so."""
+    maker = getattr(type(model), "create_masks_for_generate", None)
+    if maker is None:
+        return ()
+    types = torch.tensor([[0, 1, 1, 1, 0]])
+    config = model.config.get_text_config()
+    with _eager(config):
+        options = {"mm_token_type_ids": types, "token_type_ids": types, "is_first_iteration": True}
+        embeds = torch.zeros(1, 5, config.hidden_size)
+        masks = maker(model.config, embeds, None, None, torch.arange(5)[None], **options)
+    found: list[Kind] = []
+    for name, mask in masks.items() if isinstance(masks, dict) else [("full_attention", masks)]:
+        if mask is None:
+            continue
+        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        backwards = seen & ~torch.ones(5, 5, dtype=torch.bool).tril()
+        inside = torch.zeros(5, 5, dtype=torch.bool)
+        inside[1:4, 1:4] = ~torch.ones(3, 3, dtype=torch.bool).tril()
+        if torch.equal(backwards, inside):
+            found.append(KINDS[name])
+        elif backwards.any():
+            raise ModelError(f"a {model.config.model_type} masks pictures in a way that this engine does not know")
+    return tuple(found)
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Within it, masks are made in full: other implementations leave out what they need not be told."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
