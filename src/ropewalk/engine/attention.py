@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ropewalk.engine.cache import Batch, Kind, Pair, Part, Segment
+from ropewalk.engine.cache import ELSEWHERE, Batch, Kind, Pair, Part, Segment
+from ropewalk.engine.latent import Latent, is_latent
+from ropewalk.errors import ModelError
 
 NAME = "ropewalk_batch"
 Partial = tuple[Tensor, Tensor]  # result [1, K, G*T, D] and log-sum-exp [1, K, G*T], both float32
@@ -47,30 +49,50 @@ def batch_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D] of all requests -> [1, T, H, D]; keys and values are those that the batch's readings keep."""
-    batch, layer = _running[-1], module.layer_idx
-    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    batch, layout = _running[-1], _running[-1].parts[0].reading.layout
+    layer = layout.sources[module.layer_idx]
+    latent = _checked(batch, layer, module, (key, value), attention_mask, query.shape[1])
+    if latent is not None:
+        query = latent.query(query)
+    heads = 1 if latent is not None else key.shape[1]
+    groups = query.shape[1] // heads
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     softcap, sinks = options.get("softcap"), options.get("s_aux")
     sizes = [(part.end - part.begin) * groups for part in batch.parts]
     packed = torch.cat([_packed(query[:, :, part.begin : part.end], heads) for part in batch.parts], dim=2)
     queries = torch.split(packed, sizes, dim=2)
     found = _Partials(sizes)
-    sliding = batch.parts[0].reading.layout.kinds[layer] == "sliding"
-    if not sliding:
-        for pair, readers in _shared(batch, layer):
+    if layout.kinds[layer] == "full":
+        for kept, readers in _shared(batch, layer):
+            pair = latent.pair(kept) if latent is not None else kept
             everybody = len(readers) == len(queries)
             together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
             found.add(readers, _attend(together, pair, None, scale, softcap))
     for index, part in enumerate(batch.parts):
-        window = part.reading.layout.windows[layer] if sliding else 0
-        for pair, mask in _own(part, layer, window, groups):
+        for kept, mask in _own(part, layer, groups):
+            pair = latent.pair(kept) if latent is not None else kept
             found.add([index], _attend(queries[index], pair, mask, scale, softcap))
     weights = None
     if sinks is not None:
         weights = torch.cat([_sink_rows(sinks, heads, part.end - part.begin) for part in batch.parts], dim=2)
     joined = found.joined(weights).to(query.dtype)
-    outs = [out.reshape(1, heads * groups, -1, out.shape[-1]) for out in torch.split(joined, sizes, dim=2)]
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+    outs = torch.cat([out.reshape(1, heads * groups, -1, out.shape[-1]) for out in torch.split(joined, sizes, dim=2)], dim=2)
+    return (outs if latent is None else latent.result(outs)).transpose(1, 2).contiguous(), None
+
+
+def _checked(batch: Batch, layer: int, module: Any, given: Pair, mask: Tensor | None, heads: int) -> Latent | None:
+    """How a layer attends to what it keeps, if it is not plainly; ModelError where that is more than this engine knows."""
+    batch.attended.add(layer)
+    kept = batch.given.get(layer)
+    if mask is None and getattr(module, "is_causal", True) and kept is not None:
+        if kept[0] is given[0] and kept[1] is given[1]:
+            return None
+        if is_latent(module):
+            return Latent(module, heads)
+    raise ModelError(
+        f"{type(module).__name__} does more than attend to the keys and values that it keeps"
+        f"{', with a mask of its own' if mask is not None else ''}, which this engine does not know; {ELSEWHERE}"
+    )
 
 
 class _Partials:
@@ -126,30 +148,35 @@ def _shared(batch: Batch, layer: int) -> list[tuple[Pair, list[int]]]:
     for index, part in enumerate(batch.parts):
         for segment in part.reading.segments:
             readers[segment].append(index)
-    return [(segment.layers[layer], those) for segment, those in readers.items()]  # type: ignore[misc]
+    return [(pair, those) for segment, those in readers.items() if (pair := segment.pair(layer)) is not None]
 
 
-def _own(part: Part, layer: int, window: int, groups: int) -> list[tuple[Pair, Tensor | None]]:
+def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Tensor | None]]:
     """What one request alone attends to, with masks [G*T, N] where not every query sees every key."""
-    tail, new = part.reading.tails[layer], part.end - part.begin
+    reading, new = part.reading, part.end - part.begin
+    tail, kind, window = reading.tails[layer], reading.layout.kinds[layer], reading.layout.windows[layer]
     assert tail is not None
-    if window:
-        tail.forget_before(window - 1 + new)
-        keys, values = tail.last(window - 1 + new)
-        count = keys.shape[2]
+    if kind == "full":
         if new == 1:
-            return [((keys[:, :, -window:], values[:, :, -window:]), None)]
-        behind = torch.arange(count - new, count)[:, None] - torch.arange(count)[None]
-        seen = _ahead(behind >= 0, part, "sliding") & (behind < window)
-        return [((keys, values), seen.repeat(groups, 1).to(keys.device))]
+            return [(tail.last(len(tail)), None)]
+        keys, values = tail.last(len(tail))
+        pieces: list[tuple[Pair, Tensor | None]] = []
+        if len(tail) > new:
+            pieces.append(((keys[:, :, :-new], values[:, :, :-new]), None))
+        seen = _ahead(torch.ones(new, new, dtype=torch.bool, device=keys.device).tril(), part, "full")
+        return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), seen.repeat(groups, 1))]
+    # before the first new id: the rest of its window, or what its chunk has
+    before = window - 1 if kind == "sliding" else reading.position % window
+    tail.forget_before(before + new)
+    keys, values = tail.last(before + new)
+    count = keys.shape[2]
     if new == 1:
-        return [(tail.last(len(tail)), None)]
-    keys, values = tail.last(len(tail))
-    pieces: list[tuple[Pair, Tensor | None]] = []
-    if len(tail) > new:
-        pieces.append(((keys[:, :, :-new], values[:, :, :-new]), None))
-    seen = _ahead(torch.ones(new, new, dtype=torch.bool, device=keys.device).tril(), part, "full")
-    return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), seen.repeat(groups, 1))]
+        return [((keys, values), None)]
+    at = torch.arange(count) + reading.position + new - count
+    behind = at[-new:, None] - at
+    seen = _ahead(behind >= 0, part, kind)
+    seen &= behind < window if kind == "sliding" else at[-new:, None] // window == at // window
+    return [((keys, values), seen.repeat(groups, 1).to(keys.device))]
 
 
 def _ahead(seen: Tensor, part: Part, kind: Kind) -> Tensor:

@@ -19,14 +19,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ropewalk.errors import ModelError
 
+ELSEWHERE = "serve the model through another engine, as a remote model"
 GROWTH = 256  # tokens by which a tail's buffer grows
 
 Kind = Literal["full", "sliding", "chunked", "recurrent", "none"]
 Pair = tuple[Tensor, Tensor]  # keys and values [1, K, T, D]
+
+_KINDS: dict[str, Kind] = {  # of transformers' cache layers
+    "DynamicLayer": "full",
+    "DynamicSlidingWindowLayer": "sliding",
+    "LinearAttentionLayer": "recurrent",
+    "LinearAttentionAndFullAttentionLayer": "full",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "sliding",
+    "DummyLayer": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -47,29 +57,17 @@ class Layout:
         states: list[bool] = []
         types = getattr(config, "layer_types", None) or ()
         for number, layer in enumerate(DynamicCache(config=config).layers):
-            kind = _kind_of(layer)
+            kind = _KINDS.get(type(layer).__name__)
             if kind is None:
                 raise ModelError(
                     f"layer {number} of {config.model_type} keeps its past as {type(layer).__name__}, which this engine does not "
-                    "know; serve the model through another engine: a remote model"
+                    f"know; {ELSEWHERE}"
                 )
             window = int(getattr(layer, "sliding_window", 0) or 0) if kind == "sliding" else 0
             kinds.append("chunked" if window and len(types) > number and types[number] == "chunked_attention" else kind)
             windows.append(window)
             states.append(isinstance(layer, LinearAttentionCacheLayerMixin))
         return cls(config, tuple(kinds), tuple(windows), tuple(states), _sources(config, len(kinds)))
-
-
-def _kind_of(layer: Any) -> Kind | None:
-    if isinstance(layer, DummyLayer):
-        return "none"
-    if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer):
-        return "recurrent"
-    attends = [kind for kind in (DynamicLayer, DynamicSlidingWindowLayer) if kind in type(layer).__mro__]
-    known = {*LinearAttentionCacheLayerMixin.__subclasses__(), *attends}
-    if type(layer) not in attends and not known & set(type(layer).__bases__):
-        return None
-    return "sliding" if DynamicSlidingWindowLayer in attends else "full"
 
 
 def _sources(config: PretrainedConfig, count: int) -> tuple[int, ...]:
@@ -221,7 +219,6 @@ class Reading:
         self.segments.append(segment)
         return segment
 
-
     def _kept(self, layer: int, since: int) -> int:
         """How many keys a layer keeps at a segment's end, `since` ids after the one before."""
         window = self.layout.windows[layer]
@@ -284,9 +281,19 @@ class Batch:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         self._joined: DynamicCache | None = None
+        self._behind: Tensor | None = None
+        self.attended: set[int] = set()  # layers that have asked for attention
+        self.given: dict[int, Pair] = {}  # per layer: the new keys and values that it was last given
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are given
+    def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:
+        """0, since positions are given; to a layer that counts for itself, what every row lies behind its position [T]."""
+        if layer_idx is None:
+            return 0
+        if self._behind is None:
+            behind = [part.reading.position - part.begin for part in self.parts]
+            sizes = torch.tensor([part.end - part.begin for part in self.parts])
+            self._behind = torch.repeat_interleave(torch.tensor(behind), sizes)
+        return self._behind
 
     @contextmanager
     def joined(self, parts: Sequence[Part], layer_idx: int) -> Iterator[DynamicCache]:
@@ -319,6 +326,7 @@ class Batch:
             tail = part.reading.tails[layer_idx]
             assert tail is not None
             tail.append(keys[:, :, part.begin : part.end], values[:, :, part.begin : part.end])
+        self.given[layer_idx] = keys, values
         return keys, values
 
 

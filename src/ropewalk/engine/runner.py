@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.attention import NAME, register, running
-from ropewalk.engine.cache import Batch, Layout, Part, Reading, per_request
+from ropewalk.engine.cache import ELSEWHERE, Batch, Layout, Part, Reading, per_request
+from ropewalk.errors import ModelError
 
 _RUNS = "_ropewalk_runner"
 
@@ -21,10 +23,13 @@ class Runner:
         register()
         self.model = model.eval()
         self.layout = Layout.of(model.config.get_text_config(decoder=True))
-        model.get_decoder().set_attn_implementation(NAME)  # not that of a part that sees
+        decoder = model.get_decoder()
+        decoder.set_attn_implementation(NAME)  # not that of a part that sees
+        _check(decoder)
         for module in model.modules():
             if _is_recurrent(module):
                 per_request(module)
+        self.forward([(Reading.after(self.layout, []), [0, 0])])  # whoever cannot be served says so now
 
     @property
     def device(self) -> torch.device:
@@ -49,14 +54,29 @@ class Runner:
                 use_cache=True,
                 logits_to_keep=torch.tensor([part.end - 1 for part in parts], device=self.device),
             ).logits
+        missing = [
+            n for n, kind in enumerate(self.layout.kinds) if kind not in ("recurrent", "none") and n not in batch.attended
+        ]
+        if missing:
+            raise ModelError(
+                f"layer {missing[0]} of {self.layout.config.model_type} attends without transformers' attention interface, "
+                f"which this engine needs; {ELSEWHERE}"
+            )
         for reading, new in work:
             reading.position += len(new)
         return logits[0].float()  # type: ignore[no-any-return]
 
 
+def _check(decoder: Any) -> None:
+    """ModelError for a model that cannot read several requests at once."""
+    kind = decoder.config.model_type
+    if decoder.config._attn_implementation != NAME:
+        raise ModelError(f"{kind} attends without transformers' attention interface, which this engine needs; {ELSEWHERE}")
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ModelError(f"{kind} counts positions by itself, while this engine must give them to it; {ELSEWHERE}")
+
+
 def _is_recurrent(module: Any) -> bool:
     """Whether a layer takes its past as `cache_params`, as every recurrent layer of transformers does."""
-    import inspect
-
     forward = type(module).__dict__.get("forward")
     return forward is not None and "cache_params" in inspect.signature(forward).parameters and hasattr(module, "layer_idx")
