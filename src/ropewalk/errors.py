@@ -11,6 +11,7 @@
     │   ├── NotDownloadable                                            a file whose workspace keeps it from being downloaded
     │   ├── ResumeFailed          409 412 415 460                      a step of a resumable upload that does not fit
     │   ├── DocumentError                                              a file that cannot be read as a document
+    │   ├── CardError                                                  a page's text that cannot be read as cards
     │   ├── SandboxFailed                                              work that ran past its limits of time or memory
     │   └── UnreadableBody                                             a request's body that came too slowly, or encoded otherwise
     ├── AuthenticationFailed      401 authentication_error    exit 2   no key, or one that opens nothing
@@ -110,6 +111,14 @@ class DocumentError(BadInput):
     def __init__(self, message: str, error_code: str | None = None, **details: int | str) -> None:
         super().__init__(message)
         self.error_code, self.details = error_code, details
+
+
+class CardError(BadInput):
+    """A page's text that cannot be read as cards; names the line (1-based) where reading stopped and what was expected there."""
+
+    def __init__(self, message: str, line: int) -> None:
+        self.line = line
+        super().__init__(f"line {line}: {message}")
 
 
 class SandboxFailed(BadInput):
