@@ -76,6 +76,7 @@ class Document:
 @dataclass(frozen=True)
 class Image:
     source: Source
+    scaled: bool = True  # whether one that is too large may be made smaller
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,15 @@ class MessagesRequest:
                     if isinstance(part, Document | Image) and isinstance(part.source, FileId):
                         found[part.source.id] = None
         return list(found)
+
+    def images(self) -> list[Image]:
+        """All pictures, in the order in which they stand."""
+        found: list[Image] = []
+        for turn in self.turns:
+            for block in turn.blocks:
+                inner = block.content if isinstance(block, ToolResult) else (block,)
+                found += [part for part in inner if isinstance(part, Image)]
+        return found
 
 
 # -- what is answered

@@ -8,7 +8,7 @@ written around them.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from ropewalk.chat.messages import (
     Turn,
     Usage,
 )
+from ropewalk.chat.pictures import Gallery, Pictured, said
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput
 
@@ -48,6 +49,7 @@ class Piece:
     ids: tuple[int, ...]
     files: tuple[str, ...]  # of the documents up to here, in order
     kept: bool  # whether everything up to here is instructions and stored files: it may lie on disk
+    picture: Pictured | None = None  # what the ids stand for, if they are not text
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,24 @@ class _Marks:
         return mark
 
 
-def render(template: Template, request: MessagesRequest, documents: Sequence[Shown], instruction: str = "") -> Prompt:
-    """The prompt of a request whose documents read so, in the order of `request.documents()`; `instruction`: what the system adds."""
+def render(
+    template: Template,
+    request: MessagesRequest,
+    documents: Sequence[Shown],
+    instruction: str = "",
+    pictures: Sequence[Pictured] = (),
+    token: str = "",
+) -> Prompt:
+    """The prompt of a request whose documents and pictures read so, in the order of `request.documents()` and `request.images()`.
+
+    `instruction`: what the system adds; `token`: what the template writes for a picture.
+    """
     marks = _Marks()
+    gallery = Gallery(template, pictures, token)
     framed = [_framed(asked, shown, template) for asked, shown in zip(request.documents(), documents, strict=True)]
     dialect = dialect_of(template)
     tools = [_tool(template, tool, marks) for tool in request.tools]
-    messages = _messages(template, request, iter(framed), marks, instruction)
+    messages = _messages(template, request, iter(framed), gallery, marks, instruction)
     messages = dialect.messages(messages if dialect.calls_in_one else _one_by_one(messages), tools)
     text = template.render_text(
         messages,
@@ -109,10 +122,10 @@ def render(template: Template, request: MessagesRequest, documents: Sequence[Sho
     )
     if request.turns[-1].role == "assistant":
         text = _open_ended(text, messages[-1])
-    return _cut(template, text, marks)
+    return _cut(template, text, marks, token, gallery.order(messages, text))
 
 
-def _cut(template: Template, text: str, marks: _Marks) -> Prompt:
+def _cut(template: Template, text: str, marks: _Marks, token: str, pictures: Iterator[Pictured]) -> Prompt:
     pieces: list[Piece] = []
     ids: list[int] = []
     files: list[str] = []
@@ -124,8 +137,18 @@ def _cut(template: Template, text: str, marks: _Marks) -> Prompt:
             pieces.append(Piece(tuple(ids), tuple(files), durable))
             ids = []
 
+    def show(picture: Pictured) -> None:
+        nonlocal durable
+        end_piece()
+        durable = durable and picture.file_id is not None
+        files.extend([picture.file_id] if picture.file_id is not None else [])
+        pieces.append(Piece(picture.ids, tuple(files), durable, picture))
+
     for plain, mark in _parts(text, marks):
-        ids += template.encode(plain) if plain else []
+        for number, words in enumerate(plain.split(token) if token else [plain]):
+            if number:
+                show(next(pictures))
+            ids += template.encode(words) if words else []
         if mark is None:
             break
         meant = marks.meant[mark]
@@ -158,7 +181,7 @@ def _parts(text: str, marks: _Marks) -> list[tuple[str, str | None]]:
 
 
 def _messages(
-    template: Template, request: MessagesRequest, documents: Any, marks: _Marks, instruction: str
+    template: Template, request: MessagesRequest, documents: Any, gallery: Gallery, marks: _Marks, instruction: str
 ) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     system = "\n\n".join(text for text in (*(block.text for block in request.system), instruction) if text)
@@ -168,15 +191,21 @@ def _messages(
     for number, turn in enumerate(request.turns):
         begins = marks.sow(None) if number and turn.role == "user" else ""
         names |= {block.id: block.name for block in turn.blocks if isinstance(block, ToolUse)}
-        messages += _of_turn(template, turn, documents, marks, begins, names)
+        messages += _of_turn(template, turn, documents, gallery, marks, begins, names)
     return messages
 
 
 def _of_turn(
-    template: Template, turn: Turn, documents: Any, marks: _Marks, begins: str, names: Mapping[str, str]
+    template: Template,
+    turn: Turn,
+    documents: Any,
+    gallery: Gallery,
+    marks: _Marks,
+    begins: str,
+    names: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    content: list[str] = []
+    content: list[str | dict[str, Any]] = []
     message: dict[str, Any] = {"role": turn.role}
     for block in turn.blocks:
         match block:
@@ -194,21 +223,24 @@ def _of_turn(
                 call = {"id": id, "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case ToolResult(id, inner, failed):
-                texts = ["Error: "] if failed else []
+                texts: list[str | dict[str, Any]] = ["Error: "] if failed else []
                 for part in inner:
                     if isinstance(part, Document):
                         texts.append(marks.sow(next(documents)) + SEAM)
                     elif isinstance(part, Text):
                         texts.append(_said(template, part.text, marks))
                     else:
-                        raise unseen()
+                        texts.append(gallery.part())
+                answered, shown_instead = gallery.result(texts)
+                content += shown_instead
                 name = _plain(template, names.get(id, ""), marks)
-                found.append({"role": "tool", "tool_call_id": id, "name": name, "content": "".join(texts)})
+                found.append({"role": "tool", "tool_call_id": id, "name": name, "content": answered})
             case Image():
-                raise unseen()
+                if turn.role != "user":
+                    raise BadInput("image: pictures stand in messages of the user, or in what a tool answers")
+                content.append(gallery.part())
     if content or "tool_calls" in message or "reasoning_content" in message:
-        said = "\n".join(content) if turn.role != "assistant" else "".join(content)
-        found.append({**message, "content": begins + said})
+        found.append({**message, "content": said(content, begins, "\n" if turn.role != "assistant" else "")})
     return found
 
 
@@ -277,8 +309,3 @@ def _one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 found.append(answers[call["id"]])
                 told.add(call["id"])
     return found
-
-
-def unseen() -> BadInput:
-    """The error of a picture."""
-    return BadInput("image: this model reads no images; send the text instead, or ask a model that does")

@@ -30,7 +30,8 @@ from ropewalk.chat.messages import (
     ToolUse,
     Usage,
 )
-from ropewalk.chat.prompt import tagged, unseen
+from ropewalk.chat.pictures import unseen
+from ropewalk.chat.prompt import tagged
 
 PATH, COUNT_PATH = "messages", "messages/count_tokens"
 MOST_BREAKPOINTS = 4

@@ -24,7 +24,8 @@ from ropewalk.chat.messages import (
     Usage,
 )
 from ropewalk.chat.parsers import Blocks
-from ropewalk.chat.prompt import tagged, unseen
+from ropewalk.chat.pictures import unseen
+from ropewalk.chat.prompt import tagged
 from ropewalk.errors import BadInput
 
 PATH = "chat/completions"

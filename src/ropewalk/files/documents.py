@@ -54,7 +54,7 @@ async def document(store: Store, caller: Caller, id: str) -> Document:
 
 async def document_of(data: bytes, media_type: str | None, name: str) -> Document:
     """The document of bytes that are kept nowhere."""
-    made = await _confined(data, CPU_SECONDS, "read_serialised", media_type, name)
+    made = await confined(data, CPU_SECONDS, "read_serialised", media_type, name)
     try:
         return await asyncio.to_thread(Document.from_bytes, made)
     except (ValueError, KeyError, TypeError) as error:
@@ -121,13 +121,13 @@ async def _call(store: Store, content: Content, cpu_seconds: int, function: str,
             f"{file.size:,} bytes are more than the {MAX_BYTES:,} that can be read as a document", "document_too_large"
         )
     try:
-        return await _confined(content.chunks(), cpu_seconds, function, file.mime_type, file.filename, *arguments)
+        return await confined(content.chunks(), cpu_seconds, function, file.mime_type, file.filename, *arguments)
     except DamagedContent:
         await store.mark_damaged(content.name)
         raise
 
 
-async def _confined(
+async def confined(
     data: bytes | AsyncIterable[bytes], cpu_seconds: int, function: str, media_type: str | None, name: str, *arguments: int
 ) -> bytes:
     """What a function of reading.py makes of these bytes, in a process of its own."""

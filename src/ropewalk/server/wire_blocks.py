@@ -135,11 +135,15 @@ class BlockReader:
     def image(self, found: Node, role: str) -> Image:
         found.only({"type", "source", "cache_control", "transformations"})
         self.breakpoint(found)
-        source = found.need("source")
+        source, scaled = found.need("source"), True
+        if (asked := found.get("transformations")) is not None:
+            asked.only({"oversized_image"})
+            large = asked.get("oversized_image")
+            scaled = large is None or large.choice(("downsize", "error")) == "downsize"
         if source.need("type").choice(("base64", "url", "file")) != "base64":
-            return Image(_elsewhere(source))
+            return Image(_elsewhere(source), scaled)
         source.only({"type", "media_type", "data"})
-        return Image(Bytes(source.need("media_type").choice(PICTURES), _bytes(source.need("data"))))
+        return Image(Bytes(source.need("media_type").choice(PICTURES), _bytes(source.need("data"))), scaled)
 
     def tool_use(self, found: Node, role: str) -> ToolUse:
         if role != "assistant":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ropewalk.errors import DocumentError
 from ropewalk.files.readers.draft import Draft
@@ -30,6 +30,20 @@ def render(data: bytes, number: int) -> bytes:
     output = io.BytesIO()
     picture.save(output, "PNG")
     return output.getvalue()
+
+
+def pixels(data: bytes, longest: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture as it is meant to be seen: upright, on white, no longer than so on a side; and its size before."""
+    picture = _open(data)
+    size = picture.size
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    picture.thumbnail((longest, longest))
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode == "RGBA":
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=picture.getchannel("A"))
+        picture = white
+    return picture, size
 
 
 def _open(data: bytes) -> Image.Image:
