@@ -11,9 +11,9 @@ from enum import StrEnum
 
 WORD = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")  # with the space after it, so that spaces alone do not match
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
-MOST = 1_000_000  # pairs of words that are compared, since the time grows with their product; beyond it, pairs of lines
+MOST = 4_000_000  # pairs of words that are compared, since the time grows with their product; beyond it, pairs of lines
 
-EQUAL = 100_000  # pairs of equal words up to which every word is an anchor
+EQUAL = 300_000  # pairs of equal words up to which every word is an anchor
 
 
 class PieceKind(StrEnum):
