@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.cache import Reading, Segment
-from ropewalk.engine.request import Event, Finish, Grammar, Keep, Picture, Request, Span
+from ropewalk.engine.request import Event, Finish, Grammar, Keep, Picture, Request, Span, acts_from
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.sampling import choose, stream
 from ropewalk.engine.scheduler import Limits, Scheduler, Turn
@@ -81,7 +81,7 @@ class Job:
 
     request: Request
     sample: int
-    invoked_at: int  # position from which the adapter acts
+    acts_from: int  # position from which the adapter acts
     reading_on: Reading
     todo: list[tuple[Span, str]]  # spans to read, with their keys
     tail: list[int]  # ids of the tail that are still to read
@@ -213,7 +213,7 @@ class Engine:
         return Job(
             request,
             sample,
-            self._invocation(request),
+            self._acts_from(request),
             Reading.after(self.runner.layout, []),
             self._keyed(request) if leader is None else [],
             list(request.tail) if leader is None and request.max_tokens else [],
@@ -222,23 +222,19 @@ class Engine:
             stream(request.sampling, request.id, sample),
         )
 
-    def _invocation(self, request: Request) -> int:
-        """From which position on the adapter acts: everywhere, or from the last occurrence of its invocation."""
-        wanted = None if request.adapter is None or self.adapters is None else self.adapters.invocation(request.adapter)
-        if wanted is None:
+    def _acts_from(self, request: Request) -> int:
+        """The position from which the adapter of a request acts; without one it does not matter."""
+        if request.adapter is None or self.adapters is None:
             return 0
         ids = [id for span in request.prefix for id in span.ids] + list(request.tail)
-        for start in range(len(ids) - len(wanted), -1, -1):
-            if tuple(ids[start : start + len(wanted)]) == wanted:
-                return start
-        return self.longest + 1  # never
+        return acts_from(ids, self.adapters.invocation(request.adapter))
 
     def _keyed(self, request: Request) -> list[tuple[Span, str]]:
         parent, position, found = "", 0, []
-        invoked_at = self._invocation(request)
+        acting = self._acts_from(request)
         for span in request.prefix:
             position += len(span.ids)
-            as_base = request.adapter is None or position <= invoked_at
+            as_base = request.adapter is None or position <= acting
             adapter = "" if as_base or self.adapters is None else self.adapters.digest(str(request.adapter))
             shown = span.picture.digest if span.picture is not None else ""
             parent = self.prefixes.key(parent, adapter, request.scope, span.ids, shown)
@@ -327,7 +323,7 @@ class Engine:
         begin = 0
         for turn in turns:
             job, end = turn.job, begin + turn.count
-            acts = min(max(begin, begin + job.invoked_at - job.reading_on.position), end)
+            acts = min(max(begin, begin + job.acts_from - job.reading_on.position), end)
             rows += [(None, begin, acts), (job.request.adapter, acts, end)]
             last.append(job.request.adapter if acts < end else None)
             begin = end

@@ -5,10 +5,12 @@ server, judge or trainer -> Request -> engine -> Event, Event, ... -> whoever as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
+NEVER = 1 << 62  # a position that no prompt has
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,12 @@ class Event:
     created: int | None = None  # ids of the prefix that were read now and kept
     version: int = 0  # of the adapter
     error: str = ""
+
+
+def acts_from(ids: Sequence[int], invocation: tuple[int, ...] | None) -> int:
+    """The position from which an adapter acts: everywhere, or, of an activated one, from the last occurrence of its invocation."""
+    if invocation is None:
+        return 0
+    count = len(invocation)
+    places = (place for place in range(len(ids) - count, -1, -1) if tuple(ids[place : place + count]) == invocation)
+    return next(places, NEVER)
