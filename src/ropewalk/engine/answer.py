@@ -30,7 +30,7 @@ from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Retrieval
 from ropewalk.engine.client import EngineClient
-from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
+from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
 from ropewalk.errors import BadInput
 from ropewalk.files.store import Store
@@ -224,10 +224,11 @@ class Answerer:
         own = derive(await self._own_key(caller), "prefixes")
         spans: list[Span] = []
         name, position = "", 0
-        acts_from = self._acts_from(prompt)
+        ids = [id for piece in prompt.prefix for id in piece.ids] + list(prompt.tail)
+        acting = acts_from(ids, self.invocation) if self.adapter is not None else NEVER
         for piece in prompt.prefix:
             position += len(piece.ids)
-            adapter = self.adapter_digest if position > acts_from else ""
+            adapter = self.adapter_digest if position > acting else ""
             parts = [name, self.weights, self.template.digest, adapter, caller.workspace_id, list(piece.ids)]
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             keep = None
@@ -243,17 +244,6 @@ class Answerer:
     async def _own_key(self, caller: Caller) -> bytes:
         async with self.store.database.reading() as connection:
             return await workspace_key(connection, self.store.vault, caller.workspace_id)
-
-    def _acts_from(self, prompt: Prompt) -> int:
-        """The position from which the adapter acts: of an activated one, the last occurrence of its invocation."""
-        if self.adapter is None:
-            return prompt.length
-        if self.invocation is None:
-            return 0
-        ids = [id for piece in prompt.prefix for id in piece.ids] + list(prompt.tail)
-        count = len(self.invocation)
-        places = (i for i in range(len(ids) - count, -1, -1) if tuple(ids[i : i + count]) == self.invocation)
-        return next(places, prompt.length)
 
     def _grammar(self, request: MessagesRequest, prompt: Prompt, citing: Citing | None) -> Grammar | None:
         if citing is not None and citing.form and not request.tools and not request.thinking:
