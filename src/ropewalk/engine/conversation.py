@@ -52,7 +52,7 @@ async def converse(
             if prompt is None:
                 print(f"{name}: ", end="", flush=True)
             request = MessagesRequest(name, max_tokens, tuple(turns), temperature=0.0)
-            async with aclosing(answerer.stream(caller, request)) as events:  # type: ignore[type-var]
+            async with aclosing(answerer.stream(caller, request)) as events:
                 turns.append(Turn("assistant", await _printed(events, told=bool(documents))))
             if prompt is None:
                 print("you: ", end="", flush=True)

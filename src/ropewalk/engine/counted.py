@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ class Answers(Protocol):
 
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage: ...
 
-    def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]: ...
+    def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]: ...
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Counted:
         self._add(caller, request, usage, asked=False)
         return usage
 
-    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]:
         """The reply, as it comes; closing the iterator ends it at once."""
         usage: Usage | None = None
         try:
-            async with aclosing(self.answers.stream(caller, request)) as events:  # type: ignore[type-var]
+            async with aclosing(self.answers.stream(caller, request)) as events:
                 async for event in events:
                     if isinstance(event, Started | Ended):
                         usage = event.usage

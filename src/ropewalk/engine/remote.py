@@ -7,7 +7,7 @@ The same as engine/answer.py does with a model of this machine. Files do not lea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -73,7 +73,7 @@ class RemoteAnswerer:
         answer = await self.upstream.ask(remote_anthropic.PATH, {**asked, "stream": False})
         return remote_anthropic.usage(answer.get("usage"))
 
-    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]:
         """The reply, as it comes; closing the iterator closes the connection to the other server, which ends it there."""
         if not request.max_tokens:  # only to read ahead
             usage = await self.warm(caller, request)
@@ -93,7 +93,7 @@ class RemoteAnswerer:
             path, signatures = remote_openai.PATH, await self._signatures(caller)
             asked = remote_openai.body(request, self._model, self.upstream.remote.url, citables)
             replies = remote_openai.Replies(request)
-        async with aclosing(self.upstream.stream(path, asked)) as events:  # type: ignore[type-var]
+        async with aclosing(self.upstream.stream(path, asked)) as events:
             async for data in events:
                 if data == END:
                     break

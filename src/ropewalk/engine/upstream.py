@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -64,7 +64,7 @@ class Upstream:
         self.refuse_error(answer)
         return answer
 
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of the events of an answer; closing the iterator closes the connection."""
         events = EventStream()
         async with self._opened(path, body) as response:

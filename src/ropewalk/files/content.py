@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from ropewalk.errors import DamagedContent
@@ -25,7 +25,7 @@ class Content:
     name: str
     key: bytes
 
-    async def chunks(self, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+    async def chunks(self, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """The plain bytes from `start` to before `end`; a whole read is checked against the file's SHA-256 before its last chunk."""
         end = self.file.size if end is None else min(end, self.file.size)
         first, last = start // CHUNK, max(start, end - 1) // CHUNK

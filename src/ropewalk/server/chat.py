@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
@@ -127,7 +127,7 @@ async def ask(request: Request, visitor: Visitor) -> Response:
         headers = {"x-accel-buffering": "no"}
         return StreamingResponse(_told(request, visitor, asked), media_type="text/event-stream", headers=headers)
     hearing = Hearing()
-    async with aclosing(_reply(request, visitor, asked)) as events:  # type: ignore[type-var]
+    async with aclosing(_reply(request, visitor, asked)) as events:
         async for event in events:
             hearing.take(event)
     answer = await _answer(request, visitor, asked, hearing)
@@ -186,10 +186,10 @@ async def _page(
     return await show(request, visitor, "chat.html", "Chat", page)
 
 
-async def _reply(request: Request, visitor: Visitor, asked: Asked) -> AsyncIterator[ReplyEvent]:
+async def _reply(request: Request, visitor: Visitor, asked: Asked) -> AsyncGenerator[ReplyEvent, None]:
     state = request.app.state
     with state.batches.somebody_waits():
-        async with aclosing(answer_of(state.models, state.metrics, visitor.caller, asked.request())) as events:  # type: ignore[type-var]
+        async with aclosing(answer_of(state.models, state.metrics, visitor.caller, asked.request())) as events:
             async for event in events:
                 yield event
 
@@ -234,7 +234,7 @@ async def _told(request: Request, visitor: Visitor, asked: Asked) -> AsyncIterat
         coming.cancel()
         with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
             await coming
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 routes: list[BaseRoute] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 
 from starlette.requests import Request
@@ -177,10 +177,10 @@ async def content(request: Request) -> Response:
     return await download.answer(opened.file, span, _reporting(store, opened.name, chunks))
 
 
-async def _reporting(store: Store, name: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _reporting(store: Store, name: str, chunks: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     """The same chunks; damage is written down before it is raised."""
     try:
-        async with aclosing(chunks) as opened:  # type: ignore[type-var]
+        async with aclosing(chunks) as opened:
             async for chunk in opened:
                 yield chunk
     except DamagedContent:

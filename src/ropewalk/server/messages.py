@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -128,18 +128,20 @@ async def _asked(request: Request, *, counting: bool = False) -> MessagesRequest
     return read_request(Node(await body.read_json(request, MAX_BYTES)), version, counting=counting)
 
 
-async def _events(request: Request, asked: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+async def _events(request: Request, asked: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]:
     state = request.app.state
     with state.batches.somebody_waits():
-        async with aclosing(answer_of(state.models, state.metrics, caller_of(request), asked)) as events:  # type: ignore[type-var]
+        async with aclosing(answer_of(state.models, state.metrics, caller_of(request), asked)) as events:
             async for event in events:
                 yield event
 
 
-async def answer_of(models: Models, metrics: Metrics, caller: Caller, asked: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+async def answer_of(
+    models: Models, metrics: Metrics, caller: Caller, asked: MessagesRequest
+) -> AsyncGenerator[ReplyEvent, None]:
     """A reply as it comes, and counted."""
     answerer = await models.answerer(asked.model)
-    async with aclosing(answerer.stream(caller, asked)) as events:  # type: ignore[type-var]
+    async with aclosing(answerer.stream(caller, asked)) as events:
         async for event in events:
             if isinstance(event, Ended):
                 for kind in ("input", "cache_creation", "cache_read", "output"):
@@ -147,15 +149,15 @@ async def answer_of(models: Models, metrics: Metrics, caller: Caller, asked: Mes
             yield event
 
 
-async def _whole(writer: ReplyWriter, events: AsyncIterator[ReplyEvent]) -> dict[str, Any]:
-    async with aclosing(events) as opened:  # type: ignore[type-var]
+async def _whole(writer: ReplyWriter, events: AsyncGenerator[ReplyEvent, None]) -> dict[str, Any]:
+    async with aclosing(events) as opened:
         return await writer.message(opened)
 
 
 class Reply(StreamingResponse):
     """A reply's events as they come; pings while nothing does."""
 
-    def __init__(self, writer: ReplyWriter, events: AsyncIterator[ReplyEvent], request_id: str) -> None:
+    def __init__(self, writer: ReplyWriter, events: AsyncGenerator[ReplyEvent, None], request_id: str) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(self._sent(), 200, headers, "text/event-stream")
         self._writer, self._events, self._request_id = writer, events, request_id
@@ -173,7 +175,7 @@ class Reply(StreamingResponse):
         self._next.cancel()
         with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
             await self._next
-        await self._events.aclose()  # type: ignore[attr-defined]
+        await self._events.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
