@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,11 +91,11 @@ class Answerer:
         """Reads the documents of a conversation ahead of its first question."""
         prompt, _, _ = await self._prompt(caller, request, whole=True)  # which parts are shown, only a question tells
         sent = Request(new_id("msg"), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
-        async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
+        async with aclosing(self.client.generate(sent)) as events:
             event = await anext(events)
         return prompt.usage(event.created or 0, event.read or 0)
 
-    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncIterator[ReplyEvent]:
+    async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]:
         """The reply, as it comes; closing the iterator ends it at once."""
         if not request.max_tokens:  # only to read ahead
             usage = await self.warm(caller, request)
@@ -128,7 +128,7 @@ class Answerer:
         )
         kept = grammar is not None and grammar.kind == "lark"
         parser = parser_for(self.template, request, self._end(prompt), kept=kept)
-        async with aclosing(self.client.generate(sent)) as events:  # type: ignore[type-var]
+        async with aclosing(self.client.generate(sent)) as events:
             async for event in self._reply(request, prompt, events, parser, signatures, citing, room < request.max_tokens):
                 yield event
 

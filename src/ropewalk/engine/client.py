@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class EngineClient:
                 with suppress(BadInput):  # its folder may be gone; the others are not to wait for it
                     await self._call("load_adapter", name=name, folder=folder)
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """What a request brings, as it comes; closing the iterator cancels it at once."""
         await self.start()
         events: asyncio.Queue[Event | None] = asyncio.Queue()

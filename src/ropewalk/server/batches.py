@@ -125,7 +125,7 @@ async def _answer(app: Starlette, item: Item) -> Mapping[str, Any]:
     metrics: Metrics = app.state.metrics
     asked = read_item(item.params, item.batch.version)
     writer = ReplyWriter(new_id("msg"), asked.model, asked.caching)
-    async with aclosing(answer_of(models, metrics, item.batch.owner, asked)) as events:  # type: ignore[type-var]
+    async with aclosing(answer_of(models, metrics, item.batch.owner, asked)) as events:
         return succeeded(await writer.message(events))
 
 
