@@ -83,16 +83,16 @@ def batch_attention(
 def _checked(batch: Batch, layer: int, module: Any, given: Pair, mask: Tensor | None, heads: int) -> Latent | None:
     """How a layer attends to what it keeps, if it is not plainly; ModelError where that is more than this engine knows."""
     batch.attended.add(layer)
-    kept = batch.given.get(layer)
-    if mask is None and getattr(module, "is_causal", True) and kept is not None:
+    kept, name = batch.given.get(layer), type(module).__name__
+    if not getattr(module, "is_causal", True):
+        raise ModelError(f"{name} looks ahead: it reads whole texts and does not write; {ELSEWHERE}")
+    if mask is None and kept is not None:
         if kept[0] is given[0] and kept[1] is given[1]:
             return None
         if is_latent(module):
             return Latent(module, heads)
-    raise ModelError(
-        f"{type(module).__name__} does more than attend to the keys and values that it keeps"
-        f"{', with a mask of its own' if mask is not None else ''}, which this engine does not know; {ELSEWHERE}"
-    )
+    own = "with a mask of its own" if mask is not None else "not plainly to what it keeps"
+    raise ModelError(f"{name} attends {own}, which this engine does not know; {ELSEWHERE}")
 
 
 class _Partials:

@@ -28,11 +28,11 @@ class Latent:
 
     def __init__(self, module: Any, heads: int) -> None:
         weight = _weight(getattr(module, EXPANSION)).view(heads, -1, module.kv_lora_rank)
-        self._keys, self._values = weight.split([module.qk_nope_head_dim, module.v_head_dim], dim=1)
+        self._keys, self._values = torch.split(weight, [module.qk_nope_head_dim, module.v_head_dim], dim=1)
 
     def query(self, query: Tensor) -> Tensor:
         """[1, H, T, N + P] -> [1, H, T, R + P]."""
-        plain, rotated = query.split([self._keys.shape[1], query.shape[-1] - self._keys.shape[1]], dim=-1)
+        plain, rotated = torch.split(query, [self._keys.shape[1], query.shape[-1] - self._keys.shape[1]], dim=-1)
         return torch.cat([plain @ self._keys, rotated], dim=-1)
 
     def pair(self, kept: Pair) -> Pair:
@@ -41,7 +41,7 @@ class Latent:
 
     def result(self, out: Tensor) -> Tensor:
         """[1, H, T, R] -> [1, H, T, V]."""
-        return out @ self._values.transpose(1, 2)
+        return torch.matmul(out, self._values.transpose(1, 2))
 
 
 def _weight(linear: Any) -> Tensor:

@@ -24,12 +24,27 @@ class Runner:
         self.model = model.eval()
         self.layout = Layout.of(model.config.get_text_config(decoder=True))
         decoder = model.get_decoder()
+        if not hasattr(decoder, "set_attn_implementation"):
+            decoder = model
         decoder.set_attn_implementation(NAME)  # not that of a part that sees
-        _check(decoder)
+        names = inspect.signature(model.forward).parameters
+        self._past = "past_key_values" if "past_key_values" in names else "cache_params"
+        self._places = "position_ids" in names
+        _check(decoder, self._places or set(self.layout.kinds) <= {"recurrent", "none"})
         for module in model.modules():
-            if _is_recurrent(module):
-                per_request(module)
-        self.forward([(Reading.after(self.layout, []), [0, 0])])  # whoever cannot be served says so now
+            past = _past_of(module)
+            if past:
+                per_request(module, past, self.layout.config)
+        self._try()
+
+    def _try(self) -> None:
+        """Whoever cannot be served says so now."""
+        try:
+            self.forward([(Reading.after(self.layout, []), [0, 0])])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self.layout.config.model_type} asks more of its past than this engine keeps ({error}); {ELSEWHERE}"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -49,8 +64,8 @@ class Runner:
         with running(batch):
             logits = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device),
-                past_key_values=batch,
+                **({"position_ids": torch.tensor([positions], device=self.device)} if self._places else {}),
+                **{self._past: batch},
                 use_cache=True,
                 logits_to_keep=torch.tensor([part.end - 1 for part in parts], device=self.device),
             ).logits
@@ -67,16 +82,21 @@ class Runner:
         return logits[0].float()  # type: ignore[no-any-return]
 
 
-def _check(decoder: Any) -> None:
+def _check(decoder: Any, placed: bool) -> None:
     """ModelError for a model that cannot read several requests at once."""
     kind = decoder.config.model_type
     if decoder.config._attn_implementation != NAME:
         raise ModelError(f"{kind} attends without transformers' attention interface, which this engine needs; {ELSEWHERE}")
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+    if not placed:
         raise ModelError(f"{kind} counts positions by itself, while this engine must give them to it; {ELSEWHERE}")
 
 
-def _is_recurrent(module: Any) -> bool:
-    """Whether a layer takes its past as `cache_params`, as every recurrent layer of transformers does."""
+def _past_of(module: Any) -> str:
+    """What a layer with a state calls the past that it is given; empty for other layers."""
     forward = type(module).__dict__.get("forward")
-    return forward is not None and "cache_params" in inspect.signature(forward).parameters and hasattr(module, "layer_idx")
+    if forward is None or not hasattr(module, "layer_idx"):
+        return ""
+    names = inspect.signature(forward).parameters
+    if "cache_params" in names:
+        return "cache_params"
+    return "past_key_values" if "past_key_values" in names and ".update_conv_state(" in inspect.getsource(forward) else ""
