@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -73,6 +74,12 @@ def visit(browser: Browser, origin: str, *, expected: tuple[str, ...] = (), **se
         context.close()
     wrong = [words for words in found.complaints if not any(known in words for known in (*expected, *OVERTAKEN))]
     assert not wrong, wrong
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds to keep people from using a page."""
+    found = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {node['html'][:160]}" for one in found for node in one["nodes"]]
 
 
 def pdf(*pages: str) -> bytes:

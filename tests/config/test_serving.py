@@ -2,8 +2,9 @@
 
 import pytest
 
-from ropewalk.config.serving import EngineOptions, Price, Remote, ServedModel, read_serving
+from ropewalk.config.serving import EngineOptions, Remote, ServedModel, read_serving
 from ropewalk.errors import ConfigError
+from ropewalk.tenants.prices import Price
 
 WHOLE = """
 engine: {memory_gb: 4, disk_gb: 50.5, int8_on_disk: true, threads: 2}
@@ -12,7 +13,7 @@ preload: [answers, tuned]
 fetch_urls: false
 models:
   answers: {adapter: house}
-  tuned: {adapter: runs/x/adapter, base: models/qwen, price: {input: 0.1, output: 1, currency: EUR}}
+  tuned: {adapter: runs/x/adapter, base: models/qwen, price: {input: 0.1, output: 1, currency: EUR, as_of: 2026-11-22}}
   big: {remote: openai, url: "http://gpu:8000", model: qwen3-30b, key_env: UPSTREAM_KEY, longest: 32768}
 """
 
@@ -28,11 +29,11 @@ def test_a_whole_file_is_read(tmp_path):
     assert (found.warm_at_upload, found.preload, found.fetch_urls) == (("answers",), ("answers", "tuned"), False)
     assert found.models == {
         "answers": ServedModel(adapter="house"),
-        "tuned": ServedModel("models/qwen", "runs/x/adapter", None, Price(0.1, 1.0, currency="EUR")),
+        "tuned": ServedModel("models/qwen", "runs/x/adapter", None, Price(0.1, 1.0, currency="EUR", as_of="2026-11-22")),
         "big": ServedModel(remote=Remote("openai", "http://gpu:8000", "qwen3-30b", "UPSTREAM_KEY", 32768)),
     }
     assert found.folder == tmp_path
-    assert found.price("tuned") == Price(0.1, 1.0, currency="EUR")
+    assert found.price("tuned") == Price(0.1, 1.0, currency="EUR", as_of="2026-11-22")
 
 
 def test_without_models_the_registry_is_served(tmp_path):
@@ -54,6 +55,11 @@ def test_without_models_the_registry_is_served(tmp_path):
         ("models:\n  a: {remote: openai, url: 'http://x', key_env: sk-1}", "key_env is no name of an environment variable"),
         ("models:\n  a: {remote: openai, url: 'http://x', longest: many}", "longest is 'many'; expected a whole number"),
         ("models:\n  a: {base: x, url: 'http://x'}", "unknown key 'url'"),
+        ("models:\n  a: {base: x, price: {cached: 1}}", "unknown key 'cached'; did you mean 'cache_read'"),
+        ("models:\n  a: {base: x, price: {input: -1}}", "input is -1.0; expected 0 or more, for a million tokens"),
+        ("models:\n  a: {base: x, price: {input: .inf}}", "input is inf; expected 0 or more"),
+        ("models:\n  a: {base: x, price: {currency: $}}", r"currency is '\$'; expected three letters, such as USD"),
+        ("models:\n  a:\n    base: x\n    price:\n      as_of: May", ":5: as_of is 'May'; expected a day, such as 2026-11-22"),
         ("models:\n  a: {base: x}\npreload: [b]", ":3: preload names 'b', which is not served; known: a"),
         ("models: {}", "no model is named"),
         ("engine: {memory_gb: lots}", "memory_gb is 'lots'; expected a number"),

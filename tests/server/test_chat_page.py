@@ -17,11 +17,12 @@ from playwright.sync_api import Browser, expect
 
 from browser import CHROMIUM, chromium, visit
 from ropewalk.chat.messages import BlockEnded, BlockStarted, CitationAdded, Cited, Delta, Ended, Started, Text, Usage
-from ropewalk.config.serving import EngineOptions, Price, Retrieval, ServedModel, Serving
+from ropewalk.config.serving import EngineOptions, Retrieval, ServedModel, Serving
 from ropewalk.files.settings import Settings
 from ropewalk.models.base import make_base
 from ropewalk.server import chat
 from ropewalk.server.settings import ServerSettings
+from ropewalk.tenants.prices import Price
 from server.conftest import Running, running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in $CHROMIUM")

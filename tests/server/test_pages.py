@@ -24,7 +24,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from sqlalchemy import select, update
 
-from browser import CHROMIUM, chromium, pdf, visit
+from browser import CHROMIUM, chromium, pdf, violations, visit
 from ropewalk.files.receipts import verify
 from ropewalk.files.tables import files
 from ropewalk.server import pages
@@ -351,6 +351,8 @@ def addresses(server, key: str) -> list[str]:
         f"/files/{id}/delete",
         f"/files/{gone}/receipt/{receipt['sequence']}",
         "/files",
+        "/chat",
+        "/usage",
         "/files/file_0",
     ]
 
@@ -379,6 +381,7 @@ def test_every_page_can_be_read_by_everybody(server, browser, scheme):
             assert page.evaluate(REPEATED) == [], address
             assert page.evaluate(FAINT) == [], address
             assert page.evaluate(OVERFLOWING) == [], address
+            assert violations(page) == [], address
 
 
 def test_the_keyboard_alone_is_enough(server, browser):

@@ -1,12 +1,15 @@
 """The command line of tenants: every verb on a real store, and what cannot be done with its way out."""
 
 import json
+import re
 
 import pytest
 
 from ropewalk.cli import main
 from ropewalk.errors import BadInput
-from ropewalk.tenants.commands import parse_count, parse_rights, parse_size
+from ropewalk.files.token_ledger import Spent, TokenLedger
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.commands import Place, parse_count, parse_rights, parse_size
 
 
 @pytest.fixture
@@ -198,3 +201,34 @@ def test_sizes_counts_and_rights_are_read():
     for text in ("", "GB", "1e999", "nan"):
         with pytest.raises(BadInput, match="is no size"):
             parse_size(text)
+
+
+def test_usage_is_told_as_a_table_as_json_and_as_csv(ropewalk, tmp_path):
+    acme = as_json(ropewalk("workspaces", "create", "acme", "--json"))["id"]
+
+    async def ask(database, _):
+        ledger = TokenLedger(database)
+        ledger.add(Caller("o", acme, None), "house", Spent(10, 0, 990, 20), {})
+        ledger.add(Caller("o", acme, None, "ann"), "other", Spent(1, 2, 3, 4), {})
+        await ledger.close()
+
+    Place(f"sqlite:///{tmp_path}/data/ropewalk.db", tmp_path / "data").run(ask)
+    models = tmp_path / "models.yml"
+    models.write_text("models: {house: {base: x, price: {input: 10, cache_read: 1, output: 20, as_of: 2026-11-22}}}")
+    told = as_json(ropewalk("workspaces", "usage", "acme", "--models", str(models), "--json"))
+    by_model = {found["model"]: found for found in told["models"]}
+    # 10 at 10, 990 at 1 and 20 at 20 are 1,490 millionths; 990 at 9 more would have been 8,910.
+    assert (by_model["house"]["cost"], by_model["house"]["saved"]) == ({"USD": 0.00149}, {"USD": 0.00891})
+    assert (by_model["other"]["cost"], by_model["other"]["cached_share"]) == ({}, 0.5)
+    assert (told["workspace_id"], told["total"]["requests"], len(told["days"])) == (acme, 2, 30)
+    assert as_json(ropewalk("workspaces", "usage", "acme", "--user", "ann", "--json"))["total"]["requests"] == 1
+    lines = ropewalk("workspaces", "usage", "--days", "1", "--models", str(models))[1]
+    assert any(re.search(r"^house +1 +1,000 +990 \(99%\) +20 +0.00149 USD +0.00891 USD$", line) for line in lines)
+    assert any(re.search(r"^acme +2 +1,006 +993", line) for line in lines)
+    lines = ropewalk("workspaces", "usage", "acme", "--csv", "--models", str(models))[1]
+    assert lines[0].startswith("day,model,requests,input_tokens")
+    assert lines[1].endswith(",house,1,10,0,990,20,0.00149000,0.00891000,USD")
+    assert lines[2].endswith(",other,1,1,2,3,4,,,")
+    assert ropewalk("workspaces", "usage", "--days", "0")[0] == 2
+    assert ropewalk("workspaces", "usage", "--user", "ann")[2].endswith("name the workspace as well")
+    assert ropewalk("workspaces", "usage", "gamma") == (2, [], "ropewalk: Workspace `gamma` not found.")

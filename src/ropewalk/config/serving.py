@@ -6,7 +6,7 @@ warm_at_upload: [answers]
 preload: [answers]
 models:
   answers: {adapter: house}              a name or an alias of the registry, followed when it is shipped anew
-  qwen: {base: ./models/qwen3-0.6b, price: {input: 0.1, output: 0.4, cache_read: 0.01}}
+  qwen: {base: ./models/qwen3-0.6b, price: {input: 0.1, output: 0.4, cache_read: 0.01, as_of: 2026-11-22}}
   tuned: {adapter: runs/x/adapter, base: ./models/qwen3-0.6b}
   big: {remote: openai, url: http://gpu:8000, model: qwen3-30b, key_env: UPSTREAM_KEY}     another server's; or remote: anthropic
 """
@@ -14,6 +14,7 @@ models:
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -23,21 +24,12 @@ from urllib.parse import urlsplit
 
 from ropewalk.config.document import Document, Place, read_document
 from ropewalk.errors import ConfigError
+from ropewalk.tenants.prices import Price, is_day
 
 Api = Literal["anthropic", "openai"]
 KEY_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+CURRENCY = re.compile(r"[A-Z]{3}")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a million tokens cost, to say what the prefix store saved."""
-
-    input: float = 0.0
-    output: float = 0.0
-    cache_read: float = 0.0
-    cache_creation: float | None = None  # None: as input
-    currency: str = "USD"
 
 
 @dataclass(frozen=True)
@@ -150,8 +142,21 @@ def _served(document: Document, place: Place, found: Any) -> ServedModel:
         if key in values and not isinstance(values[key], str):
             raise _wrong(document, (*place, key), f"{key} is {values[key]!r}; expected a name of the registry or a folder")
     remote = _remote(document, place, values) if "remote" in values else None
-    price = _made(Price, document, (*place, "price"), values["price"]) if "price" in values else None
+    price = _price(document, (*place, "price"), values["price"]) if "price" in values else None
     return ServedModel(values.get("base", ""), values.get("adapter", ""), remote, price)
+
+
+def _price(document: Document, place: Place, found: Any) -> Price:
+    price = _made(Price, document, place, found)
+    for name in ("input", "output", "cache_read", "cache_creation"):
+        amount = getattr(price, name)
+        if amount is not None and not 0 <= amount < math.inf:
+            raise _wrong(document, (*place, name), f"{name} is {amount}; expected 0 or more, for a million tokens")
+    if not CURRENCY.fullmatch(price.currency):
+        raise _wrong(document, (*place, "currency"), f"currency is '{price.currency}'; expected three letters, such as USD")
+    if price.as_of and not is_day(price.as_of):
+        raise _wrong(document, (*place, "as_of"), f"as_of is '{price.as_of}'; expected a day, such as 2026-11-22")
+    return price
 
 
 def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remote:

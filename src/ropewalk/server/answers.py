@@ -18,12 +18,12 @@ from ropewalk.chat.messages import (
     ToolUse,
     Usage,
 )
-from ropewalk.config.serving import Price
 from ropewalk.errors import BadInput
 from ropewalk.files.documents import Document, document
 from ropewalk.files.store import Store
 from ropewalk.server.words import Part, parts
 from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.prices import Price
 
 AROUND = 320  # characters of a source on each side of what is cited
 ENDS = {

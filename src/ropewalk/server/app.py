@@ -23,7 +23,7 @@ from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
 from ropewalk.registry import Registry
-from ropewalk.server import admin, batches, chat, extensions, files, logs, messages, models, openapi, operations, pages
+from ropewalk.server import admin, batches, chat, extensions, files, logs, messages, models, openapi, operations, pages, usage
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -47,6 +47,7 @@ ROUTES: list[BaseRoute] = [
     *operations.routes,
     *openapi.routes,
     *chat.routes,
+    *usage.routes,
     *pages.routes,
 ]
 

@@ -22,6 +22,7 @@ from ropewalk.server import body, download, forms, sessions, texts, views, wire,
 from ropewalk.server.denied import write_down
 from ropewalk.server.previews import Preview, preview_of
 from ropewalk.server.sessions import Session
+from ropewalk.server.usage import savings
 from ropewalk.server.visitors import (
     Visitor,
     address,
@@ -110,11 +111,12 @@ async def list_files(request: Request, visitor: Visitor) -> Response:
         tokens |= await texts.count_some(store, visitor.caller, unread)
         still = texts.unread(listing.files, tokens)
         unread = still if len(still) < len(unread) else []  # what cannot be read now is asked for when the page is next opened
+    saved = await savings(request, [file.id for file in listing.files])
     async with store.database.reading() as connection:
         used = await usage(connection, *_scope(visitor))
     here = {key: value for key, value in asked.items() if key in ("name", "page", "before")}
     page = views.FilesPage(
-        rows=[views.row(file, tokens.get(file.id)) for file in listing.files],
+        rows=[views.row(file, tokens.get(file.id), saved[file.id].words if file.id in saved else "") for file in listing.files],
         quota=views.quota(used),
         name=name,
         here=here,
@@ -168,6 +170,7 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
             preview = preview_of(await document(store, visitor.caller, id), f"/files/{id}", start)
         except (BadInput, DamagedContent) as error:
             preview = Preview(problem=words.sentence(wire.failure(error).message))
+    saved = (await savings(request, [id])).get(id)
     page = views.file_page(
         found,
         known.get(id),
@@ -176,6 +179,8 @@ async def show_file(request: Request, visitor: Visitor) -> Response:
         base=f"{'https' if sessions.by_tls(request) else 'http'}://{request.url.netloc}",
         may_download=found.downloadable and not found.expired and visitor.may("download"),
         may_write=visitor.may("write"),
+        asked=saved.words if saved is not None else "",
+        read=saved.read if saved is not None else "",
     )
     return await show(request, visitor, "file.html", found.filename, page)
 

@@ -13,7 +13,7 @@ from ropewalk.server.previews import Preview
 from ropewalk.server.words import Moment, Part, estimate, exactly, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
-LINKS = (("/files", "Files"), ("/chat", "Chat"))
+LINKS = (("/files", "Files"), ("/chat", "Chat"), ("/usage", "Usage"))
 KEEP = (
     (None, "until deleted"),
     (3600, "1 hour"),
@@ -93,6 +93,7 @@ class Row:
     created: Moment
     expires: Moment | None
     expired: bool
+    asked: str  # what questions about it saved; '' before the first
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ class FilePage:
     preview: Preview
     preview_at: str | None  # where the text can be had, when it is yet to be read
     base: str  # this server's address, as the browser has it
+    asked: str  # what questions about it saved; '' before the first
+    read: str  # tokens that were read for them, and kept
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def render(template: str, frame: Frame, page: object) -> str:
     return _templates.get_template(template).render(frame=frame, page=page)
 
 
-def row(file: File, tokens: int | None) -> Row:
+def row(file: File, tokens: int | None, asked: str = "") -> Row:
     """A file as a line of the list."""
     badge, kind = kind_of(file.mime_type)
     expires = None if file.expires_at is None else moment(file.expires_at)
@@ -224,6 +227,7 @@ def row(file: File, tokens: int | None) -> Row:
         moment(file.created_at),
         expires,
         file.expired,
+        asked,
     )
 
 
@@ -236,6 +240,8 @@ def file_page(
     base: str,
     may_download: bool,
     may_write: bool,
+    asked: str = "",
+    read: str = "",
 ) -> FilePage:
     """A file as a page of its own."""
     return FilePage(
@@ -256,6 +262,8 @@ def file_page(
         preview=preview,
         preview_at=preview_at,
         base=base,
+        asked=asked,
+        read=read,
     )
 
 

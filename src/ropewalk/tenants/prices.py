@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Protocol
 
 MILLION = 1_000_000
@@ -67,6 +68,14 @@ def saved(read: Iterable[tuple[str, int]], prices: Mapping[str, Price]) -> Money
         if (price := prices.get(model)) is not None:
             found.add(price.saved(cache_read), price.currency)
     return found
+
+
+def is_day(text: str) -> bool:
+    """Whether it is a day as they are written here, such as 2026-11-22."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def shown(amount: float) -> str:

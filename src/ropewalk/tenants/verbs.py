@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ropewalk.verbs import Verb, Verbs, add_verb, blobs_argument, database_arguments, json_argument, settings_of
 
@@ -65,6 +65,29 @@ def _workspaces(group: argparse.ArgumentParser) -> None:
     whose.add_argument("--organization", action="store_true", help="of everything together")
     whose.add_argument("--new-workspaces", action="store_true", help="of each workspace that is made from now on")
     _settings_arguments(limit)
+
+    used = _verb(
+        inner,
+        "workspaces usage",
+        "what questions cost, and what reading files once has saved: by day, by model and by workspace",
+        "acme --days 7 --models models.yml",
+        _usage,
+    )
+    used.add_argument("workspace", nargs="?", help="name or id (default: all together)")
+    used.add_argument("--days", type=int, default=30, metavar="N", help="the last N days, UTC (default: %(default)s)")
+    used.add_argument("--user", help="of this user of the workspace")
+    used.add_argument("--models", type=Path, metavar="YAML", help="the file of models, for their prices")
+    used.add_argument("--csv", action="store_true", help="print a line for each day and model, as CSV")
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    from ropewalk.config.serving import Serving, read_serving
+    from ropewalk.tenants import usage_commands
+
+    serving = read_serving(arguments.models) if arguments.models else Serving()
+    form: Literal["csv", "json", "text"] = "csv" if arguments.csv else "json" if arguments.json else "text"
+    whose = arguments.workspace, arguments.user
+    return usage_commands.show_usage(_place(arguments), *whose, arguments.days, serving.price, form)
 
 
 def _create_workspace(arguments: argparse.Namespace) -> int:

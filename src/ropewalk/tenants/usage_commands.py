@@ -1,0 +1,77 @@
+"""The verb `workspaces usage`: what questions cost, as a table, JSON or CSV."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from ropewalk.database import Database
+from ropewalk.errors import BadInput
+from ropewalk.tenants.commands import Place
+from ropewalk.tenants.keys import check_user_id
+from ropewalk.tenants.prices import Price
+from ropewalk.tenants.token_report import Report, Sum, report
+from ropewalk.tenants.workspaces import find_workspace
+from ropewalk.vault import Vault
+
+HEADS = ("requests", "prompt tokens", "not read again", "written", "cost", "saved")
+
+
+def show_usage(
+    place: Place,
+    workspace: str | None,
+    user: str | None,
+    days: int,
+    price_of: Callable[[str], Price | None],
+    form: Literal["text", "json", "csv"],
+) -> int:
+    """Prints what a workspace, one of its users, or all together asked in the last days."""
+    if user is not None:
+        if workspace is None:
+            raise BadInput("--user: a user is one of a workspace; name the workspace as well")
+        check_user_id(user)
+
+    async def work(database: Database, _: Vault) -> Report:
+        id = None
+        if workspace is not None:
+            async with database.reading() as connection:
+                id = (await find_workspace(connection, workspace)).id
+        return await report(database, id, days, price_of, user)
+
+    found = place.run(work)
+    if form == "json":
+        print(json.dumps(found.as_dict()))
+    elif form == "csv":
+        print(found.as_csv(), end="")
+    else:
+        print(_text(found))
+    return 0
+
+
+def _text(found: Report) -> str:
+    tables = [
+        _table(f"{found.first} to {found.last}", [(day, sums) for day, sums in found.days.items() if sums.requests]),
+        _table("model", found.models.items()),
+        _table("workspace", [(name or id, sums) for (id, name), sums in found.workspaces.items() if sums.requests]),
+        _table("together", [("", found.total)]),
+    ]
+    return "\n\n".join(filter(None, tables))
+
+
+def _table(head: str, found: Iterable[tuple[str, Sum]]) -> str:
+    rows = [(name, _cells(sums)) for name, sums in found]
+    if not rows:
+        return ""
+    lines = [(head, HEADS), *rows]
+    first = max(len(name) for name, _ in lines)
+    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(HEADS))]
+    return "\n".join(
+        f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in lines
+    )
+
+
+def _cells(sums: Sum) -> tuple[str, ...]:
+    found = f"{sums.cache_read:,} ({100 * sums.share:.0f}%)"
+    return f"{sums.requests:,}", f"{sums.prompts:,}", found, f"{sums.output:,}", str(sums.cost) or "-", str(sums.saved) or "-"
