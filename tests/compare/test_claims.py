@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.compare.claims import Claim, ClaimStatus, claims_of, status
+from ropewalk.compare.claim_reader import claims_of
+from ropewalk.compare.claims import Claim, ClaimStatus, status
 
 
 def read(text: str, owner: str = "Quillmoor") -> list[Claim]:

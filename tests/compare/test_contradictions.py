@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ropewalk.compare.cards import Card, Take, WarningKind
-from ropewalk.compare.claims import claims_of
+from ropewalk.compare.claim_reader import claims_of
 from ropewalk.compare.contradictions import conflicts, recomputed, warnings_of
 
 FIVE = ("Builder", "Skeptic", "Founder", "Futurist", "Creator")

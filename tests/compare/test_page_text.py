@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,27 +11,19 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 
 from compare.page_text import render
-from ropewalk.compare.cards import PERSONAS, Card, Page, Take, WarningKind
-from ropewalk.compare.page_text import (
-    ABSENT,
-    CHIP,
-    ENTRIES,
-    FOOTER,
-    HEAD_LABELS,
-    PERCENT,
-    REVIEWED,
-    ROWS,
-    TAKE,
-    clean,
-    read_page,
-)
+from ropewalk.compare.cards import PERSONAS, Card, Page, Take, WarningKind, restored, stored
+from ropewalk.compare.comparison_page import CHIP, ENTRIES, HEAD_LABELS, ROWS
+from ropewalk.compare.draft import LACKING, PERCENT
+from ropewalk.compare.page_lines import REVIEWED, clean
+from ropewalk.compare.page_text import read_page
+from ropewalk.compare.scorecard import FOOTER, TAKE
 from ropewalk.errors import CardError
 
 PAGES = Path(__file__).parent / "pages"
 RESERVED = {
     *ROWS,
     *HEAD_LABELS,
-    *ABSENT,
+    *LACKING,
     *ENTRIES,
     "decision",
     "reviewer scorecard",
@@ -154,7 +147,7 @@ def is_plain(text: str) -> bool:
     marks = (CHIP, PERCENT, TAKE, REVIEWED)
     return (
         len(text) > 2
-        and text.casefold() not in RESERVED
+        and text.strip("#*: ").casefold() not in RESERVED
         and " vs" not in text.casefold()
         and not any(mark.fullmatch(text) for mark in marks)
         and not FOOTER.match(text)
@@ -323,6 +316,32 @@ def test_values_whose_tool_cannot_be_told_are_not_dealt_out() -> None:
         "'Pricing' has 1 of 2 values, 'Free'; of which tool cannot be told",
         "Builder has 1 of 2 takes; of which tool cannot be told: 80/100",
     ]
+
+
+def test_a_table_that_was_copied_with_tabs_and_marks_of_headings_are_read() -> None:
+    text = "# A vs B\nA\nB\n## Decision\n\tA\tB\nPricing\t\tFree\n**Best for**\tall\tsome\n## Reviewer scorecard\nBuilder\t8/100 · skip\tNo panel take"
+    one, other = read_page(text.replace("# A vs B", "A vs B", 1)).cards
+    assert (one.pricing, other.pricing, one.best_for, other.best_for) == (None, "Free", "all", "some")
+    assert (one.takes, other.takes) == ((Take("Builder", 8, "skip"),), (Take("Builder"),))
+
+
+def test_one_tool_against_itself_is_two_cards_of_it() -> None:
+    one, other = read_page("A vs A\nA\nPaid\nEntry\nA\nFree\nEntry\nDecision").cards
+    assert (one.entry_label, other.entry_label) == ("Paid", "Free")
+    assert [w.text for w in other.warnings] == ["'A' is on two cards: entry label is 'Paid' and 'Free'"]
+
+
+@pytest.mark.parametrize("name", ["two_tools", "one_tool", "hostile"])
+def test_a_card_that_is_stored_as_json_comes_back_whole(name: str) -> None:
+    for card in page(name).cards:
+        assert restored(json.loads(json.dumps(stored(card)))) == card
+
+
+def test_a_very_long_description_says_how_far_its_claims_were_read() -> None:
+    text = f"A vs B\nA\nEntry\n{'word ' * 20_000}15x faster\nB\nEntry\n{'3x faster. ' * 300}\nDecision"
+    one, other = read_page(text).cards
+    assert (len(one.claims), len(other.claims)) == (0, 200)
+    assert all("claims are read up to 200" in card.warnings[0].text for card in (one, other))
 
 
 def test_rows_under_other_labels_are_kept() -> None:

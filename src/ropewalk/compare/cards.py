@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 from urllib.parse import urlsplit
 
 from ropewalk.compare.claims import Claim
@@ -80,6 +82,22 @@ class Card:
     source_date: str | None = None  # YYYY-MM-DD
     claims: tuple[Claim, ...] = ()
     warnings: tuple[CardWarning, ...] = ()
+
+
+def stored(card: Card) -> dict[str, Any]:
+    """The card as plain values, such as JSON holds."""
+    return asdict(card)
+
+
+def restored(values: Mapping[str, Any]) -> Card:
+    """The card that was stored, also after its values went through JSON, which has lists for tuples."""
+    parts = {
+        "takes": tuple(Take(**take) for take in values.get("takes", ())),
+        "other": tuple((label, value) for label, value in values.get("other", ())),
+        "claims": tuple(Claim(**claim) for claim in values.get("claims", ())),
+        "warnings": tuple(CardWarning(WarningKind(one["kind"]), one["text"]) for one in values.get("warnings", ())),
+    }
+    return Card(**{**values, **parts})
 
 
 @dataclass(frozen=True)
