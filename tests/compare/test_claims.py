@@ -28,6 +28,8 @@ def read(text: str, owner: str = "Quillmoor") -> list[Claim]:
         ("3 times cheaper inference", 3, "x", "cheaper", "inference cost"),
         ("cuts memory use by 40%", 40, "%", "less", "memory use"),
         ("speeds up decoding by 2x", 2, "x", "faster", "decoding"),
+        ("latency drops to 3 ms", 3, "ms", "", "time"),
+        ("saves answers in 3 formats", 3, "formats", "", "formats"),
         ("accuracy of 92%", 92, "%", "", "accuracy"),
         ("92% accuracy", 92, "%", "", "accuracy"),
         ("fits a 30B on one GPU", 30e9, "parameters", "", "model size"),
@@ -64,6 +66,7 @@ def test_a_number_in_prose_becomes_a_claim(text: str, value: float, unit: str, s
         ("between 10 and 20 ms", 10, 20, "ms"),
         ("$4–$9 per month", 4, 9, "USD per month"),
         ("10-20k stars", 10_000, 20_000, "stars"),
+        ("900-2k stars", 900, 2000, "stars"),
     ],
 )
 def test_a_range_keeps_both_ends(text: str, value: float, high: float, unit: str) -> None:

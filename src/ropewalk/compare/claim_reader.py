@@ -70,6 +70,7 @@ VERB = re.compile(
     r"\b(cut|reduc|lower|sav|shrink|drop|improv|boost|increas|rais|speed)(?:s|es|e|ed|ing|ting|ping)?\s(?:up\s)?((?:[\w-]{1,24}\s){0,3}?)(by\s|to\s)?$",
     re.I,
 )
+APART = {"in", "on", "with", "for", "at", "and", "or", "from", "as", "into", "up"}  # after these the number is not the verb's
 LESS = {"cut", "reduc", "lower", "sav", "shrink", "drop"}
 SUBJECT = re.compile(r"([^\W\d_][\w-]{1,24})\s?(?:of|is|at|reaches|:)\s$", re.I)
 BOUNDS = [
@@ -146,24 +147,32 @@ class _Reading:
         joint = RANGE.match(self.text, end) or (BETWEEN.search(self._behind(self.start)) and AND.match(self.text, end))
         if joint and (second := amount(self.text, joint.end())) and second[0] > value:
             high, end, last = second
-            # "10-20k": the magnitude at the end is that of both
-            value = value * (high / bare(self.text, joint.end())) if last and not letter else value
+            scaled = value * (high / bare(self.text, joint.end()))
+            if last and not letter and scaled < high:
+                value = scaled  # "10-20k": the magnitude at the end is that of both
             letter = last
         plus = self.text[end : end + 1] == "+"
-        number_end = end + plus
-        known = self._unit(number_end, value, letter)
-        if known is None:
+        unit_end = self._unit(end + plus, value, letter)
+        if unit_end is None:
             return None
-        end = known
         bound, negated = self._before()
-        number_and_unit = end
-        conditions, end = self._conditions(end)
-        self.metric = self.metric or METRICS.get(self.unit, self.unit)
+        conditions, end = self._conditions(unit_end)
         text = self.text[self.begin : end].strip()
         digest = hashlib.sha256("\0".join((owner, source, str(ordinal), text)).encode("utf-8", "replace")).hexdigest()
-        bound = "at least" if plus else bound
-        read = (f"clm_{digest[:16]}", text, self.metric, value, self.unit, self.sense, conditions, high, bound, negated, source)
-        return Claim(*read), number_and_unit
+        claim = Claim(
+            id=f"clm_{digest[:16]}",
+            text=text,
+            metric=self.metric or METRICS.get(self.unit, self.unit),
+            value=value,
+            unit=self.unit,
+            sense=self.sense,
+            conditions=conditions,
+            high=high,
+            bound="at least" if plus else bound,
+            negated=negated,
+            source=source,
+        )
+        return claim, unit_end
 
     def _behind(self, end: int) -> str:
         return self.text[max(0, end - BEHIND) : end]
@@ -267,7 +276,7 @@ class _Reading:
         if between := BETWEEN.search(self._behind(self.start)):
             self.begin = min(self.begin, self.start - len(between[0]))
         behind = self._behind(self.begin)
-        if (verb := VERB.search(behind)) and not self.sense:
+        if (verb := VERB.search(behind)) and not self.sense and not APART & set(verb[2].lower().split()):
             noun = " ".join(w for w in verb[2].split() if w.lower() not in STOP)
             stem = verb[1].lower()
             if (verb[3] or "").strip().lower() != "to":
