@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput, DataError
-
-Content: TypeAlias = "str | list[dict[str, Any]]"
 
 BELOW = "[The picture stands below.]"  # in a tool's result, where the template shows pictures to users only
 
@@ -26,40 +24,67 @@ class Pictured:
 
 
 class Gallery:
-    """The pictures of one request, in the order of `request.images()`."""
+    """The pictures of one request: stand-ins in the texts of its messages, then parts beside the texts."""
 
-    def __init__(self, template: Template, pictures: Sequence[Pictured], token: str) -> None:
-        """`token`: what a chat template writes for a picture; '' for a model that sees none."""
-        self.pictures, self.token = pictures, token
-        self._template = template
-        self._numbers = iter(range(len(pictures)))
+    def __init__(self, template: Template, pictures: Sequence[Pictured], token: str, sow: Callable[[Pictured], str]) -> None:
+        """`token`: what the chat template writes for a picture, '' for a model that sees none; `sow` makes stand-ins."""
+        self._template, self._token = template, token
+        self._marks = {sow(picture): picture for picture in pictures}
+        self._left = iter(self._marks)
 
-    def part(self) -> dict[str, Any]:
-        """The next one, as a part of a message."""
-        if not self.token:
+    def next(self) -> str:
+        """The stand-in for the next picture, in the order of `request.images()`."""
+        if not self._token:
             raise unseen()
-        return {"type": "image", "picture": next(self._numbers)}
+        return next(self._left)
 
-    def result(self, parts: Sequence[str | dict[str, Any]]) -> tuple[Content, list[str | dict[str, Any]]]:
-        """What a tool answered as its message's content, and the pictures that the user's message is to show instead."""
-        if all(isinstance(part, str) for part in parts) or self._shown_in_results():
-            return said(parts, "", ""), []
-        texts = [part if isinstance(part, str) else BELOW for part in parts]
-        return "".join(texts), [part for part in parts if not isinstance(part, str)]
+    def joined(self, said: Sequence[str], seam: str) -> str:
+        """What a message says, with a seam between its texts, and none beside its pictures."""
+        found = ""
+        for number, text in enumerate(said):
+            found += (seam if number and not {text, said[number - 1]} & self._marks.keys() else "") + text
+        return found
+
+    def answered(self, said: Sequence[str]) -> tuple[str, list[str]]:
+        """What a tool answered, and the pictures that the user's message is to show instead of it."""
+        pictures = [text for text in said if text in self._marks]
+        if not pictures or self._shown_in_results():
+            return "".join(said), []
+        return "".join(BELOW if text in self._marks else text for text in said), pictures
+
+    def in_parts(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same messages, those with pictures as lists of parts."""
+        return [
+            message | {"content": self._parts(message["content"])} if self._shows(message) else message for message in messages
+        ]
 
     def order(self, messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[Pictured]:
-        """The pictures as they stand in the rendered text; BadInput where the template does not show all of them."""
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        numbers = [part["picture"] for content in contents for part in content if part["type"] == "image"]
-        if len(numbers) != len(self.pictures) or (self.token and text.count(self.token) != len(numbers)):
+        """The pictures as they stand in the text rendered of these messages; BadInput where it does not show all of them."""
+        said = " ".join(message["content"] for message in messages if isinstance(message.get("content"), str))
+        marks = sorted((mark for mark in self._marks if mark in said), key=said.index)
+        if len(marks) != len(self._marks) or (self._token and text.count(self._token) != len(marks)):
             raise BadInput("image: the chat template of this model does not show pictures here; send them in a user's message")
-        return iter([self.pictures[number] for number in numbers])
+        return iter([self._marks[mark] for mark in marks])
+
+    def _shows(self, message: Mapping[str, Any]) -> bool:
+        content = message.get("content")
+        return isinstance(content, str) and any(mark in content for mark in self._marks)
+
+    def _parts(self, content: str) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        places = sorted((content.index(mark), mark) for mark in self._marks if mark in content)
+        begin = 0
+        for place, mark in places:
+            parts += [{"type": "text", "text": content[begin:place]}] if content[begin:place] else []
+            parts.append({"type": "image"})
+            begin = place + len(mark)
+        return parts + ([{"type": "text", "text": content[begin:]}] if content[begin:] else [])
 
     def _shown_in_results(self) -> bool:
         """Whether the template shows a picture that a tool answers with, as it stands between texts."""
         call = {"id": "abcdefghi", "type": "function", "function": {"name": "see", "arguments": {}}}
-        content = [{"type": "text", "text": "271828182"}, {"type": "image", "picture": 0}]
-        probe = [
+        content = [{"type": "text", "text": "271828182"}, {"type": "image"}]
+        probe: list[dict[str, Any]] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "abcdefghi", "name": "see", "content": content},
@@ -68,23 +93,7 @@ class Gallery:
             text = self._template.render_text(probe)
         except DataError:
             return False
-        return text.count(self.token) == 1 and "271828182" in text and "{'type'" not in text
-
-
-def said(parts: Sequence[str | dict[str, Any]], begins: str, seam: str) -> Content:
-    """Texts and pictures as a message's content: one text, or a list of parts where there are pictures."""
-    if all(isinstance(part, str) for part in parts):
-        return begins + seam.join(str(part) for part in parts)
-    found: list[dict[str, Any]] = [{"type": "text", "text": begins}] if begins else []
-    for part in parts:
-        if not isinstance(part, str):
-            found.append(part)
-        elif found and found[-1]["type"] == "text":
-            text = found[-1]["text"]
-            found[-1] = {"type": "text", "text": text + (seam if text != begins else "") + part}
-        else:
-            found.append({"type": "text", "text": part})
-    return found
+        return text.count(self._token) == 1 and "271828182" in text and "{'type'" not in text and '{"type"' not in text
 
 
 def unseen() -> BadInput:

@@ -27,7 +27,7 @@ from ropewalk.chat.messages import (
     Turn,
     Usage,
 )
-from ropewalk.chat.pictures import Gallery, Pictured, said
+from ropewalk.chat.pictures import Gallery, Pictured
 from ropewalk.chat.template import Template
 from ropewalk.errors import BadInput
 
@@ -85,10 +85,10 @@ class _Marks:
     """Stand-ins for what is not to be read by the template's tokenizer: sown into messages, found again in the rendered text."""
 
     salt: str = field(default_factory=lambda: secrets.token_hex(8))
-    meant: dict[str, str | Shown | None] = field(default_factory=dict)
+    meant: dict[str, str | Shown | Pictured | None] = field(default_factory=dict)
 
-    def sow(self, meant: str | Shown | None) -> str:
-        """A stand-in for a text, for a document, or (None) for a place to cut."""
+    def sow(self, meant: str | Shown | Pictured | None) -> str:
+        """A stand-in for a text, a document, a picture, or (None) for a place to cut."""
         # Private-use characters, which no template touches and no tokenizer joins with anything.
         mark = f"\ue000{self.salt}{len(self.meant)}\ue001"
         self.meant[mark] = meant
@@ -108,14 +108,14 @@ def render(
     `instruction`: what the system adds; `token`: what the template writes for a picture.
     """
     marks = _Marks()
-    gallery = Gallery(template, pictures, token)
+    gallery = Gallery(template, pictures, token, marks.sow)
     framed = [_framed(asked, shown, template) for asked, shown in zip(request.documents(), documents, strict=True)]
     dialect = dialect_of(template)
     tools = [_tool(template, tool, marks) for tool in request.tools]
     messages = _messages(template, request, iter(framed), gallery, marks, instruction)
     messages = dialect.messages(messages if dialect.calls_in_one else _one_by_one(messages), tools)
     text = template.render_text(
-        messages,
+        gallery.in_parts(messages),
         tools=dialect.tools(tools) or None,
         add_generation_prompt=request.turns[-1].role != "assistant",
         variables=dialect.variables(request),
@@ -158,6 +158,7 @@ def _cut(template: Template, text: str, marks: _Marks, token: str, pictures: Ite
             durable = False
             end_piece()
         else:
+            assert isinstance(meant, Shown), "pictures have become parts of their messages"
             if not files:
                 end_piece()
             durable = durable and meant.file_id is not None
@@ -205,7 +206,7 @@ def _of_turn(
     names: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    content: list[str | dict[str, Any]] = []
+    content: list[str] = []
     message: dict[str, Any] = {"role": turn.role}
     for block in turn.blocks:
         match block:
@@ -223,24 +224,24 @@ def _of_turn(
                 call = {"id": id, "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case ToolResult(id, inner, failed):
-                texts: list[str | dict[str, Any]] = ["Error: "] if failed else []
+                texts = ["Error: "] if failed else []
                 for part in inner:
                     if isinstance(part, Document):
                         texts.append(marks.sow(next(documents)) + SEAM)
                     elif isinstance(part, Text):
                         texts.append(_said(template, part.text, marks))
                     else:
-                        texts.append(gallery.part())
-                answered, shown_instead = gallery.result(texts)
-                content += shown_instead
+                        texts.append(gallery.next())
+                answered, shown_to_the_user = gallery.answered(texts)
+                content += shown_to_the_user
                 name = _plain(template, names.get(id, ""), marks)
                 found.append({"role": "tool", "tool_call_id": id, "name": name, "content": answered})
             case Image():
                 if turn.role != "user":
                     raise BadInput("image: pictures stand in messages of the user, or in what a tool answers")
-                content.append(gallery.part())
+                content.append(gallery.next())
     if content or "tool_calls" in message or "reasoning_content" in message:
-        found.append({**message, "content": said(content, begins, "\n" if turn.role != "assistant" else "")})
+        found.append({**message, "content": begins + gallery.joined(content, "\n" if turn.role != "assistant" else "")})
     return found
 
 

@@ -23,6 +23,7 @@ from ropewalk.chat.citing import Citing
 from ropewalk.chat.framing import framing
 from ropewalk.chat.messages import Ended, Excerpt, MessagesRequest, ReplyEvent, Retrieved, Started, StopReason, Text, Usage
 from ropewalk.chat.parsers import Parser, held_back
+from ropewalk.chat.pictures import unseen
 from ropewalk.chat.prompt import Prompt, Shown, render
 from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
 from ropewalk.chat.retrieval import Chunk, Index, fitted, joined
@@ -30,11 +31,13 @@ from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Retrieval
 from ropewalk.engine.client import EngineClient
-from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Request, Sampling, Span, acts_from
+from ropewalk.engine.pictures import Album
+from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
 from ropewalk.errors import BadInput
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
+from ropewalk.models.folder import sees
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
 from ropewalk.vault import derive
@@ -85,13 +88,14 @@ class Answerer:
 
     async def count(self, caller: Caller, request: MessagesRequest) -> int:
         """Ids of the rendered prompt."""
-        return (await self._prompt(caller, request))[0].length
+        return (await self._prompt(caller, request, await self._album(caller, request)))[0].length
 
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage:
         """Reads the documents of a conversation ahead of its first question."""
-        prompt, _, _ = await self._prompt(caller, request, whole=True)  # which parts are shown, only a question tells
+        album = await self._album(caller, request)
+        prompt, _, _ = await self._prompt(caller, request, album, whole=True)  # which parts are shown, only a question tells
         sent = Request(new_id("msg"), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
-        async with aclosing(self.client.generate(sent)) as events:
+        async with aclosing(self.client.generate(sent, album.pixels)) as events:
             event = await anext(events)
         return prompt.usage(event.created or 0, event.read or 0)
 
@@ -105,7 +109,8 @@ class Answerer:
         signatures = Signatures(derive(await self._own_key(caller), "thinking"))
         signatures.check(request)
         await self.client.start()
-        prompt, citing, excerpts = await self._prompt(caller, request)
+        album = await self._album(caller, request)
+        prompt, citing, excerpts = await self._prompt(caller, request, album)
         if excerpts:
             yield Retrieved(excerpts)
         grammar = await asyncio.to_thread(self._grammar, request, prompt, citing)
@@ -128,7 +133,7 @@ class Answerer:
         )
         kept = grammar is not None and grammar.kind == "lark"
         parser = parser_for(self.template, request, self._end(prompt), kept=kept)
-        async with aclosing(self.client.generate(sent)) as events:
+        async with aclosing(self.client.generate(sent, album.pixels)) as events:
             async for event in self._reply(request, prompt, events, parser, signatures, citing, room < request.max_tokens):
                 yield event
 
@@ -168,8 +173,22 @@ class Answerer:
 
     # -- prompts
 
+    async def _album(self, caller: Caller, request: MessagesRequest) -> Album:
+        """The pictures of a request, as this model is shown them."""
+        images = request.images()
+        if not images:
+            return Album()
+        if not await asyncio.to_thread(sees, Path(self.client.settings.base)):
+            raise unseen()
+        await self.client.start()
+        if self.client.eyes is None:
+            raise unseen()
+        found = await self.sources.pictures.find(caller, images)
+        ids = await self.client.measured([(one.about.width, one.about.height) for one in found])
+        return Album.of(found, ids, self.client.eyes.token, self.client.eyes.digest)
+
     async def _prompt(
-        self, caller: Caller, request: MessagesRequest, *, whole: bool = False
+        self, caller: Caller, request: MessagesRequest, album: Album, *, whole: bool = False
     ) -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
         """The ids, what reads citations out of the reply, and which files are shown in part, which `whole` leaves out."""
         cites = wanted(request)
@@ -190,7 +209,8 @@ class Answerer:
             )
             numbers = cites and habits.numbers
             shown = [Shown(citables.shown(i, numbered=numbers), found.file_id) for i, found in enumerate(read)]
-            prompt = render(self.template, request, shown, citables.instruction if numbers else "")
+            instruction = citables.instruction if numbers else ""
+            prompt = render(self.template, request, shown, instruction, album.pictured, album.token)
             return prompt, Citing(citables, question, marked=numbers, steered=habits.steered) if cites else None
 
         def fitting() -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
@@ -230,6 +250,9 @@ class Answerer:
             position += len(piece.ids)
             adapter = self.adapter_digest if position > acting else ""
             parts = [name, self.weights, self.template.digest, adapter, caller.workspace_id, list(piece.ids)]
+            shown = piece.picture
+            if shown is not None:
+                parts.append(shown.digest)
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             keep = None
             if piece.kept:
@@ -238,7 +261,8 @@ class Answerer:
                 keep = Keep(str(path), derive(sealing, "segment"))
                 for id in dict.fromkeys(piece.files):
                     await self.places.register(id, path)
-            spans.append(Span(piece.ids, keep))
+            picture = Picture(shown.digest, shown.width, shown.height) if shown is not None else None
+            spans.append(Span(piece.ids, keep, picture))
         return tuple(spans)
 
     async def _own_key(self, caller: Caller) -> bytes:

@@ -7,19 +7,31 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ropewalk import errors
 from ropewalk.engine.lines import EngineSettings, read_event, write_request
-from ropewalk.engine.request import Event, Request
+from ropewalk.engine.request import FORGOTTEN, Event, Request, Span
 from ropewalk.errors import BadInput, EngineDied, Overloaded, RopewalkError
 
 LINE = 1 << 26  # bytes of one line at most
+MOST_SIZES = 10_000  # of pictures, whose ids are remembered
 STOP_SECONDS = 10.0
+
+
+Pixels = Callable[[Iterable[str]], Awaitable[dict[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """How the model of an engine sees."""
+
+    token: str  # what its chat template writes for a picture
+    digest: str  # changes when it comes to look at pictures in another way
 
 
 class EngineClient:
@@ -28,6 +40,8 @@ class EngineClient:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.longest = settings.longest or 0  # known once it has started
+        self.eyes: Eyes | None = None  # likewise
+        self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
@@ -60,25 +74,39 @@ class EngineClient:
                 await process.wait()
                 raise _error(ready["failed"], ready["message"])
             self.longest, self._process = ready["longest"], process
+            self.eyes = Eyes(**ready["sight"]) if "sight" in ready else None
             self._reader = asyncio.create_task(self._read(process))
             for name, folder in self._adapters.items():
                 with suppress(BadInput):  # its folder may be gone; the others are not to wait for it
                     await self._call("load_adapter", name=name, folder=folder)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """What a request brings, as it comes; closing the iterator cancels it at once."""
+    async def measured(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+        """What stands for pictures of these sizes in a prompt."""
+        if unknown := [size for size in dict.fromkeys(sizes) if size not in self._sizes]:
+            told = (await self._call("measure", sizes=unknown))["ids"]
+            if len(self._sizes) > MOST_SIZES:
+                self._sizes.clear()
+            self._sizes |= {size: tuple(ids) for size, ids in zip(unknown, told, strict=True)}
+        return [self._sizes[size] for size in sizes]
+
+    async def generate(self, request: Request, pixels: Pixels | None = None) -> AsyncGenerator[Event, None]:
+        """What a request brings, as it comes; closing the iterator cancels it at once. `pixels` of pictures not seen before."""
         await self.start()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         sent = replace(request, id=f"{request.id} {next(self._numbers)}")  # one who asks again is not who was cancelled
         self._streams[sent.id] = events
         left = request.samples
         try:
-            await self._call("submit", request=write_request(sent))
+            while lacking := (await self._call("submit", request=write_request(sent))).get("lacking"):
+                assert pixels is not None
+                sent = _with_pixels(sent, await pixels(lacking))
             while left:
                 event = await events.get()
                 if event is None:
                     raise EngineDied("the engine stopped in the middle of this reply; ask again")
                 left -= bool(event.finish)
+                if event.finish == "error":
+                    raise Overloaded(event.error) if event.error == FORGOTTEN else BadInput(event.error)
                 yield replace(event, id=request.id)
         finally:
             self._streams.pop(sent.id, None)
@@ -92,11 +120,6 @@ class EngineClient:
         answer = await self._call("load_adapter", name=name, folder=str(folder))
         self._adapters[name] = str(folder)
         return str(answer["digest"])
-
-    async def drop_adapter(self, name: str) -> None:
-        self._adapters.pop(name, None)
-        if self.running:
-            await self._call("drop_adapter", name=name)
 
     async def forget(self, paths: Iterable[str]) -> None:
         """Drops segments that were kept under these paths, and all that were read after them."""
@@ -167,6 +190,15 @@ class EngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(EngineDied("the engine stopped; ask again"))
+
+
+def _with_pixels(request: Request, pixels: dict[str, bytes]) -> Request:
+    def span(found: Span) -> Span:
+        if found.picture is None or found.picture.digest not in pixels:
+            return found
+        return replace(found, picture=replace(found.picture, pixels=pixels[found.picture.digest]))
+
+    return replace(request, prefix=tuple(map(span, request.prefix)))
 
 
 def _error(name: str, message: str) -> RopewalkError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.cache import Reading, Segment
-from ropewalk.engine.request import Event, Finish, Grammar, Keep, Picture, Request, Span, acts_from
+from ropewalk.engine.request import FORGOTTEN, Event, Finish, Grammar, Keep, Picture, Request, Span, acts_from
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.sampling import choose, stream
 from ropewalk.engine.scheduler import Limits, Scheduler, Turn
@@ -287,9 +287,13 @@ class Engine:
         assert picture is not None
         assert self.sight is not None
         if picture.pixels is None:  # it was known when the request came, and is not any more
-            self._end(job, "error", "a picture that had been read was forgotten meanwhile; ask again")
+            self._end(job, "error", FORGOTTEN)
             return
-        seen, turn = self.sight.look(picture), Turn(job, count)
+        try:
+            seen, turn = self.sight.look(picture), Turn(job, count)
+        except BadInput as error:
+            self._end(job, "error", str(error))
+            return
         with self.adapters.rows(*self._rows([turn])) if self.adapters is not None else nullcontext():
             self.sight.read(job.reading_on, job.todo[0][0].ids, seen)
         self._has_read(turn)

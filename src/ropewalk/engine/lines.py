@@ -6,7 +6,7 @@ import base64
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ropewalk.engine.request import Event, Grammar, Keep, Request, Sampling, Span
+from ropewalk.engine.request import Event, Grammar, Keep, Picture, Request, Sampling, Span
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ def write_request(request: Request) -> dict[str, Any]:
     """A request as JSON."""
     # Field by field: `asdict` would copy every id of the prompt.
     found = {part.name: getattr(request, part.name) for part in fields(request)}
-    prefix = [{"ids": span.ids, "keep": span.keep and _written(span.keep)} for span in request.prefix]
+    prefix = [
+        {"ids": s.ids, "keep": s.keep and _written(s.keep)} | ({"picture": _drawn(s.picture)} if s.picture else {})
+        for s in request.prefix
+    ]
     return found | {
         "prefix": prefix,
         "sampling": asdict(request.sampling),
@@ -44,10 +47,24 @@ def _written(keep: Keep) -> dict[str, str]:
     return {"path": keep.path, "key": base64.b64encode(keep.key).decode()}
 
 
+def _drawn(picture: Picture) -> dict[str, Any]:
+    pixels = None if picture.pixels is None else base64.b64encode(picture.pixels).decode()
+    return {"digest": picture.digest, "width": picture.width, "height": picture.height, "pixels": pixels}
+
+
+def _seen(found: dict[str, Any]) -> Picture:
+    pixels = None if found["pixels"] is None else base64.b64decode(found["pixels"])
+    return Picture(found["digest"], found["width"], found["height"], pixels)
+
+
 def read_request(found: dict[str, Any]) -> Request:
     """The request that `write_request` was given."""
     spans = tuple(
-        Span(tuple(s["ids"]), Keep(s["keep"]["path"], base64.b64decode(s["keep"]["key"])) if s["keep"] else None)
+        Span(
+            tuple(s["ids"]),
+            Keep(s["keep"]["path"], base64.b64decode(s["keep"]["key"])) if s["keep"] else None,
+            _seen(s["picture"]) if "picture" in s else None,
+        )
         for s in found["prefix"]
     )
     grammar = found["grammar"]

@@ -11,6 +11,7 @@ from typing import Literal
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
 NEVER = 1 << 62  # a position that no prompt has
+FORGOTTEN = "a picture that had been read was forgotten meanwhile; ask again"  # the error of one that came without its pixels
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Sight:
         found = self._processed(Image.fromarray(pixels))
         inputs = {name: value.to(self.whole.device) for name, value in found.items() if name in self._inputs}
         inputs = {name: value.to(self.whole.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        return Seen(self.whole.get_image_features(**inputs, return_dict=True), dict(found))
+        with _shape(picture.width, picture.height):
+            return Seen(self.whole.get_image_features(**inputs, return_dict=True), dict(found))
 
     @torch.inference_mode()
     def read(self, reading: Reading, ids: Sequence[int], seen: Seen) -> None:
@@ -104,12 +105,8 @@ class Sight:
         reading.shift += shift
 
     def _processed(self, image: Image.Image) -> Any:
-        try:
+        with _shape(image.width, image.height):
             return self.processor(images=[image], text=[self.token], add_special_tokens=False, return_tensors="pt")
-        except ValueError as error:
-            raise BadInput(
-                f"image: a picture of {image.width} by {image.height} pixels cannot be shown to this model: {error}"
-            ) from error
 
     def _places(self, seen: Seen, types: Tensor) -> tuple[Tensor, int]:
         """Where the ids lie from the reading's end on, and how far what follows is from their count."""
@@ -171,3 +168,14 @@ def _eager(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def _shape(width: int, height: int) -> Iterator[None]:
+    """Whatever a model's own code raises over a picture is for the picture's shape: its pixels are only numbers."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise BadInput(f"image: a picture of {width} by {height} pixels cannot be shown to this model: {error}") from error

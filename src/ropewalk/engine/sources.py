@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ropewalk.chat.messages import Bytes, FileId, Pieces, Source, Url
+from ropewalk.engine.pictures import Pictures
 from ropewalk.errors import BadInput, DocumentError
 from ropewalk.files.documents import Document, Section, document, document_of
 from ropewalk.files.fetch import Fetched, fetch
@@ -32,6 +33,7 @@ class Sources:
     def __init__(self, store: Store, fetch: Callable[[str], Awaitable[Fetched]] | None = fetch) -> None:
         """`fetch` None: addresses are refused."""
         self._store, self._fetch = store, fetch
+        self.pictures = Pictures(store, fetch)
         self._recent: OrderedDict[tuple[str, str], Document] = OrderedDict()
         self._characters = 0
 

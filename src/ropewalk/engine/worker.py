@@ -6,6 +6,7 @@ Nothing but lines of ours is ever written to that output: whatever else prints, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -24,11 +25,16 @@ from ropewalk.engine.lines import EngineSettings, read_request, write_event
 from ropewalk.engine.prefixes import Prefixes
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
-from ropewalk.errors import RopewalkError
+from ropewalk.engine.sight import Sight
+from ropewalk.errors import ModelError, RopewalkError
+from ropewalk.models.folder import sees
 from ropewalk.models.hub import ensure_tokenizer
 from ropewalk.models.load import load_base
+from ropewalk.models.seeing import load_seeing
 
 Command = dict[str, Any]
+
+log = logging.getLogger("ropewalk.engine")
 
 
 def main() -> None:
@@ -40,7 +46,10 @@ def main() -> None:
     except RopewalkError as error:
         _write(out, {"failed": type(error).__name__, "message": str(error)})
         return
-    _write(out, {"ready": True, "longest": engine.longest, "device": str(engine.runner.device)})
+    ready = {"ready": True, "longest": engine.longest, "device": str(engine.runner.device)}
+    if isinstance(engine.sight, Sight):
+        ready["sight"] = {"token": engine.sight.token, "digest": engine.sight.digest}
+    _write(out, ready)
     commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     Server(engine, commands, out).run()
@@ -54,7 +63,8 @@ def build(settings: EngineSettings) -> Engine:
     template = Template.load(ensure_tokenizer(folder))
     on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     dtype = settings.dtype if settings.dtype != "auto" or on_gpu else torch.float32
-    runner = Runner(load_base(folder, dtype=dtype, device=settings.device))
+    model, sight = _loaded(folder, dtype, settings.device)
+    runner = Runner(model)
     adapters = Adapters(runner.model)
     prefixes = Prefixes(
         runner.layout,
@@ -67,7 +77,18 @@ def build(settings: EngineSettings) -> Engine:
     )
     grammars = Grammars(ensure_tokenizer(folder) / "tokenizer.json", stop_ids(template))
     limits = Limits(settings.running, settings.waiting, settings.chunk)
-    return Engine(runner, prefixes, adapters, grammars, limits, settings.longest)
+    return Engine(runner, prefixes, adapters, grammars, limits, settings.longest, sight)
+
+
+def _loaded(folder: Path, dtype: torch.dtype | str, device: str) -> tuple[Any, Sight | None]:
+    """The model that writes, and its eyes if it has some that can be used here."""
+    if sees(folder):
+        try:
+            seeing = load_seeing(folder, dtype=dtype, device=device)
+            return seeing.text, Sight(seeing)
+        except ModelError as error:
+            log.warning("%s is served without its eyes: %s", folder, error)
+    return load_base(folder, dtype=dtype, device=device), None
 
 
 class Server:
@@ -101,14 +122,18 @@ class Server:
     def _do(self, command: Command) -> Command:
         match command["do"]:
             case "submit":
-                self.engine.submit(read_request(command["request"]))
+                request = read_request(command["request"])
+                if lacking := self.engine.lacking(request):
+                    return {"lacking": lacking}
+                self.engine.submit(request)
+            case "measure":
+                assert isinstance(self.engine.sight, Sight)
+                return {"ids": [self.engine.sight.ids(*size) for size in command["sizes"]]}
             case "cancel":
                 self.engine.cancel(command["id"])
             case "load_adapter":
                 self._adapters().load(command["name"], Path(command["folder"]))
                 return {"digest": self._adapters().digest(command["name"])}
-            case "drop_adapter":
-                self._adapters().drop(command["name"])
             case "forget":
                 self._prefixes().forget(command["paths"])
             case "flush":

@@ -141,8 +141,8 @@ def decode_picture(data: bytes, media_type: str | None, filename: str, longest: 
     if name != "picture":
         raise DocumentError(f"image: {media_type} is no picture; PNG, JPEG, GIF and WebP are", "image_type_unsupported")
     with _damage_of(media_type):
-        picture, (width, height) = import_module("ropewalk.files.readers.picture").pixels(data, longest)
-        header = {"media_type": media_type, "before": [width, height], "width": picture.width, "height": picture.height}
+        picture, before = import_module("ropewalk.files.readers.picture").pixels(data, longest)
+        header = {**before, "width": picture.width, "height": picture.height}
         return json.dumps(header).encode() + b"\n" + bytes(picture.tobytes())
 
 

@@ -32,6 +32,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
+def sees(folder: Path) -> bool:
+    """Whether a folder has what is needed to show a model pictures: a vision tower and a processor."""
+    processors = ("preprocessor_config.json", "processor_config.json")
+    return bool(read_config(folder).get("vision_config")) and any((folder / name).is_file() for name in processors)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights, all of them present."""
     index = folder / INDEX

@@ -16,7 +16,7 @@ LONGEST_SIDE = 1568  # of what is drawn: what models take without scaling it dow
 def read(data: bytes, draft: Draft) -> None:
     """Decoded whole, so that a picture that is kept is one that can be shown."""
     picture = _open(data)
-    draft.media_type = f"image/{(picture.format or '').lower()}"  # names of files, and so what is declared, are often wrong
+    draft.media_type = _media_type(picture)  # names of files, and so what is declared, are often wrong
     draft.image(*picture.size)
 
 
@@ -32,10 +32,10 @@ def render(data: bytes, number: int) -> bytes:
     return output.getvalue()
 
 
-def pixels(data: bytes, longest: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture as it is meant to be seen: upright, on white, no longer than so on a side; and its size before."""
+def pixels(data: bytes, longest: int) -> tuple[Image.Image, dict[str, object]]:
+    """The picture as it is meant to be seen: upright, on white, no longer than so on a side; and what it was before."""
     picture = _open(data)
-    size = picture.size
+    before: dict[str, object] = {"media_type": _media_type(picture), "before": list(picture.size)}
     picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.thumbnail((longest, longest))
     ImageOps.exif_transpose(picture, in_place=True)
@@ -43,7 +43,11 @@ def pixels(data: bytes, longest: int) -> tuple[Image.Image, tuple[int, int]]:
         white = Image.new("RGB", picture.size, "white")
         white.paste(picture, mask=picture.getchannel("A"))
         picture = white
-    return picture, size
+    return picture, before
+
+
+def _media_type(picture: Image.Image) -> str:
+    return f"image/{(picture.format or '').lower()}"
 
 
 def _open(data: bytes) -> Image.Image:
