@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ropewalk.engine.cache import Part, focus
 from ropewalk.engine.engine import Rows
+from ropewalk.engine.latent import EXPANSION, is_latent
 from ropewalk.errors import ModelError, NotFound
 from ropewalk.models.experts import expert_modules, experts_forward
 from ropewalk.models.lora import LoraSpec, attach
@@ -71,6 +72,13 @@ class Adapters:
             trained.detach()
             self.model.requires_grad_(False)
         linears, experts = dict(trained.linears), dict(trained.experts)
+        for layer in linears:
+            attention, _, last = layer.rpartition(".")
+            if last == EXPANSION and is_latent(self.model.get_submodule(attention)):
+                raise ModelError(
+                    f"the adapter {folder} changes {EXPANSION}, through which this model's attention reads all that it keeps, so "
+                    f"that it cannot be mixed with others; train it without {EXPANSION}, or merge it into its base: ropewalk merge"
+                )
         for part in (*linears.values(), *experts.values()):
             part.requires_grad_(False)
         # What `detach` has put back is the plain implementation of experts.
@@ -84,10 +92,6 @@ class Adapters:
         for layer in self._wrapped:  # all of them: `detach` leaves layers plain
             linear = self.model.get_submodule(layer)
             linear.forward = partial(self._through_linear, layer, linear)
-
-    def drop(self, name: str) -> None:
-        """Forgets an adapter; nobody may be using it."""
-        self._loaded.pop(name, None)
 
     def names(self) -> list[str]:
         return sorted(self._loaded)

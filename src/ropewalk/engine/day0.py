@@ -21,6 +21,25 @@ TOLERANCE = 1e-5
 NEW = 8
 CHUNK = 16
 PROMPTS = (5, 52, 33)
+_FIXED: dict[str, dict[str, Any]] = {  # where sizes must fit in ways that names do not tell
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 128},
+    "Gemma3nForCausalLM": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    },
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 16},
+    "RecurrentGemmaForCausalLM": {
+        "num_hidden_layers": 3,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "lru_width": 64,
+        "attention_window_size": 16,
+    },
+}
 SPREAD = 0.06  # standard deviation of every matrix
 
 
@@ -72,7 +91,7 @@ def serve(architecture: str, kind: Any) -> Served:
 def build(kind: Any) -> Any:
     """The tiny model, its weights spread; the same every time."""
     torch.manual_seed(0)
-    model = kind._from_config(shrink(kind.config_class)).float().eval()
+    model = kind._from_config(shrink(kind.config_class, **_FIXED.get(kind.__name__, {}))).float().eval()
     for parameter in model.parameters():
         if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
             parameter.add_(torch.randn_like(parameter) * SPREAD)  # zeros and ones would hide what is left out

@@ -112,8 +112,8 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     return config
 
 
-def shrink(kind: Any) -> Any:
-    """A small configuration of a class: its defaults with every size replaced."""
+def shrink(kind: Any, **fixed: Any) -> Any:
+    """A small configuration of a class: its defaults with every size replaced, or `fixed` as given."""
     default = kind()
     values: dict[str, Any] = {}
     layers = _layer_kinds(default)
@@ -145,7 +145,7 @@ def shrink(kind: Any) -> Any:
         values["rope_parameters"] = {**_rope(default), "mrope_section": _sections(default, values)}
     if set(values.get("layer_types", ())) == {"linear_attention"}:
         values["layer_types"][-1] = "full_attention"
-    return kind(**values)
+    return kind(**values | fixed)
 
 
 def _rope(config: Any) -> dict[str, Any]:
