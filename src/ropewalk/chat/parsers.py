@@ -230,13 +230,6 @@ class Marked:
             self._blocks.text(text)
 
 
-class Plain(Marked):
-    """Thinking between two markers, if the family has them, and text."""
-
-    def __init__(self, opening: str = "<think>", closing: str = "</think>", *, thinks_first: bool = False) -> None:
-        super().__init__((opening, closing), thinks_first=thinks_first)
-
-
 def held_back(text: str, markers: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a marker."""
     longest = max(map(len, markers), default=0) - 1

@@ -43,7 +43,6 @@ class Program:
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source = source
         self.variables = dict(variables)
-        self.has_blocks = "endgeneration" in source
         self.dated = "strftime_now" in source
         self._environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

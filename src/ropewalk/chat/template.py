@@ -113,10 +113,6 @@ class Template:
         return _rebuild, (self.tokenizer, self._source, self.special, self._stops, self.eot_tokens, self.variables, self.origin)
 
     @property
-    def bos_id(self) -> int | None:
-        return self._id("bos_token")
-
-    @property
     def eos_id(self) -> int | None:
         return self._id("eos_token")
 

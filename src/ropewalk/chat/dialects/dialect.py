@@ -43,7 +43,6 @@ class Dialect:
     after_thinking: str = "\n\n"
     opener: str = ""  # of a call; what it is told by
     calls_in_one: bool = True  # whether the template renders several calls of one message
-    short_ids: bool = False  # whether it takes only ids of nine letters and digits
     calls: bool = False  # whether it calls tools at all
     plain_reply: bool = True  # whether a reply may be text from its first word on
 

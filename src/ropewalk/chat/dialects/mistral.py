@@ -27,7 +27,6 @@ class Mistral(Dialect):
     after_thinking = ""
     opener = OPENER
     calls = True
-    short_ids = True
 
     def __init__(self, template: Template) -> None:
         super().__init__(template)
