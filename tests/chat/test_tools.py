@@ -130,6 +130,8 @@ def test_gpt_oss_is_shown_one_call_after_another(tokenizer_folder):
     )
     assert "low<|start|>" in text
     assert "medium<|start|>" in shown(harmony, thinking=True)[0]
+    assert "high<|start|>" in shown(harmony, effort="xhigh")[0]
+    assert "low<|start|>" in shown(harmony, thinking=True, effort="low")[0]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "chatml", *SOURCES])

@@ -205,6 +205,7 @@ def test_messages_are_asked_with_everything_and_told_with_everything(sdk, other)
     )
     other.says(Answer(message(thought, hidden, call, reason="tool_use")))
     extra = {"tools": [TOOL], "system": "Be short.", "thinking": {"type": "enabled", "budget_tokens": 1500}}
+    extra["output_config"] = {"effort": "medium"}
     reply = sdk.messages.create(**asked("far", **extra))
     path, headers, body = other.asked[-1]
     assert (path, headers["x-api-key"], headers["anthropic-version"]) == ("/v1/messages", KEY, "2023-06-01")
@@ -212,7 +213,8 @@ def test_messages_are_asked_with_everything_and_told_with_everything(sdk, other)
     assert body["thinking"] == {"type": "enabled", "budget_tokens": 1500}
     assert body["tools"] == [TOOL]
     assert body["system"] == [{"type": "text", "text": "Be short."}]
-    assert not {"temperature", "top_p", "top_k", "stop_sequences", "output_config"} & {*body}
+    assert not {"temperature", "top_p", "top_k", "stop_sequences"} & {*body}
+    assert body["output_config"] == {"effort": "medium"}
     assert [(b.type, getattr(b, "signature", "")) for b in reply.content] == [("thinking", "c2ln"), ("tool_use", "")]
     assert (reply.content[1].input, reply.stop_reason, reply.model) == ({"place": "Rom"}, "tool_use", "far")
     usage = reply.usage

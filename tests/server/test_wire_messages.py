@@ -88,6 +88,7 @@ def test_what_stands_beside_the_conversation_is_read():
     assert found.tool_choice == ToolChoice("tool", "t", False)
     assert (found.temperature, found.top_p, found.top_k, found.stop_sequences) == (0.5, 0.9, 4, ("a", "b"))
     assert (found.schema, found.stream, found.caching, found.thinking) == ({"type": "object"}, True, "1h", False)
+    assert (found.effort, read().effort) == ("low", "")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 # -- what is asked
 
+Effort = Literal["", "low", "medium", "high", "xhigh", "max"]
+
 
 @dataclass(frozen=True)
 class Bytes:
@@ -141,7 +143,8 @@ class MessagesRequest:
     schema: Mapping[str, Any] | None = None  # of a structured reply
     stream: bool = False
     caching: Literal["", "5m", "1h"] = ""  # how long what is read is asked to be kept, where a cache_control stands somewhere
-    thinking_budget: int = 0  # tokens; 0: as many as the model likes
+    thinking_budget: int = 0  # tokens; 0: as many as the model likes, or as `effort` says
+    effort: Effort = ""  # '': nothing was said of it
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which citations count them."""

@@ -34,6 +34,7 @@ from ropewalk.engine.client import EngineClient
 from ropewalk.engine.pictures import Album
 from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
+from ropewalk.engine.thinking import bounded, budget_of
 from ropewalk.errors import BadInput
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
@@ -133,7 +134,8 @@ class Answerer:
         )
         kept = grammar is not None and grammar.kind == "lark"
         parser = parser_for(self.template, request, self._end(prompt), kept=kept)
-        async with aclosing(self.client.generate(sent, album.pixels)) as events:
+        budget = budget_of(self.template, request, self._end(prompt), grammar)
+        async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels), sent, budget)) as events:
             async for event in self._reply(request, prompt, events, parser, signatures, citing, room < request.max_tokens):
                 yield event
 

@@ -75,6 +75,8 @@ def counted(request: MessagesRequest, model: str, citables: Sequence[Citable], *
         found["thinking"] = {"type": "enabled", "budget_tokens": budget} if budget else {"type": "adaptive"}
     if request.schema is not None:
         found["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.schema)}}
+    if request.effort:
+        found["output_config"] = {**found.get("output_config", {}), "effort": request.effort}
     if request.caching:
         _mark(request, turns)
     return found

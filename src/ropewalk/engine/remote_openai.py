@@ -54,6 +54,8 @@ def body(request: MessagesRequest, model: str, url: str, citables: Sequence[Cita
     found |= {"stream": True, "stream_options": {"include_usage": True}}
     sampling = {"temperature": (request.temperature, 1.0), "top_p": (request.top_p, 1.0), "top_k": (request.top_k, 0)}
     found |= {name: value for name, (value, default) in sampling.items() if value != default}
+    if request.effort:
+        found["reasoning_effort"] = "high" if request.effort in ("xhigh", "max") else request.effort
     if request.stop_sequences:
         found["stop"] = list(request.stop_sequences)
     if request.tools:

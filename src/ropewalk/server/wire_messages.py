@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from ropewalk.chat.messages import Block, MessagesRequest, Text, Tool, ToolChoice, Turn
+from ropewalk.chat.messages import Block, Effort, MessagesRequest, Text, Tool, ToolChoice, Turn
 from ropewalk.server.node import Node
 from ropewalk.server.wire_blocks import BlockReader
 
@@ -87,6 +87,7 @@ class _Reader:
             False if stream is None else stream.boolean(),
             self.blocks.caching(body),
             body.value["thinking"].get("budget_tokens", 0) if thinking else 0,
+            self.effort(body),
         )
 
     # -- what stands beside the conversation
@@ -156,12 +157,15 @@ class _Reader:
             found.only({"type"} if kind == "disabled" else {"type", "display", "block_binding"})
         return kind != "disabled"
 
+    def effort(self, body: Node) -> Effort:
+        config = body.get("output_config")
+        found = config.get("effort") if config is not None else None
+        return "" if found is None else cast(Effort, found.choice(("low", "medium", "high", "xhigh", "max")))
+
     def schema(self, body: Node) -> dict[str, Any] | None:
         found = body.get("output_format")
         if (config := body.get("output_config")) is not None:
             config.only({"effort", "format", "task_budget"})
-            if (effort := config.get("effort")) is not None:
-                effort.choice(("low", "medium", "high", "xhigh", "max"))
             if (inner := config.get("format")) is not None:
                 if found is not None:
                     raise inner.fail("output_format says it already; give one of them")

@@ -15,6 +15,7 @@ from ropewalk.chat.parsers import Blocks, Parser, held_back
 START, CHANNEL, MESSAGE, END, CALL, RETURN = (
     f"<|{word}|>" for word in ("start", "channel", "message", "end", "call", "return")
 )
+EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 ENDS = (END, CALL, RETURN, START, CHANNEL)
 
 
@@ -27,7 +28,8 @@ class Harmony(Dialect):
     plain_reply = False
 
     def variables(self, request: MessagesRequest) -> dict[str, Any]:
-        return {**super().variables(request), "reasoning_effort": "medium" if request.thinking else "low"}
+        asked = EFFORTS.get(request.effort, "medium" if request.thinking else "low")
+        return {**super().variables(request), "reasoning_effort": asked}
 
     def stop_ids(self) -> tuple[int, ...]:
         """A message ends where its channel does, and a reply goes on in the next."""
