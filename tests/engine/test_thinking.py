@@ -50,7 +50,7 @@ def ids(events):
 
 def test_a_thought_within_the_budget_is_left_alone():
     model = Thinker(4)
-    assert ids(told(model, Budget(5, OPEN, CLOSE, (), inside=True))) == [5, 5, 5, 5, 9, 8, 46]
+    assert ids(told(model, Budget(6, OPEN, CLOSE, (), inside=True))) == [5, 5, 5, 5, 9, 8, 46]
     assert len(model.asked) == 1
 
 
