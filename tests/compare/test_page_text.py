@@ -314,7 +314,7 @@ def test_values_whose_tool_cannot_be_told_are_not_dealt_out() -> None:
     assert one.takes == other.takes == (Take("Builder"),)
     assert [w.text for w in one.warnings if w.kind is WarningKind.UNPLACED] == [
         "'Pricing' has 1 of 2 values, 'Free'; of which tool cannot be told",
-        "Builder has 1 of 2 takes; of which tool cannot be told: 80/100",
+        "Builder has 1 of 2 takes; of which tool cannot be told: 80/100 · ship · Good",
     ]
 
 
@@ -344,6 +344,42 @@ def test_a_very_long_description_says_how_far_its_claims_were_read() -> None:
     assert all("claims are read up to 200" in card.warnings[0].text for card in (one, other))
 
 
+LINES = [line for line in (PAGES / "two_tools.txt").read_text(encoding="utf-8").splitlines() if line]
+
+
+def without(text: str, nth: int = 0) -> tuple[Card, ...]:
+    at = [n for n, line in enumerate(LINES) if line == text][nth]
+    return read_page("\n".join(LINES[:at] + LINES[at + 1 :])).cards
+
+
+def test_a_heading_or_label_that_is_missing_costs_at_most_what_it_names() -> None:
+    whole = page("two_tools").cards
+    assert without("Decision") == whole
+    for card, usual in zip(without("Entry", 1), whole, strict=True):
+        assert (card.entry_label, card.description) == (usual.entry_label, usual.description)
+    for card, usual in zip(without("Panel ship", 1), whole, strict=True):
+        assert (card.tagline, card.chip, card.panel_percent) == (usual.tagline, usual.chip, usual.panel_percent)
+
+
+def test_a_take_without_its_score_is_kept() -> None:
+    forge, notes = without("82/100 · ship")
+    assert forge.takes[0] == Take("Builder", text="One file, one command, and the adapter loads where I serve it.")
+    assert forge.takes[1:] == page("two_tools").cards[0].takes[1:]
+    assert notes == page("two_tools").cards[1]
+
+
+def test_a_take_of_several_lines_is_kept_and_what_is_nobodys_is_told() -> None:
+    builder = "Builder\n8/100 · skip\nno\n9/100 · skip\nnor I\nreally"
+    founder = "Founder\nNo panel take\nNo panel take\nodd\nend"
+    text = f"A vs B\nA\nB\nReviewer scorecard\n{builder}\n{founder}\nSkeptic\n9/100\nx\n8/100\ny\nfooter"
+    one, other = read_page(text).cards
+    assert [take.text for take in one.takes] == ["no", None, "x"]
+    assert [take.text for take in other.takes] == ["nor I\nreally", None, "y"]
+    assert [w.text for w in one.warnings if w.kind is WarningKind.UNPLACED] == [
+        "2 lines of the scorecard stand under no score: odd; end",
+    ]
+
+
 def test_rows_under_other_labels_are_kept() -> None:
     text = "A vs B\nA\nB\nDecision\nA\nB\nLicence\nMIT\nBSD\nPricing\nFree\n$1\nSeats\n3\n5"
     one, other = read_page(text).cards
@@ -365,9 +401,9 @@ def test_personas_that_are_not_the_usual_five_are_read() -> None:
     assert other.takes == (Take("Operator", 30, "skip", "no"), Take("Builder"))
 
 
-@pytest.mark.parametrize("piece", ["A\n", "Builder\n", "8/100 · ship\n", " vs ", "Pricing\n", "1 ", "\x00"])
+@pytest.mark.parametrize("piece", ["A\n", "Builder\n", "8/100 · ship\n", " vs ", "Pricing\n", "1 ", "\x00", "odd\n"])
 def test_a_megabyte_is_read_in_linear_time(piece: str) -> None:
     filler = piece * (333_000 // len(piece))
     begin = time.process_time()
-    attempt(f"A vs B\n{filler}\nA\nB\n{filler}\nDecision\nA\nB\nReviewer scorecard\n{filler}")
+    attempt(f"A vs B\n{filler}\nA\nB\n{filler}\nDecision\nA\nB\nReviewer scorecard\n{filler}\nBuilder\n8/100\n9/100")
     assert time.process_time() - begin < 6  # seconds; a quadratic reader takes hours

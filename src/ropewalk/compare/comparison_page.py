@@ -29,12 +29,18 @@ CHIP = re.compile(r"ship|skip", re.I)
 def read_comparison(lines: list[Line], at: int, title: str) -> Page:
     decision = find(lines, (DECISION,), at + 1)
     scorecard = find(lines, SCORECARDS, at + 1 if decision is None else decision + 1)
+    rows = None if decision is not None else find(lines, ("panel verdict",), at + 1)
+    if rows is not None and (scorecard is None or rows < scorecard):
+        # The heading is missing: the table begins with its first row, after the names.
+        names = [part.casefold() for part in re.split(r"\svs\.?\s", title, maxsplit=MAX_TOOLS, flags=re.I)]
+        before = [line.text.casefold() for line in lines[max(at, rows - len(names)) : rows]]
+        decision = rows - 1 - (len(names) if before == names else 0)
     if decision is None and scorecard is None:
         raise CardError(
             "the text ends without 'Decision' or 'Reviewer scorecard'; expected a comparison page", lines[-1].number
         )
     body_end = next(n for n in (decision, scorecard) if n is not None)
-    head = lines[at + 1 : body_end]
+    head = lines[at + 1 : body_end if rows is None or decision is None else decision + 1]
     table = lines[decision + 1 : scorecard] if decision is not None else []
     first = next((n for n, line in enumerate(table) if line.label in ROWS), len(table))
     names = _names(title, [line.text for line in table[:first]], {line.text for line in head}, lines[at])
@@ -139,6 +145,9 @@ def _block(block: Sequence[Line], draft: Draft) -> int:
     if last < 0:
         draft.put("tagline", block[:1])
         return min(1, len(block))
+    if "entry_label" not in draft.values and last + 1 < len(block) and block[last + 1].label in ENTRIES:
+        draft.put("entry_label", block[last + 1 : last + 2])  # its own label is missing
+        last += 1
     return last + 1
 
 
@@ -150,6 +159,8 @@ def _first(values: list[Line], label: str, draft: Draft) -> list[Line]:
         or (label != "entry" and (PERCENT.fullmatch(values[-1].text) or values[-1].label in LACKING))
     ):
         value = [values.pop()]
+    if label != "panel ship" and values and PERCENT.fullmatch(values[-1].text):
+        draft.put("panel_percent", [values.pop()])  # its own label is missing
     if values and CHIP.fullmatch(values[-1].text):
         draft.put("chip", [values.pop()])
     draft.put("tagline", values)
