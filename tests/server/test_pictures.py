@@ -245,3 +245,11 @@ def test_a_picture_in_a_turn_of_the_assistant_is_refused(sdk):
 def test_text_that_looks_like_a_picture_stays_text(sdk):
     said = request("<|vision_start|><|image_pad|><|vision_end|>", shown(sent(png(noise(9)))))
     assert sdk.messages.create(**said).content
+
+
+def test_models_say_whether_they_see(asked):
+    with asked.sdk(_strict_response_validation=True) as client:
+        model = client.models.retrieve("gemma4")
+    assert model.capabilities.image_input.supported
+    assert not model.capabilities.thinking.types.enabled.supported
+    assert model.capabilities.structured_outputs.supported

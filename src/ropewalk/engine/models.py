@@ -19,6 +19,7 @@ import httpx
 
 from ropewalk.chat.messages import Document, FileId, MessagesRequest, Turn, Usage
 from ropewalk.chat.template import Template
+from ropewalk.chat.tokenizer import own_source, read_json
 from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
@@ -32,6 +33,7 @@ from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
 from ropewalk.files.store import Store
 from ropewalk.files.token_ledger import TokenLedger
+from ropewalk.models.folder import sees
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
 from ropewalk.registry import Registry
@@ -39,10 +41,19 @@ from ropewalk.tenants.caller import RIGHTS, Caller
 
 START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
 RETRY_SECONDS = 15.0
+THINKING = ("<think>", "[THINK]", "<|channel", "enable_thinking", "reasoning_content")  # in a chat template
 AHEAD = 2  # files that are read ahead at once: questions come first
 AHEAD_TRIES = 20
 
 log = logging.getLogger("ropewalk.engine")
+
+
+@dataclass(frozen=True)
+class Senses:
+    """What a base can do beside reading and writing text, as far as its folder says."""
+
+    sees: bool
+    thinks: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Listed:
     shown: str
     created: str
     longest: int | None  # tokens; None: not known before it has been loaded
+    senses: Senses | None = None  # None: a remote, or its folder cannot be read
 
 
 @dataclass(frozen=True)
@@ -253,9 +265,11 @@ class Models:
             entry = self.registry.resolve(name)
         except NotFound:
             written = datetime.fromtimestamp((target.adapter or target.base).stat().st_mtime, UTC)
-            return Listed(name, name, written.isoformat(timespec="seconds"), longest or None)
+            return Listed(name, name, written.isoformat(timespec="seconds"), longest or None, _senses(target.base))
         shown = entry.name if entry.base is None else f"{entry.name} (over {entry.base})"
-        return Listed(name, shown if name == entry.name else f"{name}, now {shown}", entry.created, longest or None)
+        return Listed(
+            name, shown if name == entry.name else f"{name}, now {shown}", entry.created, longest or None, _senses(target.base)
+        )
 
     # -- engines
 
@@ -318,6 +332,14 @@ class Models:
         if self._http is None:
             self._http = http_client()
         return RemoteAnswerer(self.store, self._sources, Upstream(name, remote, self._http))
+
+
+def _senses(folder: Path) -> Senses | None:
+    try:
+        template = own_source(folder, read_json(folder / "tokenizer_config.json")) or ""
+        return Senses(sees(folder), any(word in template for word in THINKING))
+    except (RopewalkError, OSError, ValueError):
+        return None
 
 
 def _opened(folder: Path) -> tuple[str, Template]:

@@ -12,7 +12,7 @@ from ropewalk.engine.models import Listed
 from ropewalk.errors import BadInput, NotFound
 from ropewalk.server.files import DEFAULT_LIMIT, MAX_LIMIT, limit_of
 from ropewalk.server.openapi import STRING, named, operation, query
-from ropewalk.server.wire import JSON, dialect, model_info, model_list
+from ropewalk.server.wire import JSON, capabilities, dialect, model_info, model_list
 
 LIFECYCLES = ("active", "deprecated", "retired")
 
@@ -58,7 +58,8 @@ async def show_model(request: Request) -> JSON:
 
 
 def _described(listed: Listed) -> dict[str, Any]:
-    return model_info(listed.name, listed.shown, listed.created, listed.longest)
+    can = None if listed.senses is None else capabilities(sees=listed.senses.sees, thinks=listed.senses.thinks)
+    return model_info(listed.name, listed.shown, listed.created, listed.longest, can)
 
 
 routes: list[BaseRoute] = [Route("/v1/models", list_models), Route("/v1/models/{model_id:path}", show_model)]

@@ -144,7 +144,37 @@ def _place(content: bytes) -> Place:
 # -- models ----------------------------------------------------------------------------------------------------------------------
 
 
-def model_info(id: str, display_name: str, created: str, longest: int | None = None) -> dict[str, Any]:
+def capabilities(*, sees: bool, thinks: bool) -> dict[str, Any]:
+    """What a model of this machine can be asked for."""
+
+    def support(is_so: bool, **more: bool | None) -> dict[str, Any]:
+        parts = {name: None if so is None else {"supported": so} for name, so in more.items()}
+        return {"supported": is_so, **parts}
+
+    return {
+        "batch": support(True),
+        "citations": support(True),
+        "code_execution": support(False),
+        "context_management": support(
+            False, clear_thinking_20251015=None, clear_tool_uses_20250919=None, compact_20260112=None
+        ),
+        "effort": support(thinks, low=thinks, medium=thinks, high=thinks, xhigh=thinks, max=thinks),
+        "image_input": support(sees),
+        "pdf_input": support(True),
+        "server_tools": support(False, code_execution=False, web_search=False),
+        "structured_outputs": support(True),
+        "thinking": support(thinks)
+        | {
+            "types": {
+                kind: support(thinks or kind == "disabled") for kind in ("adaptive", "between_tools", "disabled", "enabled")
+            }
+        },
+    }
+
+
+def model_info(
+    id: str, display_name: str, created: str, longest: int | None = None, can: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What is told about a model; `created` is ISO 8601, `longest` the tokens of its context."""
     return {
         "type": "model",
@@ -155,7 +185,7 @@ def model_info(id: str, display_name: str, created: str, longest: int | None = N
         "deprecated_at": None,
         "retires_at": None,
         "line": None,
-        "capabilities": None,
+        "capabilities": can,
         "max_input_tokens": longest,
         "max_tokens": None,
     }
