@@ -31,14 +31,23 @@ _FIXED: dict[str, dict[str, Any]] = {  # where sizes must fit in ways that names
         "intermediate_size": [96] * 4,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
     },
+    "LongcatFlashForCausalLM": {
+        "num_layers": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 4,
+        "moe_topk": 2,
+    },
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 16},
+    "PLBartForCausalLM": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     "RecurrentGemmaForCausalLM": {
         "num_hidden_layers": 3,
         "block_types": ["recurrent", "recurrent", "attention"],
         "lru_width": 64,
         "attention_window_size": 16,
     },
+    "XLMWithLMHeadModel": {"emb_dim": 64, "n_layers": 2, "n_heads": 4},
 }
 SPREAD = 0.06  # standard deviation of every matrix
 

@@ -31,10 +31,16 @@ class Runner:
         self._past = "past_key_values" if "past_key_values" in names else "cache_params"
         self._places = "position_ids" in names
         _check(decoder, self._places or set(self.layout.kinds) <= {"recurrent", "none"})
+        stateful = set[int]()
         for module in model.modules():
             past = _past_of(module)
             if past:
                 per_request(module, past, self.layout.config)
+                stateful.add(module.layer_idx)
+        if not stateful >= {number for number, has in enumerate(self.layout.states) if has}:
+            raise ModelError(
+                f"{decoder.config.model_type} keeps its state in its own layers, where one request sees another's; {ELSEWHERE}"
+            )
         self._try()
 
     def _try(self) -> None:
