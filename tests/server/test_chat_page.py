@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import pytest
 pytest.importorskip("playwright", reason="the package playwright is not installed: pip install playwright")
 
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 
-from browser import CHROMIUM, chromium, visit
+from browser import CHROMIUM, chromium, violations, visit
 from ropewalk.chat.messages import BlockEnded, BlockStarted, CitationAdded, Cited, Delta, Ended, Started, Text, Usage
 from ropewalk.config.serving import EngineOptions, Retrieval, ServedModel, Serving
 from ropewalk.files.settings import Settings
 from ropewalk.models.base import make_base
+from ropewalk.quickstart import facts
 from ropewalk.server import chat
 from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.prices import Price
@@ -27,6 +29,8 @@ from server.conftest import Running, running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in $CHROMIUM")
 
+# What the quickstart begins with: it has learnt to read short texts, and answers in a word.
+READER = files("ropewalk") / "quickstart" / "base"
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 RENT = "The rent is 2,400 a month, due on the third working day."
 ENTRY = "The landlord may enter with a day's notice, to look or to repair."
@@ -51,6 +55,7 @@ def served(root_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     make_base(data / "tiny", "qwen3_moe", size="tiny", seed=3)
     base = str(data / "tiny")
     models = {"tiny": ServedModel(base, price=Price(0.5, 2.0, 0.05)), "house": ServedModel(base)}
+    models["reader"] = ServedModel(str(READER), price=Price(0.1, 0.4, 0.01))
     serving = Serving(models, EngineOptions(threads=1), Retrieval(chunk=200))
     with running(data, Settings(data=data), ServerSettings(serving=serving)) as found:
         yield found
@@ -169,6 +174,7 @@ def test_a_files_chunks_are_shown_with_their_places(served, browser):
     with visit(browser, served.url) as seen:
         page = seen.sign_in(key).page
         page.goto(f"{served.url}/files/{id}/chunks")
+        assert violations(page) == []
         expect(page.locator("article").first).to_contain_text(
             re.compile(r"Chunk 1.*section 1: Lease agreement.*characters 0 to \d+")
         )
@@ -179,24 +185,78 @@ def test_a_files_chunks_are_shown_with_their_places(served, browser):
         expect(page.get_by_role("heading", level=1)).to_have_text("Not Found")
 
 
-def test_the_picture_of_the_docs(served, browser, monkeypatch, tmp_path):
-    """With SCREENSHOTS=docs, the one that the docs show, where they say that its reply and its numbers are made up."""
-    _, key = served.workspace("Claims")
+def ask(page: Page, question: str) -> None:
+    page.get_by_label("Question", exact=True).fill(question)
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#told")).to_have_text("Answered", timeout=60_000)
+
+
+def aruba(server: Running, key: str) -> str:
+    """A file about a country that the reader has never seen -> the sentence that names its capital."""
+    (country,) = (country for country in facts.split()[1] if country.name == "Aruba")
+    text = facts.document(country)
+    put(server, key, "Aruba.txt", text, "text/plain")
+    (told,) = re.findall(r"[^.]*Oranjestad[^.]*\.", text)
+    return told.strip()
+
+
+def test_a_real_model_reads_a_file_once_answers_twice_and_shows_where_it_stands(served, browser, tmp_path):
+    """With SCREENSHOTS=docs, the picture that the docs show: nothing in it is made up."""
+    _, key = served.workspace("Atlas")
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
     put(served, key, "Handbook for adjusters.md")
     put(served, key, "Price list.csv", "article,price\n", "text/csv")
-    cites(served, monkeypatch, put(served, key), Usage(31, 0, 16_402, 38), " Of other visits the lease says nothing.")
-    with visit(browser, served.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 1010}) as seen:
+    told = aruba(served, key)
+    with visit(browser, served.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 900}) as seen:
         page = seen.sign_in(key).page
-        page.goto(served.url + "/chat")
-        page.get_by_label("Model").select_option("tiny")
-        page.get_by_label("Lease.md").check()
-        page.get_by_label("Question", exact=True).fill("What is the rent, and may the landlord come in?")
-        page.get_by_role("button", name="Ask").click()
-        page.get_by_role("link", name="Source 1").click()
-        expect(page.locator("mark").first).to_be_visible()
-        page.get_by_label("Question", exact=True).fill("Who pays for a broken window?")
+        page.get_by_role("link", name="Aruba.txt").click()
+        page.get_by_role("link", name="Ask about it").click()
+        expect(page.get_by_label("Aruba.txt")).to_be_checked()
+        page.get_by_label("Model").select_option("reader")
+        ask(page, "What is the capital of Aruba?")
+        first = page.locator(".turn").first
+        expect(first.locator(".said")).to_contain_text("Oranjestad")
+        first.get_by_role("link", name="Source 1").click()
+        expect(first.locator("mark")).to_be_visible()
+        expect(first.locator("mark")).to_have_text(told)
+        expect(first.locator(".spent")).to_contain_text(re.compile(r"[1-9]\d* read now"))
+        ask(page, "What is the currency of Aruba?")
+        second = page.locator(".turn").last
+        expect(second.locator(".said")).to_contain_text("Guilder")
+        expect(second.locator(".spent")).to_contain_text(
+            re.compile(r"1\d\d tokens read from the cache.*the cache saved [5-9]\d% of the reading, 0\.0000\d+ USD")
+        )
+        assert violations(page) == []
+        page.get_by_label("Question", exact=True).fill("How many people live there?")
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=folder / "chat-page.png")
+        page.locator("details[open] a").first.click()
+        expect(page.locator("#preview")).to_contain_text(told)
+        page.get_by_role("link", name="Files", exact=True).first.click()
+        expect(page.locator(".asked-about")).to_have_text(
+            re.compile(r"^2 questions, 1\d\d tokens not read again, 0\.0\S+ USD saved$")
+        )
     with Image.open(folder / "chat-page.png") as picture:
         picture.convert("RGB").quantize(192).save(folder / "chat-page.png", optimize=True)
+
+
+def test_a_real_model_answers_and_cites_without_scripts_too(served, browser):
+    _, key = served.workspace("Atlas plain")
+    told = aruba(served, key)
+    with visit(browser, served.url, java_script_enabled=False) as seen:
+        page = seen.sign_in(key).page
+        page.goto(served.url + "/chat")
+        page.get_by_label("Model").select_option("reader")
+        page.get_by_label("Aruba.txt").check()
+        for question, answer in (
+            ("What is the capital of Aruba?", "Oranjestad"),
+            ("What is the currency of Aruba?", "Guilder"),
+        ):
+            page.get_by_label("Question", exact=True).fill(question)
+            page.get_by_role("button", name="Ask").click()
+            expect(page.locator(".said").last).to_contain_text(answer, timeout=60_000)
+            if answer == "Oranjestad":
+                page.get_by_role("link", name="Source 1").click()
+                page.locator("details summary").click()
+                expect(page.locator("mark")).to_have_text(told)
+        expect(page.locator(".spent").last).to_contain_text(re.compile(r"1\d\d tokens read from the cache"))
