@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
@@ -178,7 +184,86 @@ def qwen3_vl() -> tuple[Any, dict[str, Any]]:
     return Qwen3VLForConditionalGeneration(config), QWEN_PROCESSOR
 
 
-SEEING = {maker.__name__: maker for maker in (gemma4, qwen3_5_moe, qwen3_vl)}
+def gemma3() -> tuple[Any, dict[str, Any]]:
+    """Pictures whose ids see each other in all layers, between line breaks that belong to them."""
+    text = TEXT | {
+        "model_type": "gemma3_text",
+        "sliding_window": WINDOW,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        "query_pre_attn_scalar": 16,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 2,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=16,
+        image_token_index=ID["<|image|>"],
+        boi_token_index=ID["<|image>"],
+        eoi_token_index=ID["<image|>"],
+    )
+    processor = {
+        "processor_class": "Gemma3Processor",
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_seq_length": 16,
+        "settings": {"processor_class": "Gemma3Processor", "image_seq_length": 16},
+    }
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+def qwen2_5_vl() -> tuple[Any, dict[str, Any]]:
+    """Places in three dimensions, a vision tower with windows, and no size of heads in the configuration."""
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    text |= {"layer_types": ["full_attention"] * 4}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
+    vision = {key: value for key, value in QWEN_VISION.items() if key != "num_position_embeddings"}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+    return Qwen2_5_VLForConditionalGeneration(config), QWEN_PROCESSOR | {"processor_class": "Qwen2_5_VLProcessor"}
+
+
+def llava() -> tuple[Any, dict[str, Any]]:
+    """Every picture in as many ids as every other."""
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        vision_config=vision,
+        image_token_index=ID["<|image_pad|>"],
+        image_seq_length=16,
+    )
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 16},
+        "crop_size": {"height": 16, "width": 16},
+        "settings": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<|image_pad|>",
+            "patch_size": 4,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    }
+    return LlavaForConditionalGeneration(config), processor
+
+
+SEEING = {maker.__name__: maker for maker in (gemma4, qwen3_5_moe, qwen3_vl, gemma3, qwen2_5_vl, llava)}
 
 
 def make(name: str, folder: Path) -> Path:
@@ -190,6 +275,8 @@ def make(name: str, folder: Path) -> Path:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.06)
     model.float().eval().save_pretrained(folder)
+    if settings := processor.pop("settings", None):
+        (folder / "processor_config.json").write_text(json.dumps(settings))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     _tokenizer(gemma=name.startswith("gemma")).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE if name.startswith("gemma") else QWEN_TEMPLATE)

@@ -88,7 +88,7 @@ class Sight:
         """Reads the ids of a picture on a reading's end."""
         shown = seen.layout["input_ids"][0].tolist()
         assert tuple(shown) == tuple(ids), "the ids of a picture are those of its size"
-        types = torch.tensor([[int(id in self.processor.image_token_ids) for id in ids]])
+        types = self._types(seen)
         part = Part(reading, 0, len(ids), self._sees(types[0]))
         places, shift = self._places(seen, types)
         batch = Batch([part])
@@ -117,6 +117,13 @@ class Sight:
         grids = {name: value for name, value in seen.layout.items() if name in known and name not in TEXT}
         places, delta = self._index(seen.layout["input_ids"], mm_token_type_ids=types, **grids)
         return places, int(delta)
+
+    def _types(self, seen: Seen) -> Tensor:
+        """1 where an id stands for a part of the picture, 0 where it frames it."""
+        told = [seen.layout[name] for name in ("mm_token_type_ids", "token_type_ids") if name in seen.layout]
+        if told:
+            return (told[0] == 1).long()
+        return torch.isin(seen.layout["input_ids"], torch.tensor(self.processor.image_token_ids)).long()
 
     def _sees(self, types: Tensor) -> dict[Kind, Tensor]:
         if not self._mutual:
