@@ -29,7 +29,7 @@ FOLDERS = {
     "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
     "data": {"config", "chat", "files", "home"},
     "config": {"chat", "tenants"},
-    "engine": {"config", "models", "chat", "files", "tenants", "registry", "vault", "database", "ids"},
+    "engine": {"config", "models", "kernels", "chat", "files", "tenants", "registry", "vault", "database", "ids"},
     "models": {"kernels", "registry"},
     "chat": {"files", "ids"},
     "files": {"batches", "tenants", "database", "vault", "sandbox", "home", "ids", "failpoints", "folders"},

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from ropewalk.engine.cache import ELSEWHERE, Batch, Kind, Pair, Part, Segment
 from ropewalk.engine.latent import Latent, is_latent
 from ropewalk.errors import ModelError
+from ropewalk.kernels.attend import attend
 
 NAME = "ropewalk_batch"
 Partial = tuple[Tensor, Tensor]  # result [1, K, G*T, D] and log-sum-exp [1, K, G*T], both float32
@@ -67,11 +68,11 @@ def batch_attention(
             pair = latent.pair(kept) if latent is not None else kept
             everybody = len(readers) == len(queries)
             together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
-            found.add(readers, _attend(together, pair, None, scale, softcap))
+            found.add(readers, attend(together, *pair, None, scale, softcap))
     for index, part in enumerate(batch.parts):
         for kept, mask in _own(part, layer, groups):
             pair = latent.pair(kept) if latent is not None else kept
-            found.add([index], _attend(queries[index], pair, mask, scale, softcap))
+            found.add([index], attend(queries[index], *pair, mask, scale, softcap))
     weights = None
     if sinks is not None:
         weights = torch.cat([_sink_rows(sinks, heads, part.end - part.begin) for part in batch.parts], dim=2)
@@ -185,26 +186,6 @@ def _ahead(seen: Tensor, part: Part, kind: Kind) -> Tensor:
     if mutual is not None:
         seen[:, -mutual.shape[1] :] |= mutual.to(seen.device)
     return seen
-
-
-def _attend(query: Tensor, pair: Pair, mask: Tensor | None, scale: float, softcap: float | None) -> Partial:
-    """query [1, K, M, D], keys [1, K, N, D], mask [M, N] -> result and log-sum-exp."""
-    keys, values = pair
-    if query.device.type == "cpu" and softcap is None and keys.shape[-1] == values.shape[-1]:
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(1, 1, *mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, False, attn_mask=bias, scale=scale
-        )
-        return out.float(), lse
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(values.dtype), values).float(), lse
 
 
 def _packed(query: Tensor, heads: int) -> Tensor:

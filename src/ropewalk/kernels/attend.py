@@ -1,0 +1,139 @@
+"""Attention of some queries to some keys that also tells how much weight the keys have, so that pieces can be joined afterwards.
+
+    attend(query [1, K, M, D], keys [1, K, N, D], values [1, K, N, V]) -> result [1, K, M, V] and log-sum-exp [1, K, M], both float32
+
+`plain` is the definition. Legend: K key-value heads, M queries, N keys, D size of a query and a key, V of a value.
+Which kernel runs is said by `way`: each is one call of torch that returns log-sum-exps, for the devices, types and shapes that it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+Way = Literal["plain", "flash on cpu", "flash", "efficient", "flex"]
+LARGE = (
+    1 << 22
+)  # scores beyond which it is worth filling up narrower values for the sake of a kernel that does not keep the scores
+HEAD = 256  # the largest head of FlashAttention
+ALIGNED = 8  # rows of a bias begin at multiples of so many numbers
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`seen` [M, N] says which query sees which key; None: every one sees all. Every query sees at least one."""
+    chosen = way(query, keys, values, seen, softcap)
+    return WAYS[chosen](query, keys, values, seen, scale, softcap)
+
+
+def way(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, softcap: float | None) -> Way:
+    """The kernel for these."""
+    size, wide = query.shape[-1], values.shape[-1]
+    if query.device.type == "cpu":
+        scores = query.shape[1] * query.shape[2] * keys.shape[2]
+        return "flash on cpu" if softcap is None and (size == wide or (wide < size and scores >= LARGE)) else "plain"
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return "plain"
+    if softcap is not None:
+        return "flex"
+    if seen is None and size == wide and size <= HEAD and size % ALIGNED == 0 and query.dtype.itemsize == 2:
+        return "flash"
+    return "efficient" if size % ALIGNED == 0 and wide % ALIGNED == 0 else "plain"
+
+
+def plain(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """As it is defined."""
+    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.matmul((scores - lse.unsqueeze(-1)).exp().to(values.dtype), values).float(), lse
+
+
+def flash_on_cpu(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Tile by tile, in torch's kernel for the CPU, which wants values as wide as keys."""
+    wide = values.shape[-1]
+    if wide < query.shape[-1]:
+        values = F.pad(values, (0, query.shape[-1] - wide))
+    bias = None if seen is None else _bias(seen, query.dtype)[None, None]
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+    return out[..., :wide].float(), lse
+
+
+def flash(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention, 16 bits, nothing masked."""
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, False, False, scale=scale)
+    return out.float(), lse
+
+
+def efficient(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Memory-efficient attention: any mask, float32 too, values of another width."""
+    bias = None
+    if seen is not None:
+        room = -seen.shape[1] % ALIGNED
+        bias = F.pad(_bias(seen, query.dtype), (0, room))[:, : seen.shape[1]].expand(1, query.shape[1], -1, -1)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, keys, values, bias, True, 0.0, False, scale=scale)
+    return out.float(), lse[:, :, : query.shape[2]]
+
+
+def flex(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention: compiled for this softcap, whatever the lengths."""
+    out, aux = _flex(query.device.type)(query, keys, values, score_mod=_scores(seen, softcap), scale=scale, return_aux=_lse())
+    return out.float(), aux.lse.float()
+
+
+def _scores(seen: Tensor | None, softcap: float | None) -> Callable[..., Tensor] | None:
+    if seen is None and softcap is None:
+        return None
+
+    def change(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if softcap is not None:
+            score = torch.tanh(score / softcap) * softcap
+        return score if seen is None else torch.where(seen[row, column], score, -float("inf"))
+
+    return change
+
+
+@functools.cache
+def _flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+def _lse() -> Any:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return AuxRequest(lse=True)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+WAYS: dict[Way, Callable[..., tuple[Tensor, Tensor]]] = {
+    "plain": plain,
+    "flash on cpu": flash_on_cpu,
+    "flash": flash,
+    "efficient": efficient,
+    "flex": flex,
+}
