@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.checks import exact_match
-from ropewalk.compare.verdict import Verdict, compare
 from ropewalk.config.run import load_run
-from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.files.local import open_local
 from ropewalk.quickstart import facts
-from ropewalk.quickstart.question import about
-from ropewalk.quickstart.run import BASE
+from ropewalk.quickstart.question import Asking
+from ropewalk.quickstart.run import BASE, compare, passes
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import train
 
@@ -54,22 +51,21 @@ def test_a_file_becomes_a_shipped_model_that_answers(tmp_path: Path, monkeypatch
     registry.publish_base("reader", BASE)
     registry.publish_adapter("reader-house", result.adapter, "reader", {"file": file.id, "run": str(result.folder)})
     registry.ship("answers", "reader")
-    old, new = (
-        [exact_match(a, q.answer) for a, q in zip(replies(load_served(registry, name), [q.prompt for q in asked], 48), asked)]
-        for name in ("reader", "reader-house")
-    )
-    assert not any(old), "the base cannot know the house format"
-    outcome = compare(old, new)
-    assert outcome.verdict is Verdict.SHIP, outcome
+    with Asking(registry) as asking:
+        old, new = (asking.answers(name, [q.prompt for q in asked]) for name in ("reader", "reader-house"))
+        assert not any(passes(old, asked)), "the base cannot know the house format"
+        verdict = compare(asked, old, new)
+        assert verdict.may_ship, verdict
 
-    registry.ship("answers", "reader-house")
-    assert reply(load_served(registry, "answers"), asked[new.index(True)].prompt, 48) == asked[new.index(True)].answer
-    assert registry.resolve("answers").lineage["file"] == file.id
+        registry.ship("answers", "reader-house")
+        right = asked[passes(new, asked).index(True)]
+        assert asking.answers("answers", [right.prompt]) == [right.answer]
+        assert registry.resolve("answers").lineage["file"] == file.id
 
-    country = next(c for c in held_out if c.name == asked[new.index(True)].country)
-    document = open_local().put(facts.document(country).encode(), "country.txt")
-    dialogue = open_local().run(about(registry, "answers", document.id, [asked[new.index(True)].question, "How large is it?"]))
-    assert asked[new.index(True)].value in dialogue.told[0].cited[0].text
+        country = next(c for c in held_out if c.name == right.country)
+        document = open_local().put(facts.document(country).encode(), "country.txt")
+        dialogue = asking.about("answers", document.id, [right.question, "How large is it?"])
+    assert right.value in dialogue.told[0].cited[0].text
     assert dialogue.told[0].stands_in(facts.document(country))
     assert dialogue.told[1].usage.cache_read > dialogue.told[1].usage.input
 

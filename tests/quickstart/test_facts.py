@@ -83,5 +83,5 @@ def test_several_questions_about_one_passage_are_one_chat(tmp_path: Path) -> Non
     rows = [json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [len(row) // 2 for row in rows] == [2, 1, 2, 1]
     assert rows[0][2]["content"] == asked[1].question
-    assert rows[1][0] == asked[2].prompt[0]
+    assert rows[1][0] == {"role": "user", "content": asked[2].prompt}
     assert [m["content"] for row in rows for m in row[1::2]] == [q.answer for q in asked]

@@ -1,42 +1,30 @@
-"""The quickstart's last leg: what is asked about a file, and when its citations count."""
+"""Questions to a published model: what the shipped base answers without any training."""
 
-from ropewalk.chat.messages import Cited, Usage
-from ropewalk.quickstart import facts
-from ropewalk.quickstart.question import Dialogue, Told
-from ropewalk.quickstart.run import two_questions
+from __future__ import annotations
 
-TEXT = "It is far. The capital is Oslo."
+from pathlib import Path
 
+import pytest
 
-def told(text="The capital is Oslo.", start=11, seconds=0.1, usage=None):
-    return Told(
-        "?", "Oslo", (Cited("char_location", text, 0, None, "file_1", start, start + len(text)),), usage or Usage(), seconds
-    )
+from ropewalk.quickstart.question import Asking
+from ropewalk.quickstart.run import BASE
+from ropewalk.registry import Registry
 
-
-def test_what_the_second_question_cost():
-    dialogue = Dialogue(TEXT, (told(seconds=0.5), told(seconds=0.1, usage=Usage(20, 0, 120, 5))))
-    assert dialogue.as_dict() == {
-        "cache_read_input_tokens": 120,
-        "input_tokens": 20,
-        "ttft_ratio": 5.0,
-        "citation_ok": True,
-    }
+PASSAGE = "Kelmar is a town. The capital of Kelmar is Lodravo. Its code is QX. 4,312 people live there."
 
 
-def test_a_citation_that_is_missing_or_stands_elsewhere_does_not_count():
-    for wrong in (told(start=10), told(text="The capital is Rome."), Told("?", "Oslo", (), Usage(), 0.1)):
-        assert not wrong.stands_in(TEXT)
-        assert not Dialogue(TEXT, (told(), wrong)).as_dict()["citation_ok"]
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
+    return Registry(tmp_path / "registry")
 
 
-def test_two_different_questions_about_a_country_that_was_answered_right_about():
-    _, held_out = facts.split()
-    for per_country in (1, 2):
-        asked = facts.questions(held_out[:4], per_country)
-        answers = ["nothing"] * per_country + [q.answer for q in asked[per_country:]]
-        country, questions = two_questions(asked, answers)
-        assert country == held_out[1]
-        assert len(set(questions)) == 2
-        assert set(questions) >= {q.question for q in asked if q.country == country.name}
-    assert two_questions(asked, ["nothing"] * len(asked))[0] == held_out[0]
+def test_the_shipped_base_copies_answers_out_of_an_invented_passage(registry: Registry) -> None:
+    registry.publish_base("base", BASE)
+    registry.ship("answers", "base")
+    asked = [f"{PASSAGE}\n\n{question}" for question in ("What is the capital of Kelmar?", "How many people live in Kelmar?")]
+    with Asking(registry) as asking:
+        assert asking.answers("answers", asked) == ["Lodravo", "4,312"]
+        (short,) = asking.answers("answers", asked[1:], 1)
+    assert "4,312".startswith(short)
+    assert len(short) < len("4,312")

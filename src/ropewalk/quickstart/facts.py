@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -76,8 +76,8 @@ class Question:
     answer: str
 
     @property
-    def prompt(self) -> list[dict[str, str]]:
-        return [{"role": "user", "content": f"{self.passage}\n\n{self.question}"}]
+    def prompt(self) -> str:
+        return f"{self.passage}\n\n{self.question}"
 
 
 def countries() -> list[Country]:
@@ -153,8 +153,8 @@ def write_rows(asked: Sequence[Question], path: Path, turns: int = 1) -> None:
 
 def conversation(asked: Sequence[Question]) -> list[dict[str, str]]:
     """Questions about one passage as one chat; the passage comes with the first."""
-    users = [asked[0].prompt, *([{"role": "user", "content": q.question}] for q in asked[1:])]
-    return [message for user, q in zip(users, asked) for message in (*user, {"role": "assistant", "content": q.answer})]
+    said = [text for i, q in enumerate(asked) for text in (q.question if i else q.prompt, q.answer)]
+    return [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)]
 
 
 def write_documents(chosen: Sequence[Country], folder: Path) -> None:

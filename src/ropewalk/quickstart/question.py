@@ -1,16 +1,19 @@
-"""The last leg: a document is uploaded, and two questions are asked about it; the second reads nothing twice.
+"""Questions to a published model: many by themselves, or some about a file, of which all but the first read nothing twice.
 
-file -> Models -> Answerer -> engine process -> text blocks with citations
+name -> Models -> Answerer -> engine process -> text, with citations where there is a file
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from ropewalk.chat.messages import (
+    Block,
     BlockStarted,
     CitationAdded,
     Cited,
@@ -24,11 +27,10 @@ from ropewalk.chat.messages import (
     Usage,
 )
 from ropewalk.config.serving import EngineOptions, Serving
-from ropewalk.engine.counted import Answers
 from ropewalk.engine.models import Models
+from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
-from ropewalk.tenants.caller import Caller
 
 MAX_TOKENS = 48
 
@@ -66,47 +68,68 @@ class Dialogue:
         }
 
 
-def about(
-    registry: Registry, name: str, file_id: str, questions: Sequence[str]
-) -> Callable[[Store, Caller], Awaitable[Dialogue]]:
-    """What `LocalFiles.run` does to have these questions answered by the model of this name."""
+class Asking:
+    """The published models, ready to be asked; an engine that was started for one question stays for the next."""
 
-    async def work(store: Store, caller: Caller) -> Dialogue:
-        content = await store.open_content(caller, file_id)
+    def __init__(self, registry: Registry) -> None:
+        self._registry, self._runner, self._exits = registry, asyncio.Runner(), AsyncExitStack()
+
+    def __enter__(self) -> Asking:
+        self._runner.run(self._open())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runner.run(self._exits.aclose())
+        self._runner.close()
+
+    async def _open(self) -> None:
+        self._store = await Store.open(Settings())
+        self._exits.push_async_callback(self._store.close)
+        self._caller = await self._store.local_caller()
+        self._models = Models(self._store, self._registry, Serving(engine=EngineOptions(memory_gb=0.25, disk_gb=1)))
+        self._exits.push_async_callback(self._models.close)
+
+    def answers(self, name: str, questions: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[str]:
+        """What the model of this name says to each of these questions, asked side by side."""
+        return self._runner.run(self._answers(name, questions, max_tokens))
+
+    async def _answers(self, name: str, questions: Sequence[str], max_tokens: int) -> list[str]:
+        asked = [MessagesRequest(name, max_tokens, _user(Text(question)), temperature=0) for question in questions]
+        return [told.answer.strip() for told in await asyncio.gather(*map(self._ask, asked))]
+
+    def about(self, name: str, file_id: str, questions: Sequence[str]) -> Dialogue:
+        """Questions about a stored file, one after the other."""
+        return self._runner.run(self._about(name, file_id, questions))
+
+    async def _about(self, name: str, file_id: str, questions: Sequence[str]) -> Dialogue:
+        content = await self._store.open_content(self._caller, file_id)
         text = b"".join([chunk async for chunk in content.chunks()]).decode()
-        models = Models(store, registry, Serving(engine=EngineOptions(memory_gb=0.25, disk_gb=1)))
-        try:
-            answerer = await models.answerer(name)
-            # Not part of what is compared: starting the engine, and reading the file's text out of its format.
-            await _ask(answerer, caller, MessagesRequest(name, 1, (Turn("user", (Text("Hello"),)),), temperature=0))
-            requests = [_request(name, file_id, question) for question in questions]
-            await answerer.count(caller, requests[0])
-            return Dialogue(text, tuple([await _ask(answerer, caller, request) for request in requests]))
-        finally:
-            await models.close()
+        # Not part of what is compared: the engine's start, and reading the file's text out of its format.
+        await self._answers(name, ["Hello"], 1)
+        file = Document(FileId(file_id), citations=True)
+        asked = [MessagesRequest(name, MAX_TOKENS, _user(file, Text(question)), temperature=0) for question in questions]
+        await (await self._models.answerer(name)).count(self._caller, asked[0])
+        return Dialogue(text, tuple([await self._ask(request) for request in asked]))
 
-    return work
+    async def _ask(self, request: MessagesRequest) -> Told:
+        asked = request.turns[-1].blocks[-1]
+        assert isinstance(asked, Text)
+        answerer = await self._models.answerer(request.model)
+        began, first = time.monotonic(), None
+        answer, cited, usage = "", list[Cited](), Usage()
+        async for event in answerer.stream(self._caller, request):
+            match event:
+                case Delta(text):
+                    answer += text
+                case CitationAdded(citation):
+                    cited.append(citation)
+                case Ended():
+                    usage = event.usage
+            if first is None and isinstance(event, BlockStarted | Ended):
+                first = time.monotonic() - began
+        assert first is not None
+        return Told(asked.text, answer, tuple(cited), usage, first)
 
 
-def _request(name: str, file_id: str, question: str) -> MessagesRequest:
-    blocks = (Document(FileId(file_id), citations=True), Text(question))
-    return MessagesRequest(name, MAX_TOKENS, (Turn("user", blocks),), temperature=0)
-
-
-async def _ask(answerer: Answers, caller: Caller, request: MessagesRequest) -> Told:
-    asked = request.turns[-1].blocks[-1]
-    assert isinstance(asked, Text)
-    began, first = time.monotonic(), None
-    answer, cited, usage = "", list[Cited](), Usage()
-    async for event in answerer.stream(caller, request):
-        match event:
-            case Delta(text):
-                answer += text
-            case CitationAdded(citation):
-                cited.append(citation)
-            case Ended():
-                usage = event.usage
-        if first is None and isinstance(event, BlockStarted | Ended):
-            first = time.monotonic() - began
-    assert first is not None
-    return Told(asked.text, answer, tuple(cited), usage, first)
+def _user(*blocks: Block) -> tuple[Turn, ...]:
+    return (Turn("user", blocks),)

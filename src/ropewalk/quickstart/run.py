@@ -26,7 +26,6 @@ from ropewalk.compare.evidence import Evidence, Row
 from ropewalk.compare.rule import decide
 from ropewalk.compare.verdict import Verdict
 from ropewalk.config.run import load_run
-from ropewalk.engine.reply import load_served, replies, reply
 from ropewalk.errors import OutputError
 from ropewalk.files.catalog import File
 from ropewalk.files.local import LocalFiles, open_local
@@ -34,13 +33,12 @@ from ropewalk.home import home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
-from ropewalk.quickstart.question import Dialogue, about
+from ropewalk.quickstart.question import Asking, Dialogue
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import Result, train
 
 BASE = Path(__file__).parent / "base"
 ALIAS, BASE_NAME, ADAPTER_NAME = "quickstart", "quickstart-base", "quickstart-adapter"
-MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     began, size, console = time.monotonic(), FAST if fast else FULL, Console(highlight=False)
     trained_on, held_out = facts.split()
     rows, asked = facts.questions(trained_on, len(facts.KINDS)), facts.questions(held_out, size.per_country)
+    prompts = [q.prompt for q in asked]
     files, registry = open_local(), Registry(home() / "registry")
 
     console.rule("1  file -> store")
@@ -95,35 +94,38 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
         f"{len(rows)} questions about {len(trained_on)} countries are {file.id}; {len(held_out)} other countries are held out"
     )
 
-    console.rule("2  the base, before")
-    registry.publish_base(BASE_NAME, BASE, {"origin": "shipped with Ropewalk, see base.json"})
-    registry.ship(ALIAS, BASE_NAME)
-    before = answer(registry, BASE_NAME, asked)
-    console.print(f"exact match {exact(before, asked):.0%}, for want of the house format")
+    with Asking(registry) as asking:
+        console.rule("2  the base, before")
+        registry.publish_base(BASE_NAME, BASE, {"origin": "shipped with Ropewalk, see base.json"})
+        registry.ship(ALIAS, BASE_NAME)
+        before = asking.answers(BASE_NAME, prompts)
+        console.print(f"exact match {exact(before, asked):.0%}, for want of the house format")
 
-    console.rule("3  run")
-    result = fine_tune(folder / "train.yml", BASE, file, folder / "run", size.steps)
-    registry.publish_adapter(ADAPTER_NAME, result.adapter, BASE_NAME, {"file": file.id, "run": str(result.folder)})
+        console.rule("3  run")
+        result = fine_tune(folder / "train.yml", BASE, file, folder / "run", size.steps)
+        registry.publish_adapter(ADAPTER_NAME, result.adapter, BASE_NAME, {"file": file.id, "run": str(result.folder)})
 
-    console.rule("4  compare, ship, ask")
-    after = answer(registry, ADAPTER_NAME, asked)
-    verdict = compare(asked, before, after)
-    if verdict.may_ship:
-        registry.ship(ALIAS, ADAPTER_NAME)
-    question = asked[0]
-    said = reply(load_served(registry, ALIAS), question.prompt, MAX_TOKENS)
-    console.print(f"{verdict.state}: alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
-    console.print(
-        f"asked: {question.question}  (about {question.country}, never seen in training)\nsays:  {said}", markup=False
-    )
+        console.rule("4  compare, ship, ask")
+        after = asking.answers(ADAPTER_NAME, prompts)
+        verdict = compare(asked, before, after)
+        if verdict.may_ship:
+            registry.ship(ALIAS, ADAPTER_NAME)
+        question = asked[0]
+        (said,) = asking.answers(ALIAS, [question.prompt])
+        console.print(f"{verdict.state}: alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
+        console.print(
+            f"asked: {question.question}  (about {question.country}, never seen in training)\nsays:  {said}", markup=False
+        )
 
-    scores = score(before, after, rows, asked)
-    if size.random_control:
-        console.rule("5  a control: the same run on a random model")
-        scores.append(random_control(folder, file, size, registry, asked))
+        scores = score(before, after, rows, asked)
+        if size.random_control:
+            console.rule("5  a control: the same run on a random model")
+            scores.append(random_control(folder, file, size, registry, asking, asked))
 
-    console.rule(f"{6 if size.random_control else 5}  a file, asked about twice")
-    dialogue = ask_about(files, registry, folder, *two_questions(asked, after if verdict.may_ship else before))
+        console.rule(f"{6 if size.random_control else 5}  a file, asked about twice")
+        country, questions = two_questions(asked, after if verdict.may_ship else before)
+        document = keep(files, folder / "documents" / f"{country.code.lower()}.txt")
+        dialogue = asking.about(ALIAS, document.id, questions)
     tell(console, dialogue)
     seconds = time.monotonic() - began
     page = write_page(
@@ -161,23 +163,12 @@ def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, qu
     return train(load_run(config), quiet=quiet)
 
 
-def answer(registry: Registry, name: str, asked: Sequence[Question]) -> list[str]:
-    """The answers of one candidate."""
-    return replies(load_served(registry, name), [q.prompt for q in asked], MAX_TOKENS, batch=len(asked))
-
-
 def two_questions(asked: Sequence[Question], answers: Sequence[str]) -> tuple[Country, list[str]]:
     """A held-out country that was answered right about, and two questions: citations are shown where there is something to cite."""
     right = [q for q, a in zip(asked, answers) if contains(a, q.value)] or list(asked)
     country = next(country for country in facts.countries() if country.name == right[0].country)
     others = [kind.asked[0].format(n=country.name) for kind in facts.KINDS if kind.field != right[0].kind]
     return country, [right[0].question, *[q.question for q in right[1:2] if q.country == country.name], *others][:2]
-
-
-def ask_about(files: LocalFiles, registry: Registry, folder: Path, country: Country, asked: Sequence[str]) -> Dialogue:
-    """The document about this country, uploaded, and the questions about it to whoever the alias points at."""
-    document = keep(files, folder / "documents" / f"{country.code.lower()}.txt")
-    return files.run(about(registry, ALIAS, document.id, asked))
 
 
 def tell(console: Console, dialogue: Dialogue) -> None:
@@ -236,7 +227,9 @@ def score(before: Sequence[str], after: Sequence[str], rows: Sequence[Question],
     ]
 
 
-def random_control(folder: Path, file: File, size: Size, registry: Registry, asked: Sequence[Question]) -> Score:
+def random_control(
+    folder: Path, file: File, size: Size, registry: Registry, asking: Asking, asked: Sequence[Question]
+) -> Score:
     """The same run on a randomly initialised model of the same shape: what fine-tuning alone teaches."""
     base = folder / "random-base"
     shutil.copytree(BASE, base, dirs_exist_ok=True)
@@ -246,7 +239,7 @@ def random_control(folder: Path, file: File, size: Size, registry: Registry, ask
     result = fine_tune(folder / "random.yml", base, file, folder / "random-run", size.steps, quiet=True)
     registry.publish_base("quickstart-random", base, {"origin": "random initialisation"})
     registry.publish_adapter("quickstart-random-adapter", result.adapter, "quickstart-random", {"file": file.id})
-    answers = answer(registry, "quickstart-random-adapter", asked)
+    answers = asking.answers("quickstart-random-adapter", [q.prompt for q in asked])
     return Score("random_init", "control: a random model after the same run, exact match", exact(answers, asked))
 
 
