@@ -77,8 +77,11 @@ def _measured(start: Callable[..., AbstractContextManager[ChatServer]], folder: 
         with start(folder / "model", folder / name, install=not quick) as running:
             figures |= {"title": running.title, "version": running.version}
             asyncio.run(_questions(running, quick, figures))
-    except (Broken, NotInstalled) as error:
+    except NotInstalled as error:
         figures["error"] = str(error)
+    except Broken as error:
+        unsaid = "Internal Server Error" in str(error) and running is not None
+        figures["error"] = (unsaid and running and last_error(running.log)) or str(error)
     except (httpx.HTTPError, RuntimeError) as error:
         figures["error"] = (running and last_error(running.log)) or f"{type(error).__name__}: {error}"[:200]
     return figures

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 
 
 def main() -> None:
@@ -23,7 +24,9 @@ def main() -> None:
     hparams = ModelBase.load_hparams(Path(folder), False)
     name = hparams["architectures"][0]
     kind = get_model_class(name)
+    transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast  # some families' own class adds tokens
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    kind.no_mtp = True  # no layers that guess ahead
     kind.set_vocab = lambda self: self._set_vocab_gpt2()
     with torch.inference_mode():
         kind(Path(folder), gguf.LlamaFileType.MOSTLY_BF16, Path(out), hparams=hparams).write()

@@ -3,21 +3,14 @@
 import asyncio
 import json
 import logging
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing
 from typing import Any
 
 import anthropic
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
+from engine.other_server import Answer, Other, asked, block, chunks, event, listening, message, paper, said
 from files.papers import pdf
 from ropewalk.config.serving import Remote, ServedModel, Serving
 from ropewalk.engine import upstream
@@ -25,86 +18,12 @@ from ropewalk.engine.event_stream import EventStream
 from ropewalk.engine.upstream import Upstream, http_client, retry_after
 from ropewalk.errors import OutputError, UpstreamFailed, UpstreamTimedOut
 from ropewalk.files.settings import Settings
-from ropewalk.server.node import Node
 from ropewalk.server.settings import ServerSettings
-from ropewalk.server.wire_messages import read_request
 from server.conftest import Running, running
 
 KEY = "sk-far-away-0815"
 TEXT = "The lighthouse of Pellworm was built in 1907. Its light — 灯 🗼 — reaches far."
 TOOL = {"name": "weather", "description": "of a place", "input_schema": {"type": "object", "properties": {"place": {}}}}
-
-
-@dataclass
-class Answer:
-    """What the other server says to one request."""
-
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    cut: int = 1 << 20  # bytes that are sent at once
-    endless: bool = False
-    silence: float = 0.0  # seconds, after the first line
-
-
-@dataclass
-class Other:
-    """The other server: what it is to say, and what it was asked."""
-
-    url: str = ""
-    answers: list[Answer] = field(default_factory=list)
-    asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
-    left: threading.Event = field(default_factory=threading.Event)
-
-    def says(self, *answers: Answer) -> None:
-        self.answers[:] = answers
-        self.asked.clear()
-        self.left.clear()
-
-    @property
-    def body(self) -> Any:
-        return self.asked[-1][2]
-
-    async def answer(self, request: Request) -> Response:
-        self.asked.append((request.url.path, dict(request.headers), await request.json()))
-        if "messages" in request.url.path:  # what we send, our own server understands
-            read_request(Node(self.body), request.headers["anthropic-version"], counting="count" in request.url.path)
-        answer = self.answers.pop(0)
-        if answer.status != 200:
-            return Response(answer.body, answer.status, answer.headers)
-        return StreamingResponse(self.pieces(answer), 200, {"content-type": "text/event-stream", **answer.headers})
-
-    async def pieces(self, answer: Answer) -> Any:
-        try:
-            for begin in range(0, len(answer.body), answer.cut):
-                yield answer.body[begin : begin + answer.cut]
-                if answer.cut < 1 << 20:
-                    await asyncio.sleep(0)
-            if answer.silence:
-                yield b": hello\n\n"
-                await asyncio.sleep(answer.silence)
-            while answer.endless:
-                await asyncio.sleep(0.01)
-                yield b": still here\n\n"
-        finally:
-            self.left.set()
-
-
-@contextmanager
-def listening() -> Iterator[Other]:
-    other = Other()
-    app = Starlette(routes=[Route("/{path:path}", other.answer, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        other.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        yield other
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -133,47 +52,6 @@ def ours(other: Other, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 def sdk(ours: Running) -> Iterator[anthropic.Anthropic]:
     with ours.sdk() as client:
         yield client
-
-
-# -- what the other server says
-
-
-def event(kind: str, **rest: Any) -> bytes:
-    return f"event: {kind}\r\ndata: {json.dumps({'type': kind, **rest}, ensure_ascii=False)}\r\n\r\n".encode()
-
-
-def block(index: int, content: dict[str, Any], *deltas: dict[str, Any]) -> bytes:
-    begun = event("content_block_start", index=index, content_block=content)
-    said = b"".join(event("content_block_delta", index=index, delta=delta) for delta in deltas)
-    return begun + said + event("content_block_stop", index=index)
-
-
-def said(text: str) -> bytes:
-    return block(0, {"type": "text", "text": ""}, *({"type": "text_delta", "text": word} for word in text.split("|")))
-
-
-def message(*blocks: bytes, reason: str = "end_turn", stop: str | None = None) -> bytes:
-    before = {"input_tokens": 5, "cache_creation_input_tokens": 7, "cache_read_input_tokens": 11, "output_tokens": 1}
-    begun = event("message_start", message={"id": "msg_x", "content": [], "usage": before}) + event("ping")
-    delta = {"stop_reason": reason, "stop_sequence": stop}
-    ended = event("message_delta", delta=delta, usage={"output_tokens": 23}) + event("message_stop")
-    return begun + b"".join(blocks) + ended
-
-
-def chunks(*deltas: dict[str, Any], reason: str = "stop", usage: dict[str, Any] | None = None, **ended: Any) -> bytes:
-    found = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    found.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason, **ended}]})
-    found += [{"choices": [], "usage": usage}] if usage else []
-    lines = [json.dumps({"id": "c", "object": "chat.completion.chunk", **chunk}, ensure_ascii=False) for chunk in found]
-    return "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode()
-
-
-def asked(model: str, content: Any = "Hello", **rest: Any) -> dict[str, Any]:
-    return {"model": model, "max_tokens": 2000, "messages": [{"role": "user", "content": content}], **rest}
-
-
-def paper(text: str, **rest: Any) -> dict[str, Any]:
-    return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}, **rest}
 
 
 # -- tests
@@ -271,6 +149,7 @@ def test_only_citations_that_our_text_holds_go_on(sdk, other):
         return {"type": "citations_delta", "citation": {**found, f"start_{unit}_index": start, f"end_{unit}_index": end}}
 
     other.says(
+        *(Answer(json.dumps({"input_tokens": count}).encode()) for count in (9, 24)),
         Answer(
             message(
                 block(
@@ -287,7 +166,7 @@ def test_only_citations_that_our_text_holds_go_on(sdk, other):
                     {"type": "citations_delta", "citation": {"type": "web_search_result_location", "cited_text": "x"}},
                 )
             )
-        )
+        ),
     )
     reply = sdk.messages.create(**asked("far", [pages, pieces, plain, {"type": "text", "text": "Well?"}]))
     sent = other.body["messages"][0]["content"]
@@ -369,6 +248,39 @@ def test_reasons_to_stop_of_chat_completions(sdk, other, reason, rest, told):
     other.says(Answer(chunks({"content": "So", "reasoning": "never asked for"}, reason=reason, **rest)))
     reply = sdk.messages.create(**asked("chat"))
     assert ([b.type for b in reply.content], (reply.stop_reason, reply.stop_sequence)) == (["text"], told)
+
+
+@pytest.mark.parametrize(
+    ("words", "goes_on", "text", "stop"),
+    [
+        (["So it", " is EN", "D"], [], "So it is ", "END"),
+        (["So it is END more"], [" and more"] * 3, "So it is ", "END"),
+        (["So it", " is EN", "OUGH"], [], "So it is ENOUGH", None),
+        (["It is EN"], [], "It is EN", None),
+        (["A ", "HALT END"], [], "A ", "HALT"),
+    ],
+)
+def test_a_stop_sequence_that_a_server_leaves_in_the_text_ends_it(sdk, other, words, goes_on, text, stop):
+    counts = {"prompt_tokens": 10, "completion_tokens": 3}
+    deltas = [{"content": word} for word in [*words, *goes_on]]
+    other.says(Answer(chunks(*deltas, usage=counts)))
+    reply = sdk.messages.create(**asked("chat", stop_sequences=["END", "HALT"]))
+    assert [b.text for b in reply.content] == [text]
+    assert (reply.stop_reason, reply.stop_sequence) == (("stop_sequence", stop) if stop else ("end_turn", None))
+    assert reply.usage.output_tokens == (0 if goes_on else 3)  # a reply that goes on is not waited for
+
+
+def test_what_may_be_a_stop_sequence_stands_before_the_call_that_follows_it(sdk, other):
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    other.says(Answer(chunks({"content": "See EN"}, {"tool_calls": [call]}, reason="tool_calls")))
+    reply = sdk.messages.create(**asked("chat", stop_sequences=["END"], tools=[TOOL]))
+    assert [(b.type, getattr(b, "text", "")) for b in reply.content] == [("text", "See EN"), ("tool_use", "")]
+
+
+def test_a_stop_sequence_is_the_reason_to_stop_also_where_the_other_server_calls_it_the_end_of_the_turn(sdk, other):
+    other.says(Answer(message(said("So"), stop="END")))
+    reply = sdk.messages.create(**asked("far", stop_sequences=["END"]))
+    assert (reply.stop_reason, reply.stop_sequence) == ("stop_sequence", "END")
 
 
 def test_a_form_of_the_reply_is_passed_on(sdk, other):
@@ -505,6 +417,22 @@ def test_reading_ahead_is_asked_of_messages_alone(sdk, other):
     assert other.body["messages"][0]["content"][0]["cache_control"] == {"type": "ephemeral"}
     with pytest.raises(anthropic.BadRequestError, match="reading ahead: 'chat'"):
         sdk.messages.create(**asked("chat") | {"max_tokens": 0})
+
+
+def test_a_server_that_leaves_documents_out_is_not_asked_to_cite_them(other, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_ROOT_KEY_FILE", str(tmp_path_factory.mktemp("keys") / "root.key"))
+    models = {"deaf": ServedModel(remote=Remote("anthropic", other.url))}
+    with running(tmp_path, Settings(data=tmp_path), ServerSettings(serving=Serving(models))) as found, found.sdk() as sdk:
+        for _ in range(2):
+            other.says(*(Answer(b'{"input_tokens": 9}') for _ in range(2)))
+            with pytest.raises(anthropic.APIStatusError, match="leaves documents out of its prompts") as raised:
+                sdk.messages.create(**asked("deaf", [paper(TEXT, citations={"enabled": True})]))
+            assert raised.value.status_code == 502
+            assert [path for path, _, _ in other.asked] == ["/v1/messages/count_tokens"] * 2
+        # Where nothing is counted, the question itself has to tell.
+        other.says(Answer(b"{}", 404), Answer(message(said("So"))), Answer(message(said("Again"))))
+        assert sdk.messages.create(**asked("deaf", [paper(TEXT, citations={"enabled": True})])).content[0].text == "So"
+        assert sdk.messages.create(**asked("deaf", [paper(TEXT, citations={"enabled": True})])).content[0].text == "Again"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Remote:
     model: str = ""  # as it is called there; '': as here
     key_env: str = ""  # the environment variable that holds the key
     longest: int = 0  # tokens of its context; 0: not known
+    files: str = "inline"  # their text in every request; or upload: copies of them lie there, as long as the files are here
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remo
     if remote.key_env and not KEY_ENV.fullmatch(remote.key_env):
         # Not repeated: it may be the key itself.
         raise _wrong(document, (*place, "key_env"), "key_env is no name of an environment variable, such as UPSTREAM_KEY")
+    if remote.files not in ("inline", "upload"):
+        raise _wrong(document, (*place, "files"), f"files is {remote.files!r}; expected inline or upload")
+    if remote.files == "upload" and remote.api != "anthropic":
+        raise _wrong(document, (*place, "files"), "files: upload needs remote: anthropic; chat completions know no files")
     if remote.longest < 0:
         raise _wrong(document, (*place, "longest"), f"longest is {remote.longest}; expected 0 or more")
     return remote

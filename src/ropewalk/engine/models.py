@@ -26,6 +26,7 @@ from ropewalk.engine.client import EngineClient
 from ropewalk.engine.counted import Answers, Counted
 from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.remote import RemoteAnswerer
+from ropewalk.engine.remote_files import PLACE, RemoteFiles, erase
 from ropewalk.engine.sources import Sources
 from ropewalk.engine.upstream import Upstream, http_client
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
@@ -107,11 +108,14 @@ class Models:
         self._places = Places(store)
         self._bases: dict[Path, Base] = {}
         self._http: httpx.AsyncClient | None = None  # to the servers of remote models
+        self._remotes: dict[str, RemoteAnswerer] = {}
+        self._remote_files = RemoteFiles(store)
         self._opening = asyncio.Lock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
         self._reading_ahead = asyncio.Semaphore(AHEAD)
         store.forgetters.append(self.forget)
+        store.erasers[PLACE] = self._erase_copy
         store.arrivals.append(self._arrived)
 
     async def answerer(self, name: str, *, loaded: bool = True) -> Answers:
@@ -182,6 +186,7 @@ class Models:
     async def close(self) -> None:
         """Ends all engines."""
         self.store.forgetters.remove(self.forget)
+        self.store.erasers.pop(PLACE, None)
         self.store.arrivals.remove(self._arrived)
         for task in self._ahead:
             task.cancel()
@@ -191,6 +196,7 @@ class Models:
         if self._http is not None:
             await self._http.aclose()
             self._http = None
+            self._remotes.clear()
         await self.ledger.close()
 
     # -- files read as they are uploaded
@@ -326,12 +332,22 @@ class Models:
                 base.adapters[mark] = Adapter(mark, digest, tuple(invocation) if invocation else None)
             return base.adapters[mark]
 
-    def _remote(self, name: str) -> Answers:
-        remote = (self.serving.models or {})[name].remote
-        assert remote is not None
-        if self._http is None:
-            self._http = http_client()
-        return RemoteAnswerer(self.store, self._sources, Upstream(name, remote, self._http))
+    def _remote(self, name: str) -> RemoteAnswerer:
+        if name not in self._remotes:
+            remote = (self.serving.models or {})[name].remote
+            assert remote is not None
+            if self._http is None:
+                self._http = http_client()
+            upstream = Upstream(name, remote, self._http)
+            self._remotes[name] = RemoteAnswerer(self.store, self._sources, upstream, self._remote_files)
+        return self._remotes[name]
+
+    async def _erase_copy(self, stored: str) -> bool:
+        """Deletes a copy of a file from the other server that has it; False where that is none of those that are served."""
+        for name, served in (self.serving.models or {}).items():
+            if served.remote is not None and await erase(self._remote(name).upstream, stored):
+                return True
+        return False
 
 
 def _senses(folder: Path) -> Senses | None:

@@ -39,13 +39,14 @@ LOCATIONS = {
     "char_location": ("start_char_index", "end_char_index"),
     "content_block_location": ("start_block_index", "end_block_index"),
     "search_result_location": ("start_block_index", "end_block_index"),
+    "page_location": ("start_page_number", "end_page_number"),  # of a copy of a PDF
 }
 JSON = dict[str, Any]
 
 
-def body(request: MessagesRequest, model: str, citables: Sequence[Citable], *, cites: bool) -> JSON:
-    """A request to be streamed; `citables`: what its documents say."""
-    found = counted(request, model, citables, cites=cites) | {"max_tokens": request.max_tokens, "stream": True}
+def body(request: MessagesRequest, model: str, citables: Sequence[Citable], copies: Mapping[str, str], *, cites: bool) -> JSON:
+    """A request to be streamed; `citables`: what its documents say; `copies`: files -> their ids there."""
+    found = counted(request, model, citables, copies, cites=cites) | {"max_tokens": request.max_tokens, "stream": True}
     sampling = {"temperature": (request.temperature, 1.0), "top_p": (request.top_p, 1.0), "top_k": (request.top_k, 0)}
     found |= {name: value for name, (value, default) in sampling.items() if value != default}
     if request.stop_sequences:
@@ -53,10 +54,12 @@ def body(request: MessagesRequest, model: str, citables: Sequence[Citable], *, c
     return found
 
 
-def counted(request: MessagesRequest, model: str, citables: Sequence[Citable], *, cites: bool) -> JSON:
+def counted(
+    request: MessagesRequest, model: str, citables: Sequence[Citable], copies: Mapping[str, str], *, cites: bool
+) -> JSON:
     """A request whose tokens are to be counted."""
     said = iter(citables)
-    turns = [{"role": t.role, "content": [_block(block, said, cites) for block in t.blocks]} for t in request.turns]
+    turns = [{"role": t.role, "content": [_block(block, said, copies, cites) for block in t.blocks]} for t in request.turns]
     found: JSON = {"model": model, "messages": turns}
     if request.system:
         found["system"] = [{"type": "text", "text": block.text} for block in request.system]
@@ -80,6 +83,19 @@ def counted(request: MessagesRequest, model: str, citables: Sequence[Citable], *
     if request.caching:
         _mark(request, turns)
     return found
+
+
+def probes(model: str) -> tuple[JSON, JSON]:
+    """Two requests to be counted, the second with a document more."""
+    question = {"type": "text", "text": "?"}
+    source = {
+        "type": "text",
+        "media_type": "text/plain",
+        "data": "The lighthouse was built in 1907, and its light reaches far.",
+    }
+    contents = [question], [{"type": "document", "source": source}, question]
+    first, second = ({"model": model, "messages": [{"role": "user", "content": content}]} for content in contents)
+    return first, second
 
 
 def usage(found: Mapping[str, Any] | None, before: Usage | None = None) -> Usage:
@@ -131,6 +147,8 @@ class Replies:
             return []
         self.over = True
         reason = self._reason if self._reason in get_args(StopReason) else "end_turn"
+        if self._stop is not None and reason == "end_turn":  # as llama.cpp says it
+            reason = "stop_sequence"
         return [*self._end(), Ended(cast(StopReason, reason), self._stop, self._usage)]
 
     def _begin(self, block: Mapping[str, Any]) -> list[ReplyEvent]:
@@ -193,16 +211,16 @@ class Replies:
             yield CitationAdded(citable.cited(cited.start, cited.end, cited.document) if kind == "char_location" else cited)
 
 
-def _block(block: Block, said: Iterator[Citable], cites: bool) -> JSON:
+def _block(block: Block, said: Iterator[Citable], copies: Mapping[str, str], cites: bool) -> JSON:
     match block:
         case Text(text):
             return {"type": "text", "text": text}
         case Document():
-            return _document(block, next(said), cites)
+            return _document(block, next(said), copies, cites)
         case ToolUse(id, name, arguments):
             return {"type": "tool_use", "id": id, "name": name, "input": dict(arguments)}
         case ToolResult(id, content, failed):
-            inner = [_block(part, said, cites) for part in content]
+            inner = [_block(part, said, copies, cites) for part in content]
             return {"type": "tool_result", "tool_use_id": id, "content": inner} | ({"is_error": True} if failed else {})
         case Thinking(thinking, signature):
             return {"type": "thinking", "thinking": thinking, "signature": signature}
@@ -210,7 +228,12 @@ def _block(block: Block, said: Iterator[Citable], cites: bool) -> JSON:
             raise unseen()
 
 
-def _document(document: Document, citable: Citable, cites: bool) -> JSON:
+def _document(document: Document, citable: Citable, copies: Mapping[str, str], cites: bool) -> JSON:
+    around = {"title": document.title, "context": document.context}
+    about = {name: text for name, text in around.items() if text} | ({"citations": {"enabled": True}} if cites else {})
+    copy = copies.get(citable.file_id or "") if document.found_at is None else None
+    if copy is not None:
+        return {"type": "document", "source": {"type": "file", "file_id": copy}} | about
     if not cites:
         return {"type": "text", "text": tagged(document, citable.text)}
     pieces = [{"type": "text", "text": citable.text[s.start : s.end]} for s in citable.sections("block")]
@@ -218,9 +241,7 @@ def _document(document: Document, citable: Citable, cites: bool) -> JSON:
         found: JSON = {"type": "search_result", "source": document.found_at, "title": document.title or "", "content": pieces}
         return found | {"citations": {"enabled": True}}
     whole = {"type": "text", "media_type": "text/plain", "data": citable.text}
-    found = {"type": "document", "source": {"type": "content", "content": pieces} if pieces else whole}
-    around = {"title": document.title, "context": document.context}
-    return found | {name: text for name, text in around.items() if text} | {"citations": {"enabled": True}}
+    return {"type": "document", "source": {"type": "content", "content": pieces} if pieces else whole} | about
 
 
 def _mark(request: MessagesRequest, turns: Sequence[JSON]) -> None:

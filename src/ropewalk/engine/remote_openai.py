@@ -23,7 +23,7 @@ from ropewalk.chat.messages import (
     Turn,
     Usage,
 )
-from ropewalk.chat.parsers import Blocks
+from ropewalk.chat.parsers import Blocks, held_back
 from ropewalk.chat.pictures import unseen
 from ropewalk.chat.prompt import tagged
 from ropewalk.errors import BadInput
@@ -76,6 +76,8 @@ class Replies:
         self._usage = Usage()
         self._reason: StopReason | None = None
         self._stop: str | None = None
+        self._stops, self._held = request.stop_sequences, ""  # what of the text may be the beginning of a stop sequence
+        self._goes_on = False  # behind a stop sequence
         self._started = self._called = False
         self.over = False
 
@@ -91,7 +93,12 @@ class Replies:
                 self._reason = REASONS.get(reason, "end_turn")
                 stop = choice.get("stop_reason")  # vLLM: the stop sequence, or the id of a token
                 if reason == "stop" and isinstance(stop, str):
-                    self._reason, self._stop = "stop_sequence", stop
+                    self._stop = stop
+        if self._stop is not None and self._reason in ("end_turn", "max_tokens"):
+            self._reason = "stop_sequence"
+        if self._goes_on:  # it would until max_tokens
+            self._reason = self._reason or "stop_sequence"
+            return begun + self.finish()
         return begun + self._blocks.take()
 
     def finish(self) -> list[ReplyEvent]:
@@ -99,6 +106,7 @@ class Replies:
         if self.over or self._reason is None:
             return []
         self.over = True
+        self._release()
         self._blocks.end(over=True)
         reason = "tool_use" if self._called and self._reason == "end_turn" else self._reason
         return [*self._blocks.take(), Ended(reason, self._stop, self._usage)]
@@ -107,14 +115,37 @@ class Replies:
         thought = delta.get("reasoning_content") or delta.get("reasoning")  # servers have two names for it
         for say, said in (
             (self._blocks.thinking, thought),
-            (self._blocks.text, delta.get("content")),
-            (self._blocks.text, delta.get("refusal")),
+            (self._text, delta.get("content")),
+            (self._text, delta.get("refusal")),
         ):
             if said:
                 self._call = None if said.strip() else self._call
                 say(said)
         for part in delta.get("tool_calls") or []:
+            self._release()
             self._tool(part)
+
+    def _release(self) -> None:
+        """What was held back was no stop sequence."""
+        said, self._held = self._held, ""
+        if said:
+            self._blocks.text(said)
+
+    def _text(self, said: str) -> None:
+        """Some servers leave the stop sequence in the text and do not say that there was one."""
+        if self._stop is not None:
+            self._goes_on = True
+            return
+        self._held += said
+        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            place, self._stop = min(places)
+            self._blocks.text(self._held[:place])
+            self._held = ""
+            return
+        count = len(self._held) - held_back(self._held, self._stops)
+        self._blocks.text(self._held[:count])
+        self._held = self._held[count:]
 
     def _tool(self, part: Mapping[str, Any]) -> None:
         function = part.get("function") or {}

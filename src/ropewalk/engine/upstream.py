@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -40,6 +41,7 @@ CONNECT_SECONDS = 10.0
 MOST_ERROR_BYTES = 65_536
 MOST_TOLD = 500  # characters of what the other server says
 MOST_ANSWER_BYTES = 32 << 20
+FILE_ID = re.compile(r"[A-Za-z0-9_-]{1,256}")  # it becomes a part of an address
 
 
 def http_client(silence: float = SILENCE_SECONDS) -> httpx.AsyncClient:
@@ -59,15 +61,30 @@ class Upstream:
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """A whole answer."""
-        async with self._opened(path, body) as response, self._told():
-            answer = self.object(await _first_bytes(response, MOST_ANSWER_BYTES))
-        self.refuse_error(answer)
-        return answer
+        async with self._opened("POST", path, content=await _json(body)) as response:
+            return await self._whole(response)
+
+    async def upload(self, filename: str, data: bytes, media_type: str) -> str:
+        """The id that the other server gives a file; asked once, since nobody knows whether a failed upload left one."""
+        sent = {"file": (filename, data, media_type)}
+        async with self._opened("POST", "files", files=sent, tries=1) as response:
+            id = (await self._whole(response)).get("id")
+        if not isinstance(id, str) or not FILE_ID.fullmatch(id):
+            raise self.failed("took a file and gave no id for it")
+        return id
+
+    async def delete(self, id: str) -> None:
+        """Deletes an uploaded file; nothing where it is not there any more."""
+        try:
+            async with self._opened("DELETE", f"files/{id}") as response:
+                await self._whole(response)
+        except UpstreamUnknown:
+            pass
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of the events of an answer; closing the iterator closes the connection."""
         events = EventStream()
-        async with self._opened(path, body) as response:
+        async with self._opened("POST", path, content=await _json(body)) as response:
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
                 raise self.failed("does not stream its answers, which is the only way it is asked here")
             async with self._told():
@@ -103,12 +120,19 @@ class Upstream:
 
     # -- HTTP
 
+    async def _whole(self, response: httpx.Response) -> Mapping[str, Any]:
+        async with self._told():
+            answer = self.object(await _first_bytes(response, MOST_ANSWER_BYTES))
+        self.refuse_error(answer)
+        return answer
+
     @asynccontextmanager
-    async def _opened(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-        content, headers = (await asyncio.to_thread(json.dumps, body)).encode(), self._headers()
-        for left in reversed(range(TRIES)):
-            pause = PAUSE_SECONDS * 2.0 ** (TRIES - 1 - left)
-            request = self.http.build_request("POST", self._address(path), content=content, headers=headers)
+    async def _opened(self, method: str, path: str, *, tries: int = TRIES, **body: Any) -> AsyncIterator[httpx.Response]:
+        """`body`: as httpx takes it."""
+        headers = self._headers() | ({"content-type": "application/json"} if "content" in body else {})
+        for left in reversed(range(tries)):
+            pause = PAUSE_SECONDS * 2.0 ** (tries - 1 - left)
+            request = self.http.build_request(method, self._address(path), headers=headers, **body)
             try:
                 async with self._told():
                     response = await self.http.send(request, stream=True)
@@ -164,7 +188,7 @@ class Upstream:
         return key
 
     def _headers(self) -> dict[str, str]:
-        headers, key = {"content-type": "application/json", "user-agent": "ropewalk"}, self._key()
+        headers, key = {"user-agent": "ropewalk"}, self._key()
         if self.remote.api == "anthropic":
             headers["anthropic-version"] = "2023-06-01"
             if key:
@@ -227,6 +251,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     except ValueError:
         return None
+
+
+async def _json(body: Mapping[str, Any]) -> bytes:
+    return (await asyncio.to_thread(json.dumps, body)).encode()
 
 
 async def _first_bytes(response: httpx.Response, most: int) -> bytes:

@@ -67,6 +67,8 @@ class Store:
         self.adapters_of: Callable[[str], Iterable[str]] = lambda file_id: ()
         # Told of each file that was stored, after the commit.
         self.arrivals: list[Callable[[Caller, File], None]] = []
+        # What lies neither in the blobs nor on this machine, by its place: erases it, and says whether it is gone.
+        self.erasers: dict[str, Callable[[str], Awaitable[bool]]] = {}
         # Told of paths that are about to be erased, after the commit: what was read from files may lie in a model's memory too.
         self.forgetters: list[Callable[[Sequence[str]], Awaitable[None]]] = []
 
@@ -244,8 +246,11 @@ class Store:
             try:
                 if place == "blobs":
                     await asyncio.to_thread(self.blobs.erase, stored)
-                elif not await asyncio.to_thread(_erase_path, stored):
-                    continue  # it lies on another machine, whose own sweep will find its name in the table
+                elif place == "path":
+                    if not await asyncio.to_thread(_erase_path, stored):
+                        continue  # it lies on another machine, whose own sweep will find its name in the table
+                elif place not in self.erasers or not await self.erasers[place](stored):
+                    continue  # a server that knows how is to do it; the table keeps its name until then
                 done.append((place, stored))
             except (OSError, OutputError) as error:  # the table still names them, and the sweep tries again
                 log.warning("cannot erase bytes of a deleted file yet: %s", type(error).__name__)
@@ -298,6 +303,28 @@ class Store:
             if not (await connection.execute(alive)).scalar():
                 raise catalog.missing(file_id)
             await self._replace_derived(connection, {**row, "created_at": now()})
+
+    async def copy_of(self, file_id: str, place: str, name: str) -> str | None:
+        """What `keep_copy` was given, or None."""
+        async with self.database.reading() as connection:
+            same = (derived.c.owner == file_id, derived.c.kind == place, derived.c.name == name)
+            return (await connection.execute(select(derived.c.stored).where(*same))).scalar()
+
+    async def keep_copy(self, file_id: str, place: str, name: str, stored: str) -> str:
+        """A copy of a file on another server, to be erased with it by the eraser of that place; the first one, if there was one."""
+        row = {"owner": file_id, "kind": place, "name": name, "place": place, "stored": stored, "size": 0, "created_at": now()}
+        async with self.database.writing() as connection:
+            alive = select(files.c.id).where(files.c.id == file_id, files.c.expired_at.is_(None)).with_for_update()
+            if not (await connection.execute(alive)).scalar():
+                raise catalog.missing(file_id)
+            await connection.execute(self.database.upsert(derived).on_conflict_do_nothing(), [row])
+            same = (derived.c.owner == file_id, derived.c.kind == place, derived.c.name == name)
+            return str((await connection.execute(select(derived.c.stored).where(*same))).scalar_one())
+
+    async def forget_copy(self, file_id: str, stored: str) -> None:
+        """A copy that is not there any more."""
+        async with self.database.writing() as connection:
+            await connection.execute(delete(derived).where(derived.c.owner == file_id, derived.c.stored == stored))
 
     async def _replace_derived(self, connection: AsyncConnection, row: dict[str, Any]) -> Sequence[Doomed]:
         same = (derived.c.owner == row["owner"], derived.c.kind == row["kind"], derived.c.name == row["name"])

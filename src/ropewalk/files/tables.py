@@ -72,8 +72,8 @@ derived = Table(  # everything made from a file; dies with it
     Column("owner", Text, primary_key=True),  # a blob's id, or a file's
     Column("kind", Text, primary_key=True),  # text, tokens, ...
     Column("name", Text, primary_key=True),
-    Column("place", Text, nullable=False),  # blobs: a name in the blob store; path: a file or folder of this machine
-    Column("stored", Text, nullable=False),  # that name, or that path
+    Column("place", Text, nullable=False),  # blobs: in the blob store; path: of this machine; upstream: of another server
+    Column("stored", Text, nullable=False),  # its name there
     Column("size", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
 )
