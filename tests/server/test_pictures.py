@@ -253,3 +253,12 @@ def test_models_say_whether_they_see(asked):
     assert model.capabilities.image_input.supported
     assert not model.capabilities.thinking.types.enabled.supported
     assert model.capabilities.structured_outputs.supported
+
+
+def test_a_picture_is_looked_at_ahead_of_its_first_question(asked, sdk):
+    id = upload(asked, png(noise(10, (80, 80))))
+    with asked.http() as http:
+        warmed = http.post(f"/v1/files/{id}/warm", json={"model": "qwen3_5_moe"}).json()
+    assert warmed["usage"]["cache_creation_input_tokens"] >= 64
+    usage = sdk.messages.create(**request(shown({"type": "file", "file_id": id}), "What is it?")).usage
+    assert usage.cache_creation_input_tokens == 0

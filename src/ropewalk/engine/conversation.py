@@ -15,6 +15,7 @@ from ropewalk.chat.messages import (
     Document,
     Ended,
     FileId,
+    Image,
     MessagesRequest,
     ReplyEvent,
     Text,
@@ -24,6 +25,7 @@ from ropewalk.chat.messages import (
 from ropewalk.engine.counted import Answers
 from ropewalk.engine.models import Models
 from ropewalk.errors import NotFound, Overloaded
+from ropewalk.files.pictures import is_picture
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
@@ -40,9 +42,9 @@ async def converse(
     models = Models(store, registry)
     try:
         caller = await store.local_caller()
-        documents = [Document(FileId(await _stored(store, caller, file)), title=Path(file).name) for file in files]
+        shown = [await _shown(store, caller, file) for file in files]
         answerer = await _loaded(models, name)
-        first: tuple[Block, ...] = tuple(documents)
+        first: tuple[Block, ...] = tuple(shown)
         turns: list[Turn] = []
         if prompt is None:
             print("you: ", end="", flush=True)
@@ -53,7 +55,7 @@ async def converse(
                 print(f"{name}: ", end="", flush=True)
             request = MessagesRequest(name, max_tokens, tuple(turns), temperature=0.0)
             async with aclosing(answerer.stream(caller, request)) as events:
-                turns.append(Turn("assistant", await _printed(events, told=bool(documents))))
+                turns.append(Turn("assistant", await _printed(events, told=bool(shown))))
             if prompt is None:
                 print("you: ", end="", flush=True)
         if prompt is None:
@@ -62,6 +64,12 @@ async def converse(
     finally:
         await models.close()
         await store.close()
+
+
+async def _shown(store: Store, caller: Caller, file: str) -> Document | Image:
+    """A file as the model is shown it."""
+    found = await store.show(caller, await _stored(store, caller, file))
+    return Image(FileId(found.id)) if is_picture(found) else Document(FileId(found.id), title=Path(file).name)
 
 
 async def _stored(store: Store, caller: Caller, file: str) -> str:

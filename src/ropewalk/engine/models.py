@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from ropewalk.chat.messages import Document, FileId, MessagesRequest, Turn, Usage
+from ropewalk.chat.messages import Document, FileId, Image, MessagesRequest, Turn, Usage
 from ropewalk.chat.template import Template
 from ropewalk.chat.tokenizer import own_source, read_json
 from ropewalk.config.serving import Serving
@@ -32,6 +32,7 @@ from ropewalk.engine.upstream import Upstream, http_client
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
 from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
+from ropewalk.files.pictures import is_picture
 from ropewalk.files.store import Store
 from ropewalk.files.token_ledger import TokenLedger
 from ropewalk.models.folder import sees
@@ -139,7 +140,9 @@ class Models:
 
     async def warm(self, caller: Caller, name: str, file_id: str) -> Usage:
         """Reads a file ahead of the first question about it."""
-        request = MessagesRequest(name, 0, (Turn("user", (Document(FileId(file_id)),)),))
+        picture = is_picture(await self.store.show(caller, file_id))
+        block = Image(FileId(file_id)) if picture else Document(FileId(file_id))
+        request = MessagesRequest(name, 0, (Turn("user", (block,)),))
         return await (await self.answerer(name)).warm(caller, request)
 
     def listed(self) -> list[Listed]:

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
 
 from ropewalk.errors import DocumentError, SandboxFailed
+from ropewalk.files.catalog import File
 from ropewalk.files.documents import DRAW_CPU_SECONDS, confined
-from ropewalk.files.reading import HEADER_BYTES
+from ropewalk.files.reading import HEADER_BYTES, READERS
 
 VERSION = 1  # of what decoding makes of the same bytes
 MAX_BYTES = 10_000_000
@@ -29,6 +30,11 @@ class Pixels:
     def scaled(self) -> bool:
         """Whether it was made smaller."""
         return max(self.before) > LONGEST_SIDE
+
+
+def is_picture(file: File) -> bool:
+    """Whether a file is shown to models as a picture."""
+    return READERS.get(file.mime_type.partition(";")[0].strip()) == "picture"
 
 
 async def pixels_of(data: bytes | AsyncIterable[bytes], media_type: str | None, name: str) -> Pixels:

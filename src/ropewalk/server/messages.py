@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Retrieved
 from ropewalk.engine.models import Models
+from ropewalk.files.pictures import is_picture
 from ropewalk.ids import new_id
 from ropewalk.server import body, logs
 from ropewalk.server.auth import caller_of
@@ -86,11 +87,11 @@ async def warm(request: Request) -> JSON:
     found.only({"model", "system", "tools", "title", "context", "citations"})
     around = {key: value for key, value in found.value.items() if key in ("model", "system", "tools")}
     block = {key: value for key, value in found.value.items() if key in ("title", "context", "citations")}
-    block |= {"type": "document", "source": {"type": "file", "file_id": id}}
+    caller, models = caller_of(request), request.app.state.models
+    file = await request.app.state.store.show(caller, id)
+    block |= {"type": "image" if is_picture(file) else "document", "source": {"type": "file", "file_id": id}}
     asked = {**around, "max_tokens": 0, "messages": [{"role": "user", "content": [block]}]}
     whole = read_request(Node(asked), version_of(request))
-    caller, models = caller_of(request), request.app.state.models
-    await request.app.state.store.show(caller, id)
     answerer = await models.answerer(whole.model)
     usage = await unless_gone(request, answerer.warm(caller, whole))
     told = {"cache_creation_input_tokens": usage.cache_creation, "cache_read_input_tokens": usage.cache_read}
