@@ -37,7 +37,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crash_work import Begun, Known, Report, Share, check, emitter, prepare, sweep_once, verify_chains, work
+from crash_check import Report, check, sweep_once, verify_chains
+from crash_work import Begun, Known, Share, emitter, prepare, work
 from forks import fork, forked, reap
 from measure import machine, table, write_json
 from ropewalk.files import buckets
