@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from engine.seeing import SEEING, make
+from ropewalk.engine.adapters import Adapters
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.prefixes import Prefixes
 from ropewalk.engine.request import Keep, Picture, Request, Sampling, Span
@@ -23,7 +25,9 @@ from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
 from ropewalk.engine.sight import Sight
 from ropewalk.errors import BadInput
-from ropewalk.models.seeing import load_processor, load_seeing
+from ropewalk.models.load import load_base
+from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.seeing import load_processor, load_seeing, text_part
 from ropewalk.vault import KEY_BYTES
 
 NEW = 12
@@ -59,7 +63,8 @@ class Served:
         self.sight = Sight(seeing)
         self.looks = 0
         self.prefixes = Prefixes(runner.layout, "test", **{"memory_bytes": 1 << 30} | options)
-        self.engine = Engine(runner, self.prefixes, limits=limits, sight=self)
+        self.adapters = Adapters(seeing.text)
+        self.engine = Engine(runner, self.prefixes, self.adapters, limits=limits, sight=self)
         self.encode = seeing.processor.tokenizer.encode
 
     def look(self, shown: Picture) -> Any:
@@ -98,9 +103,9 @@ class Served:
         return found
 
 
-def generated(name: str, *parts: str | Picture) -> tuple[list[int], list[float]]:
+def generated(name: str, *parts: str | Picture, model: Any = None) -> tuple[list[int], list[float]]:
     """What transformers itself makes of texts and pictures."""
-    model, processor = plain(name), load_processor(folder(name))
+    model, processor = model or plain(name), load_processor(folder(name))
     text = "".join(part if isinstance(part, str) else processor.image_token for part in parts)
     shown = [part for part in parts if isinstance(part, Picture)]
     images = [Image.fromarray(np.frombuffer(p.pixels or b"", np.uint8).reshape(p.height, p.width, 3)) for p in shown]
@@ -212,3 +217,21 @@ def test_a_shape_that_the_model_takes_none_of_is_refused() -> None:
     served = Served("qwen3_vl")
     with pytest.raises(BadInput, match="1000 by 1 pixels"):
         served.sight.ids(1000, 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "gemma4"])
+def test_an_adapter_of_the_text_part_reads_pictures_for_itself(name: str, tmp_path: Path) -> None:
+    trained = attach(load_base(folder(name), dtype=torch.float32, device="cpu"), LoraSpec(r=4, alpha=16.0), 1)
+    with torch.no_grad():
+        for number, parameter in enumerate(trained.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    trained.save(tmp_path)
+    served = Served(name)
+    served.adapters.load("house", tmp_path)
+    ours = served.run(served.request("a", *PROMPTS[0], adapter="house"), served.request("b", *PROMPTS[0]))
+    whole = AutoModelForImageTextToText.from_pretrained(folder(name), dtype=torch.float32).eval()
+    PeftModel.from_pretrained(text_part(whole), tmp_path)  # into the modules that both share
+    same(ours["a"], generated(name, *PROMPTS[0], model=whole))
+    same(ours["b"], generated(name, *PROMPTS[0]))
+    assert ours["a"] != ours["b"]
