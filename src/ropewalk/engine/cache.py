@@ -182,7 +182,7 @@ class Reading:
     layout: Layout
     segments: list[Segment] = field(default_factory=list)
     position: int = 0  # ids read so far
-    tails: list[Tail | None] = field(default_factory=list)  # per layer; of full layers: since the last segment
+    tails: list[Tail | None] = field(default_factory=list)  # per layer: since the last segment
     states: DynamicCache | None = None  # of recurrent layers
     shift: int = 0  # from `position` to the place that the model gives the next id
 
@@ -196,10 +196,7 @@ class Reading:
             kept = last.layers[number] if last else None
             if states is not None and isinstance(kept, State):
                 _restore(states.layers[number], kept)
-            if kind in ("recurrent", "none"):
-                tails.append(None)
-            else:
-                tails.append(Tail(last.pair(number) if last and kind != "full" else None))
+            tails.append(None if kind in ("recurrent", "none") else Tail())
         return cls(layout, list(segments), last.end if last else 0, tails, states, last.shift if last else 0)
 
     def close(self, key: str, ids: Sequence[int]) -> Segment:
@@ -210,26 +207,33 @@ class Reading:
         for number, kind in enumerate(self.layout.kinds):
             pair, tail = None, self.tails[number]
             if tail is not None:
-                keys, values = tail.last(self._kept(number, len(ids)))
+                keys, values = tail.last(len(ids)) if kind == "full" else self.window(number, self.seen_before(number))
                 pair = keys.contiguous().clone(), values.contiguous().clone()
-                if kind == "full":
-                    self.tails[number] = Tail()
+                self.tails[number] = Tail()
             states = self.states.layers[number] if self.states is not None and self.layout.states[number] else None
             layers.append(pair if states is None else _state_of(states, pair))
         segment = Segment(key, start, tuple(ids), tuple(layers), self.shift)
         self.segments.append(segment)
         return segment
 
-    def _kept(self, layer: int, since: int) -> int:
-        """How many keys a layer keeps at a segment's end, `since` ids after the one before."""
+    def window(self, layer: int, count: int) -> Pair:
+        """The last `count` keys and values of a layer that keeps no more than its window, also those that its last segment holds."""
+        tail = self.tails[layer]
+        assert tail is not None
+        before = self.segments[-1].pair(layer) if self.segments else None
+        more = count - len(tail)
+        if before is None or more <= 0 or before[0].shape[2] == 0:
+            return tail.last(count)
+        held = before[0][:, :, -more:], before[1][:, :, -more:]
+        if len(tail) == 0:
+            return held
+        keys, values = tail.last(count)
+        return torch.cat([held[0], keys], dim=2), torch.cat([held[1], values], dim=2)
+
+    def seen_before(self, layer: int) -> int:
+        """How many ids before the next one a layer sees that keeps no more than its window: the rest of it, or of its chunk."""
         window = self.layout.windows[layer]
-        match self.layout.kinds[layer]:
-            case "sliding":
-                return window - 1
-            case "chunked":
-                return self.position % window
-            case _:
-                return since
+        return window - 1 if self.layout.kinds[layer] == "sliding" else self.position % window
 
 
 def _state_of(layer: Any, pair: Pair | None) -> State:
@@ -279,8 +283,8 @@ class Batch:
 
     is_compileable = False
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], device: torch.device | str = "cpu") -> None:
+        self.parts, self.device = tuple(parts), device
         self._joined: DynamicCache | None = None
         self._behind: Tensor | None = None
         self.attended: set[int] = set()  # layers that have asked for attention
@@ -293,7 +297,7 @@ class Batch:
         if self._behind is None:
             behind = [part.reading.position - part.begin for part in self.parts]
             sizes = torch.tensor([part.end - part.begin for part in self.parts])
-            self._behind = torch.repeat_interleave(torch.tensor(behind), sizes)
+            self._behind = torch.repeat_interleave(torch.tensor(behind), sizes).to(self.device)
         return self._behind
 
     @contextmanager

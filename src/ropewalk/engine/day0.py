@@ -81,9 +81,9 @@ def architectures() -> Iterator[tuple[str, Any]]:
     yield from sorted(found.items())
 
 
-def serve(architecture: str, kind: Any) -> Served:
+def serve(architecture: str, kind: Any, device: torch.device | str = "cpu") -> Served:
     """Asks a tiny model of this class, by itself and through the engine."""
-    model = build(kind)
+    model = build(kind).to(device)
     prompts = [_ids(count, seed) for seed, count in enumerate(PROMPTS)]
     wanted = [generated(model, prompt) for prompt in prompts]
     other = [*prompts[1][:-4], FIRST_FREE_ID, *prompts[1][-3:]]
@@ -112,8 +112,8 @@ def build(kind: Any) -> Any:
 def generated(model: Any, prompt: list[int], count: int = NEW) -> tuple[list[int], Tensor]:
     """What greedy generation says: new ids, and the log-probabilities [count, V] of every step."""
     out = model.generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        input_ids=torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,

@@ -66,7 +66,7 @@ class Runner:
             ids += new
             first = reading.position + reading.shift
             positions += range(first, first + len(new))
-        batch = Batch(parts)
+        batch = Batch(parts, self.device)
         with running(batch):
             logits = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
