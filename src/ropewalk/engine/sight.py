@@ -91,7 +91,7 @@ class Sight:
         types = self._types(seen)
         part = Part(reading, 0, len(ids), self._sees(types[0]))
         places, shift = self._places(seen, types)
-        batch = Batch([part])
+        batch = Batch([part], self.whole.device)
         with running(batch):
             self.whole(
                 input_ids=torch.tensor([list(ids)], device=self.whole.device),
