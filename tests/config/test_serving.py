@@ -2,7 +2,7 @@
 
 import pytest
 
-from ropewalk.config.serving import EngineOptions, Remote, ServedModel, read_serving
+from ropewalk.config.serving import Embeddings, EngineOptions, Remote, ServedModel, read_serving
 from ropewalk.errors import ConfigError
 from ropewalk.tenants.prices import Price
 
@@ -36,6 +36,14 @@ def test_a_whole_file_is_read(tmp_path):
     assert found.price("tuned") == Price(0.1, 1.0, currency="EUR", as_of="2026-11-22")
 
 
+def test_embeddings_are_of_this_machine_or_of_another_server(tmp_path):
+    assert read(tmp_path, "preload: []").embeddings is None
+    here = read(tmp_path, "embeddings: {base: e5, query: 'query: ', passage: 'passage: ', pooling: mean, threads: 2}")
+    assert here.embeddings == Embeddings("e5", None, "query: ", "passage: ", "mean", 2)
+    there = read(tmp_path, "embeddings: {remote: openai, url: 'http://gpu:8001', model: bge, key_env: KEY, query: q}")
+    assert there.embeddings == Embeddings(remote=Remote("openai", "http://gpu:8001", "bge", "KEY"), query="q")
+
+
 def test_without_models_the_registry_is_served(tmp_path):
     assert read(tmp_path, "preload: [x]\n").models is None
 
@@ -62,6 +70,14 @@ def test_without_models_the_registry_is_served(tmp_path):
         ("models:\n  a:\n    base: x\n    price:\n      as_of: May", ":5: as_of is 'May'; expected a day, such as 2026-11-22"),
         ("models:\n  a: {base: x}\npreload: [b]", ":3: preload names 'b', which is not served; known: a"),
         ("models: {}", "no model is named"),
+        ("embeddings: {bas: x}", r":1: unknown key 'bas'; did you mean 'base'\?"),
+        ("embeddings: {query: x}", "embeddings need one of a base of this machine, or a remote"),
+        ("embeddings: {base: x, pooling: max}", "pooling is 'max'; expected mean, cls or last"),
+        ("embeddings: {base: x, threads: -1}", "threads is -1; expected 0 or more"),
+        ("embeddings: {base: x, url: 'http://x'}", "unknown key 'url'"),
+        ("embeddings: {remote: anthropic, url: 'http://x', model: y}", "expected openai, whose /v1/embeddings is asked"),
+        ("embeddings: {remote: openai, url: 'http://x'}", "embeddings of a remote need the name of its model"),
+        ("embeddings: {remote: openai, url: x, model: y}", "url 'x' is no address"),
         ("engine: {memory_gb: lots}", "memory_gb is 'lots'; expected a number"),
         ("engine: {running: 0}", "running is 0; expected 1 or more"),
         ("engine: {disk_gb: -1}", r"disk_gb is -1.0; expected 0 or more"),

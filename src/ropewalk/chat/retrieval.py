@@ -3,8 +3,9 @@
     index = Index([document, ...], size)
     index.choose(question, budget, cost)      the chosen chunks of each document, in its order
 
-The index lies in memory for as long as one question is answered: it is made again faster than a sealed one would be opened. Words alone
-are compared (BM25, letter case and accents folded). A search by meaning would be a second ranking beside `Index.ranked`.
+The index lies in memory for as long as one question is answered: it is made again faster than a sealed one would be opened. Words are
+compared (BM25, letter case and accents folded) and, where an embeddings model is configured, meanings: chunks by how near their vectors
+are to the question's. The two rankings become one by reciprocal rank fusion, which needs no common scale.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 SIZE = 1500  # characters of a chunk
 MOST_WORDS = 64  # of a question
+FUSION = 60  # added to a rank before it is inverted: how little the very first places count more than those behind them
 MISSES = 32  # chunks that no longer fit before the rest is left out
 # Between words, as far as anybody writes it; what is left of it within one is the index's own to divide.
 BETWEEN = re.compile(r"[\s\0!-/:-@\[-`{-~\u2000-\u200b\u2010-\u205f\u3000-\u303f\ud800-\udfff]+")
@@ -62,9 +64,13 @@ def chunks(document: Document, size: int = SIZE, index: int = 0) -> list[Chunk]:
 class Index:
     """The words of some documents' chunks."""
 
-    def __init__(self, documents: Sequence[Document], size: int = SIZE) -> None:
+    def __init__(
+        self, documents: Sequence[Document], size: int = SIZE, nearness: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        """`nearness`: for each document, how near the meaning of each of its chunks is to the question's."""
         self.documents = tuple(documents)
         self.chunks = [chunks(document, size, i) for i, document in enumerate(documents)]
+        self._nearness = nearness
         self._all = [chunk for found in self.chunks for chunk in found]
         # Contentless: only the words are kept, and nothing of them outside memory.
         self._database = sqlite3.connect(":memory:", check_same_thread=False)
@@ -92,6 +98,17 @@ class Index:
         rows = self._database.execute("SELECT rowid FROM chunk WHERE chunk MATCH ? ORDER BY rank, rowid", (asked,))
         return [self._all[number] for (number,) in rows]
 
+    def by_meaning(self) -> list[Chunk]:
+        """All chunks, nearest to the question first; none where no meanings are known."""
+        if self._nearness is None:
+            return []
+        told = [near for own in self._nearness for near in own]
+        return [chunk for _, chunk in sorted(zip(told, self._all, strict=True), key=lambda pair: -pair[0])]
+
+    def found(self, question: str) -> list[Chunk]:
+        """Chunks that words or meaning lead to, best first."""
+        return fused(self.ranked(question), self.by_meaning())
+
     def beginnings(self) -> list[Chunk]:
         """The first chunk of each section, one of each document in turn; then the rest, in order."""
         first: list[list[Chunk]] = []
@@ -110,7 +127,7 @@ class Index:
         """
         chosen: list[Chunk] = []
         missed = 0
-        for chunk in self.ranked(question) or self.beginnings():
+        for chunk in self.found(question) or self.beginnings():
             price = cost(self.text(chunk))
             if price <= budget:
                 budget -= price
@@ -120,6 +137,15 @@ class Index:
         chosen.sort(key=lambda chunk: (chunk.document, chunk.number))
         by_document = {i: list(own) for i, own in groupby(chosen, lambda chunk: chunk.document)}
         return [by_document.get(i, []) for i in range(len(self.documents))]
+
+
+def fused(*rankings: Sequence[Chunk]) -> list[Chunk]:
+    """Several rankings as one: what stands far in front in any of them does so here."""
+    scores: dict[Chunk, float] = {}
+    for ranking in rankings:
+        for place, chunk in enumerate(ranking, 1):
+            scores[chunk] = scores.get(chunk, 0.0) + 1 / (FUSION + place)
+    return sorted(scores, key=lambda chunk: (-scores[chunk], chunk.document, chunk.number))
 
 
 def fitted(

@@ -2,6 +2,7 @@
 
 engine: {memory_gb: 4, disk_gb: 50}
 retrieval: {chunk: 1500}
+embeddings: {base: ./models/e5-small, query: "query: ", passage: "passage: "}     or remote: openai, with url, model, key_env
 warm_at_upload: [answers]
 preload: [answers]
 models:
@@ -17,7 +18,7 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from ropewalk.tenants.prices import Price, is_day
 
 Api = Literal["anthropic", "openai"]
 KEY_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+POOLINGS = ("", "mean", "cls", "last")
 CURRENCY = re.compile(r"[A-Z]{3}")
 T = TypeVar("T")
 
@@ -79,12 +81,25 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """What tells how near two texts are in meaning: an encoder of this machine, or another server's /v1/embeddings."""
+
+    base: str = ""  # a folder, or a name that has been pulled
+    remote: Remote | None = None
+    query: str = ""  # what the model wants before a question ...
+    passage: str = ""  # ... and before a passage
+    pooling: str = ""  # mean, cls or last; '': as the model's folder says, else mean
+    threads: int = 0  # of the CPU; 0: all
+
+
+@dataclass(frozen=True)
 class Serving:
     """The file. `models` None: whatever the registry has published."""
 
     models: Mapping[str, ServedModel] | None = None
     engine: EngineOptions = EngineOptions()
     retrieval: Retrieval = Retrieval()
+    embeddings: Embeddings | None = None
     preload: tuple[str, ...] = ()  # models whose engines start with the server
     warm_at_upload: tuple[str, ...] = ()  # models that read a file as soon as it is uploaded
     fetch_urls: bool = True  # documents at addresses of the public internet
@@ -100,7 +115,7 @@ def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
     document = read_document(path)
     values = document.values
-    _only(document, (), values, ("models", "engine", "retrieval", "preload", "warm_at_upload", "fetch_urls"))
+    _only(document, (), values, ("models", "engine", "retrieval", "embeddings", "preload", "warm_at_upload", "fetch_urls"))
     models: dict[str, ServedModel] | None = None
     if "models" in values:
         named = _mapping(document, ("models",), values["models"])
@@ -111,6 +126,7 @@ def read_serving(path: Path | str) -> Serving:
         models,
         _made(EngineOptions, document, ("engine",), values.get("engine", {})),
         _made(Retrieval, document, ("retrieval",), values.get("retrieval", {})),
+        _embeddings(document, values["embeddings"]) if "embeddings" in values else None,
         _names(document, "preload", models),
         _names(document, "warm_at_upload", models),
         _bool(document, "fetch_urls", True),
@@ -145,6 +161,30 @@ def _served(document: Document, place: Place, found: Any) -> ServedModel:
     remote = _remote(document, place, values) if "remote" in values else None
     price = _price(document, (*place, "price"), values["price"]) if "price" in values else None
     return ServedModel(values.get("base", ""), values.get("adapter", ""), remote, price)
+
+
+def _embeddings(document: Document, found: Any) -> Embeddings:
+    place: Place = ("embeddings",)
+    values = _mapping(document, place, found)
+    own = ("url", "model", "key_env") if "remote" in values else ()
+    plain = ("query", "passage", *(() if "remote" in values else ("pooling", "threads")))
+    _only(document, place, values, ("base", "remote", *own, *plain))
+    if ("base" in values) == ("remote" in values):
+        raise _wrong(document, place, "embeddings need one of a base of this machine, or a remote")
+    if values.get("remote", "openai") != "openai":
+        raise _wrong(
+            document, (*place, "remote"), f"remote is {values['remote']!r}; expected openai, whose /v1/embeddings is asked"
+        )
+    told = {name: values[name] for name in ("base", *plain) if name in values}
+    made = _made(Embeddings, document, place, told)
+    if made.pooling not in POOLINGS:
+        raise _wrong(document, (*place, "pooling"), f"pooling is '{made.pooling}'; expected mean, cls or last")
+    if made.threads < 0:
+        raise _wrong(document, (*place, "threads"), f"threads is {made.threads}; expected 0 or more")
+    remote = _remote(document, place, values) if "remote" in values else None
+    if remote is not None and not remote.model:
+        raise _wrong(document, place, "embeddings of a remote need the name of its model")
+    return replace(made, remote=remote)
 
 
 def _price(document: Document, place: Place, found: Any) -> Price:

@@ -31,6 +31,7 @@ from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Retrieval
 from ropewalk.engine.client import EngineClient
+from ropewalk.engine.embedding import Meanings
 from ropewalk.engine.pictures import Album
 from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
@@ -86,6 +87,7 @@ class Answerer:
     adapter_digest: str = ""
     invocation: tuple[int, ...] | None = None  # of an activated adapter
     retrieval: Retrieval = field(default_factory=Retrieval)
+    meanings: Meanings | None = None  # where an embeddings model is configured
 
     async def count(self, caller: Caller, request: MessagesRequest) -> int:
         """Ids of the rendered prompt."""
@@ -215,18 +217,22 @@ class Answerer:
             prompt = render(self.template, request, shown, instruction, album.pictured, album.token)
             return prompt, Citing(citables, question, marked=numbers, steered=habits.steered) if cites else None
 
+        longest = self.client.longest  # 0: not known before the engine has started
+        stored = [(i, found.file_id) for i, found in enumerate(read) if found.file_id is not None]
+        prompt, citing = await asyncio.to_thread(rendered, {})  # the ids of a long document take their time
+        if whole or not stored or not longest or prompt.length <= longest - longest // REPLY_AT_LEAST:
+            return prompt, citing, ()
+        size = min(self.retrieval.chunk, max(100, longest // 2))  # characters: several fit in the smallest context
+        nearness = None
+        if self.meanings is not None:
+            nearness = await self.meanings.nearness(caller, [(id, read[i].document) for i, id in stored], size, question)
+
         def fitting() -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
-            prompt, citing = rendered({})
-            longest = self.client.longest  # 0: not known before the engine has started
-            stored = [i for i, found in enumerate(read) if found.file_id is not None]
-            if whole or not stored or not longest or prompt.length <= longest - longest // REPLY_AT_LEAST:
-                return prompt, citing, ()
-            size = min(self.retrieval.chunk, max(100, longest // 2))  # characters: several fit in the smallest context
-            with closing(Index([read[i].document for i in stored], size)) as index:
+            with closing(Index([read[i].document for i, _ in stored], size, nearness)) as index:
                 found = fitted(
                     index,
                     question,
-                    lambda chosen: rendered(dict(zip(stored, chosen, strict=True))),
+                    lambda chosen: rendered({i: own for (i, _), own in zip(stored, chosen, strict=True)}),
                     lambda made: made[0].length,
                     longest - longest // REPLY,
                     self.retrieval.tokens or longest,
@@ -236,9 +242,9 @@ class Answerer:
                     return prompt, citing, ()
                 made, chosen = found
                 counts = zip(stored, chosen, index.chunks, strict=True)
-                return *made, tuple(Excerpt(read[i].file_id or "", len(own), len(of)) for i, own, of in counts)
+                return *made, tuple(Excerpt(id, len(own), len(of)) for (_, id), own, of in counts)
 
-        return await asyncio.to_thread(fitting)  # the ids of a long document take their time
+        return await asyncio.to_thread(fitting)
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""

@@ -24,6 +24,7 @@ from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.counted import Answers, Counted
+from ropewalk.engine.embedding import LocalEncoder, Meanings, RemoteEncoder
 from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.remote import RemoteAnswerer
 from ropewalk.engine.remote_files import PLACE, RemoteFiles, erase
@@ -111,6 +112,7 @@ class Models:
         self._http: httpx.AsyncClient | None = None  # to the servers of remote models
         self._remotes: dict[str, RemoteAnswerer] = {}
         self._remote_files = RemoteFiles(store)
+        self._meanings: Meanings | None = None  # made at the first question
         self._opening = asyncio.Lock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
@@ -129,7 +131,7 @@ class Models:
             return self._remote(name)
         base = await self._base(target.base)
         parts = self.store, self._sources, self._places, base.client, base.template, base.weights
-        answerer = Answerer(*parts, retrieval=self.serving.retrieval)
+        answerer = Answerer(*parts, retrieval=self.serving.retrieval, meanings=self._meant())
         if not loaded:
             return answerer
         await self._started(name, base)
@@ -200,6 +202,9 @@ class Models:
             await self._http.aclose()
             self._http = None
             self._remotes.clear()
+        if self._meanings is not None:
+            await self._meanings.close()
+            self._meanings = None
         await self.ledger.close()
 
     # -- files read as they are uploaded
@@ -334,6 +339,18 @@ class Models:
                 digest = await base.client.load_adapter(mark, folder)
                 base.adapters[mark] = Adapter(mark, digest, tuple(invocation) if invocation else None)
             return base.adapters[mark]
+
+    def _meant(self) -> Meanings | None:
+        options = self.serving.embeddings
+        if options is not None and self._meanings is None:
+            encoder: LocalEncoder | RemoteEncoder
+            if options.remote is not None:
+                self._http = self._http or http_client()
+                encoder = RemoteEncoder(Upstream("embeddings", options.remote, self._http))
+            else:
+                encoder = LocalEncoder(self._base_folder(options.base), options.pooling, options.threads)
+            self._meanings = Meanings(self.store, encoder, options)
+        return self._meanings
 
     def _remote(self, name: str) -> RemoteAnswerer:
         if name not in self._remotes:

@@ -81,6 +81,7 @@ class ChunksPage:
     name: tuple[Part, ...]
     size: int
     count: int
+    meanings: str  # the embeddings model; '' where words alone are compared
     shown: tuple[ShownChunk, ...]
     earlier: str | None
     later: str | None
@@ -158,7 +159,9 @@ async def show_chunks(request: Request, visitor: Visitor) -> Response:
     at = f"/files/{id}/chunks"
     earlier = address(at, {"from": max(1, first - CHUNKS)}) if first > 1 else None
     later = address(at, {"from": first + CHUNKS}) if first - 1 + CHUNKS < len(found) else None
-    page = ChunksPage(id, words.parts(file.filename), size, len(found), tuple(shown), earlier, later)
+    embeddings = request.app.state.settings.serving.embeddings
+    meanings = "" if embeddings is None else embeddings.remote.model if embeddings.remote is not None else embeddings.base
+    page = ChunksPage(id, words.parts(file.filename), size, len(found), meanings, tuple(shown), earlier, later)
     return await show(request, visitor, "chunks.html", "Chunks", page)
 
 

@@ -1,0 +1,191 @@
+"""How near chunks of files are to a question in meaning: vectors of an encoder, kept sealed beside each file, and gone with it.
+
+texts -> Encoder (a process of its own, or another server) -> vectors of length 1 -> nearness
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from ropewalk import errors
+from ropewalk.chat.retrieval import chunks
+from ropewalk.config.serving import Embeddings
+from ropewalk.engine.upstream import Upstream
+from ropewalk.errors import EngineDied, RopewalkError
+from ropewalk.files.reading import Document
+from ropewalk.files.store import Store
+from ropewalk.models.identity import weights_digest
+from ropewalk.tenants.caller import Caller
+
+KIND = "vectors"  # of what is kept beside a file
+AT_ONCE = 32  # texts of one call: a question waits for no more of another file's
+LINE = 1 << 26
+STOP_SECONDS = 5.0
+Vectors = np.ndarray[Any, np.dtype[np.float32]]  # texts, dimensions
+
+
+class Encoder(Protocol):
+    """What makes vectors of texts."""
+
+    async def name(self) -> str:
+        """Names the encoder's content: vectors of one name can be compared."""
+
+    async def encode(self, texts: Sequence[str]) -> Vectors:
+        """A vector for each text; AT_ONCE of them at most."""
+
+    async def close(self) -> None: ...
+
+
+class LocalEncoder:
+    """An encoder of this machine, in a process of its own, which starts with the first text."""
+
+    def __init__(self, folder: Path, pooling: str = "", threads: int = 0) -> None:
+        self._folder, self._settings = folder, {"folder": str(folder), "pooling": pooling, "threads": threads}
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._name = ""
+
+    async def name(self) -> str:
+        if not self._name:
+            digest = await asyncio.to_thread(weights_digest, self._folder)
+            self._name = f"{digest} {self._settings['pooling']}"
+        return self._name
+
+    async def encode(self, texts: Sequence[str]) -> Vectors:
+        async with self._turn:
+            process = await self._started()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps({"texts": list(texts)}).encode() + b"\n")
+                answer = await self._line(process)
+            except BaseException:  # what it still says would be taken for the next answer
+                self._process = None
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
+                raise
+        data = np.frombuffer(base64.b64decode(answer["vectors"]), "<f2").astype(np.float32)
+        return data.reshape(len(texts), -1)
+
+    async def close(self) -> None:
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        command = [sys.executable, "-m", "ropewalk.engine.embedding_worker"]
+        pipe = asyncio.subprocess.PIPE
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWALK_ROOT_KEY")}
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE, env=environment)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(self._settings).encode() + b"\n")
+            await self._line(process)
+        except BaseException:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            raise
+        self._process = process
+        return process
+
+    async def _line(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if not line:
+            raise EngineDied("the encoder of embeddings stopped; its messages are on the error stream. Ask again")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise _error(found["error"], found["message"])
+        return found
+
+
+class RemoteEncoder:
+    """Another server's /v1/embeddings."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def name(self) -> str:
+        return f"{self._upstream.remote.url} {self._upstream.remote.model}"
+
+    async def encode(self, texts: Sequence[str]) -> Vectors:
+        asked = {"model": self._upstream.remote.model, "input": list(texts), "encoding_format": "float"}
+        answer = await self._upstream.ask("embeddings", asked)
+        try:
+            rows = sorted(answer["data"], key=lambda row: row["index"])
+            found = np.array([row["embedding"] for row in rows], np.float32)
+        except (KeyError, TypeError, ValueError):
+            found = np.empty((0, 0), np.float32)
+        if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all():
+            raise self._upstream.failed("answered with no vector for each text")
+        lengths = np.linalg.norm(found, axis=1, keepdims=True).astype(np.float32)
+        normalised: Vectors = found / np.maximum(lengths, np.float32(1e-12))
+        return normalised
+
+    async def close(self) -> None:
+        return
+
+
+class Meanings:
+    """Compares files with questions."""
+
+    def __init__(self, store: Store, encoder: Encoder, options: Embeddings) -> None:
+        self._store, self._encoder, self._options = store, encoder, options
+        self._busy = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # so that two who ask at once read a file once
+
+    async def nearness(
+        self, caller: Caller, asked: Sequence[tuple[str, Document]], size: int, question: str
+    ) -> list[list[float]]:
+        """For each of these files, how near each of its chunks of `size` characters is to the question."""
+        wanted = (await self._encoder.encode([self._options.query + question]))[0]
+        return [(await self._of_file(caller, id, document, size) @ wanted).tolist() for id, document in asked]
+
+    async def close(self) -> None:
+        await self._encoder.close()
+
+    async def _of_file(self, caller: Caller, id: str, document: Document, size: int) -> Vectors:
+        file = await self._store.show(caller, id)
+        identity = f"{await self._encoder.name()} {self._options.passage}"
+        name = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}-{size}"
+        lock = self._busy.setdefault((file.blob_id or id, name), asyncio.Lock())
+        async with lock:
+            texts = [document.text[chunk.begin : chunk.end] for chunk in await asyncio.to_thread(chunks, document, size)]
+            kept = await self._store.derived(file, KIND, name)
+            if kept is not None and len(texts) and len(kept) % (2 * len(texts)) == 0:
+                return np.frombuffer(kept, "<f2").astype(np.float32).reshape(len(texts), -1)
+            parts = [
+                await self._encoder.encode([self._options.passage + text for text in texts[start : start + AT_ONCE]])
+                for start in range(0, len(texts), AT_ONCE)
+            ]
+            found = np.concatenate(parts)
+            await self._store.keep_derived(file, KIND, name, found.astype("<f2").tobytes())
+            return found
+
+
+def _error(name: str, message: str) -> RopewalkError:
+    kind: type[RopewalkError] = getattr(errors, name, RopewalkError)
+    error = RopewalkError.__new__(kind)
+    Exception.__init__(error, message)
+    return error
