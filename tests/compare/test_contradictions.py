@@ -48,6 +48,7 @@ def test_a_price_label_and_the_pricing_must_agree(label: str | None, pricing: st
         (100, (3, 0), ("ship", "ship", "skip"), ["percent", "percent"]),
         (75, None, ("ship", "skip"), ["percent"]),
         (50, None, (), []),
+        (60, (1, 1), (), ["percent"]),
         (None, (1, 1), ("ship", "skip"), []),
         (120, None, (), ["score"]),
     ],
@@ -61,7 +62,7 @@ def test_a_percentage_must_follow_from_counts_and_takes(
 
 def test_the_share_is_recomputed_from_takes_then_from_counts() -> None:
     assert recomputed(Card("x", panel_ships=1, panel_skips=3, takes=takes("ship", "ship", "skip", "ship"))) == 75
-    assert recomputed(Card("x", panel_ships=1, panel_skips=3)) == 25
+    assert recomputed(Card("x", panel_ships=2, panel_skips=6)) == 25
     assert recomputed(Card("x", panel_ships=0, panel_skips=0)) is recomputed(Card("x")) is None
 
 

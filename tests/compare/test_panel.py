@@ -96,6 +96,7 @@ def test_no_evidence_is_no_panel_take() -> None:
         assert (take.score, take.stance, take.text, take.cited) == (None, None, "No panel take", ())
     assert builder(of(pass_rate_low=0.9)) is skeptic(of(worst_slice=0.9)) is None
     assert founder(of(cost=1, served_cost=0)) is None
+    assert founder(of(cost=1, served_cost=1, break_even=5, yearly_answers=0)) == founder(of(cost=1, served_cost=1))
     assert summary(panel(PanelEvidence())) == "No panel take"
 
 
