@@ -5,52 +5,22 @@ import torch
 
 from engine.architectures import ARCHITECTURES, VOCABULARY, make
 from ropewalk.engine.cache import Reading
+from ropewalk.engine.day0 import generated, through_engine
 from ropewalk.engine.runner import Runner
 
 NEW = 12
-CHUNK = 16
 
 
 def ids(count, seed):
     return torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def generated(model, prompt):
-    """What transformers' own greedy generation says: new ids, and the log-probabilities of every step."""
-    out = model.generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).log_softmax(-1)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_requests_that_come_and_go_are_answered_as_by_generate(name):
     model = make(name)
     prompts = [ids(5, 1), ids(70, 2), ids(33, 3), ids(41, 4)]
-    wanted = [generated(model, prompt) for prompt in prompts]
-    runner = Runner(model)
-    readings = [Reading.after(runner.layout, []) for _ in prompts]
-    waiting, out, logs = [list(p) for p in prompts], [[] for _ in prompts], [[] for _ in prompts]
-    step = 0
-    while any(len(o) < NEW for o in out):
-        work, who = [], []
-        for i in range(len(prompts)):  # a new one every other step; prompts in chunks, beside others' single ids
-            if step >= 2 * i and len(out[i]) < NEW:
-                chunk, waiting[i] = (waiting[i][:CHUNK], waiting[i][CHUNK:]) if waiting[i] else ([out[i][-1]], [])
-                work.append((readings[i], chunk))
-                who.append(i)
-        for i, logits in zip(who, runner.forward(work)):
-            if not waiting[i]:
-                out[i].append(int(logits.argmax()))
-                logs[i].append(logits.log_softmax(-1))
-        step += 1
+    wanted = [generated(model, prompt, NEW) for prompt in prompts]
+    out, logs = through_engine(Runner(model), prompts, NEW)
     assert out == [new for new, _ in wanted]
     for mine, (_, theirs) in zip(logs, wanted):
         torch.testing.assert_close(torch.stack(mine), theirs, atol=1e-5, rtol=0)
