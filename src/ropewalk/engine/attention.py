@@ -63,12 +63,11 @@ def batch_attention(
     packed = torch.cat([_packed(query[:, :, part.begin : part.end], heads) for part in batch.parts], dim=2)
     queries = torch.split(packed, sizes, dim=2)
     found = _Partials(sizes)
-    if layout.kinds[layer] == "full":
-        for kept, readers in _shared(batch, layer):
-            pair = latent.pair(kept) if latent is not None else kept
-            everybody = len(readers) == len(queries)
-            together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
-            found.add(readers, attend(together, *pair, None, scale, softcap))
+    for kept, readers, seen in _shared(batch, layer) if layout.kinds[layer] == "full" else _windows(batch, layer):
+        pair = latent.pair(kept) if latent is not None else kept
+        everybody = len(readers) == len(queries)
+        together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
+        found.add(readers, attend(together, *pair, None if seen is None else seen.repeat_interleave(groups, 0), scale, softcap))
     for index, part in enumerate(batch.parts):
         for kept, mask in _own(part, layer, groups):
             pair = latent.pair(kept) if latent is not None else kept
@@ -143,13 +142,38 @@ class _Partials:
         return out, lses
 
 
-def _shared(batch: Batch, layer: int) -> list[tuple[Pair, list[int]]]:
+Shared = tuple[Pair, list[int], Tensor | None]  # keys and values, the requests that read them, and which of them each sees
+
+
+def _shared(batch: Batch, layer: int) -> list[Shared]:
     """Every segment's keys and values, with the requests that stand on it, in the order in which they are read."""
     readers: dict[Segment, list[int]] = defaultdict(list)
     for index, part in enumerate(batch.parts):
         for segment in part.reading.segments:
             readers[segment].append(index)
-    return [(pair, those) for segment, those in readers.items() if (pair := segment.pair(layer)) is not None]
+    return [(pair, those, None) for segment, those in readers.items() if (pair := segment.pair(layer)) is not None]
+
+
+def _windows(batch: Batch, layer: int) -> list[Shared]:
+    """What requests that have one id each still see of the segment that they stand on, in a layer that sees a window."""
+    readers: dict[Segment, dict[int, int]] = defaultdict(dict)  # request -> how many of the segment's last keys it sees
+    for index, part in enumerate(batch.parts):
+        if part.end - part.begin == 1 and part.reading.segments:
+            tail = part.reading.tails[layer]
+            assert tail is not None
+            left = part.reading.seen_before(layer) + 1 - len(tail)
+            if left > 0:
+                readers[part.reading.segments[-1]][index] = left
+    found: list[Shared] = []
+    for segment, those in readers.items():
+        pair = segment.pair(layer)
+        if pair is None or pair[0].shape[2] == 0:
+            continue
+        keys, values = (held[:, :, -max(those.values()) :] for held in pair)
+        left = torch.tensor(list(those.values()))[:, None]
+        seen = torch.arange(keys.shape[2], 0, -1) <= left
+        found.append(((keys, values), list(those), None if bool(seen.all()) else seen.to(keys.device)))
+    return found
 
 
 def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Tensor | None]]:
@@ -166,13 +190,12 @@ def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Tensor | None]
             pieces.append(((keys[:, :, :-new], values[:, :, :-new]), None))
         seen = _ahead(torch.ones(new, new, dtype=torch.bool, device=keys.device).tril(), part, "full")
         return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), seen.repeat(groups, 1))]
-    # before the first new id: the rest of its window, or what its chunk has
-    before = window - 1 if kind == "sliding" else reading.position % window
+    before = reading.seen_before(layer)
     tail.forget_before(before + new)
-    keys, values = tail.last(before + new)
-    count = keys.shape[2]
     if new == 1:
-        return [((keys, values), None)]
+        return [(tail.last(before + 1), None)]
+    keys, values = reading.window(layer, before + new)
+    count = keys.shape[2]
     at = torch.arange(count) + reading.position + new - count
     behind = at[-new:, None] - at
     seen = _ahead(behind >= 0, part, kind)
