@@ -170,9 +170,9 @@ def _spoilt(body: Body, seed: int) -> Body:
                 case 0:
                     del place[key]
                 case 1:
-                    place[key] = chance.choice(ODD)
+                    place[key] = copy.deepcopy(chance.choice(ODD))  # a thing of its own: it may be spoilt in turn
                 case _ if isinstance(place, dict):
-                    place[chance.choice(KEYS)] = chance.choice(ODD)
+                    place[chance.choice(KEYS)] = copy.deepcopy(chance.choice(ODD))
                 case _:
                     place.insert(key, copy.deepcopy(chance.choice([place[key], *ODD])))
             break
