@@ -6,6 +6,7 @@ import torch
 from engine.architectures import ARCHITECTURES, VOCABULARY, make
 from ropewalk.engine.cache import Reading
 from ropewalk.engine.day0 import generated, through_engine
+from ropewalk.engine.prefixes import pack, unpack
 from ropewalk.engine.runner import Runner
 
 NEW = 12
@@ -61,6 +62,18 @@ def test_many_on_one_segment_read_what_each_would_alone(name):
     alone = torch.cat([runner.forward([(Reading.after(runner.layout, [segment]), question)]) for question in questions])
     together = runner.forward([(Reading.after(runner.layout, [segment]), question) for question in questions])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_segment_comes_back_from_its_bytes_as_it_was(name):
+    runner = Runner(make(name))
+    reading = Reading.after(runner.layout, [])
+    runner.forward([(reading, ids(50, 1))])
+    segment = reading.close("doc", ids(50, 1))
+    back = unpack(memoryview(bytearray(pack(segment))), "doc", runner.layout, torch.device("cpu"))
+    assert back.nbytes == segment.nbytes
+    there, here = (runner.forward([(Reading.after(runner.layout, [one]), ids(5, 2))]) for one in (back, segment))
+    assert torch.equal(there, here)
 
 
 def test_a_segment_knows_its_size():

@@ -29,7 +29,8 @@ class Runner:
         decoder.set_attn_implementation(NAME)  # not that of a part that sees
         names = inspect.signature(model.forward).parameters
         self._past = "past_key_values" if "past_key_values" in names else "cache_params"
-        self._places = "position_ids" in names
+        handed = any(one.kind is one.VAR_KEYWORD for one in names.values())  # to the decoder, whatever it is
+        self._places = "position_ids" in names or (handed and "position_ids" in inspect.signature(decoder.forward).parameters)
         _check(decoder, self._places or set(self.layout.kinds) <= {"recurrent", "none"})
         stateful = set[int]()
         for module in model.modules():
