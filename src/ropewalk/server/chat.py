@@ -16,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from ropewalk.chat.messages import Document, FileId, MessagesRequest, ReplyEvent, Text, Turn
+from ropewalk.chat.messages import Document, FileId, Image, MessagesRequest, ReplyEvent, Text, Turn
 from ropewalk.chat.retrieval import chunks
 from ropewalk.engine.models import Models
 from ropewalk.errors import BadInput
 from ropewalk.files.catalog import File
 from ropewalk.files.documents import document
+from ropewalk.files.pictures import is_picture
 from ropewalk.server import logs, views, wire, words
 from ropewalk.server.answers import Answer, Hearing, Said, thread_of
 from ropewalk.server.messages import answer_of
@@ -98,13 +99,17 @@ class Asked:
 
     def request(self) -> MessagesRequest:
         """The conversation; files stand at its beginning, so that what was read of them is used again."""
-        documents = tuple(Document(FileId(file.id), file.filename, citations=True) for file in self.files)
+        shown = tuple(_shown(file) for file in self.files)
         turns: list[Turn] = []
         for question, reply in self.thread:
             turns += [Turn("user", (Text(question),)), Turn("assistant", (Text(reply),))]
         turns.append(Turn("user", (Text(self.question),)))
-        turns[0] = Turn("user", (*documents, *turns[0].blocks))
+        turns[0] = Turn("user", (*shown, *turns[0].blocks))
         return MessagesRequest(self.model, MOST_TOKENS, tuple(turns), temperature=0.0, stream=True)
+
+
+def _shown(file: File) -> Document | Image:
+    return Image(FileId(file.id)) if is_picture(file) else Document(FileId(file.id), file.filename, citations=True)
 
 
 async def chat(request: Request, visitor: Visitor) -> Response:
