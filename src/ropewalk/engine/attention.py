@@ -52,7 +52,8 @@ def batch_attention(
     """query [1, H, T, D] of all requests -> [1, T, H, D]; keys and values are those that the batch's readings keep."""
     batch, layout = _running[-1], _running[-1].parts[0].reading.layout
     layer = layout.sources[module.layer_idx]
-    latent = _checked(batch, layer, module, (key, value), attention_mask, query.shape[1])
+    own_mask = options.get("position_bias") if attention_mask is None else attention_mask
+    latent = _checked(batch, layer, module, (key, value), own_mask, query.shape[1])
     if latent is not None:
         query = latent.query(query)
     heads = 1 if latent is not None else key.shape[1]
