@@ -8,9 +8,9 @@ and 16,384 tokens:
 
     first_4k, second_4k    CPU seconds to the first piece of the answer to the first question about a document, and to another question
                            (the least of three; of one where the server begins anew); ratio_4k: the one by the other
-    users_ms_per_token     CPU milliseconds of the server for each token of `users` answers of 48 tokens at once, about the longest
-                           document, asked before: what is read for them included. 16 users, or 2 where a server reads the
-                           document anew for each and 16 would cost minutes
+    users_ms_per_token     CPU milliseconds of the server for each token of `users` answers of 48 tokens (with --quick 16) at once, about
+                           the longest document, asked before: what is read for them included. 16 users, or 2 where a server
+                           reads the document anew for each and 16 would cost minutes
     same_text              whether the first question, asked again, is answered with the same text
 
 Where a server dies or refuses, its error is the entry. Gates, of ours: same_text, and a second question that reads the document from
@@ -48,7 +48,7 @@ SERVERS: dict[str, Callable[..., AbstractContextManager[ChatServer]]] = {
 QUESTIONS = tuple(
     " ".join(["tell me about", *words.split(), "in the document above"]) for words in ("abc def", "ghi jkl", "mno pqr")
 )
-NEW, USERS_NEW, USERS, FEW = 8, 48, 16, 2
+NEW, USERS_NEW, USERS_NEW_QUICK, USERS, FEW = 8, 48, 16, 16, 2
 REREADS = 4  # a second question that costs more than a fourth of the first
 PATIENCE = 900.0
 
@@ -107,7 +107,8 @@ async def _questions(server: ChatServer, quick: bool, figures: dict[str, Any]) -
         server.idle()
         before = server.cpu_seconds()
         texts = [f"{QUESTIONS[0]}, user {number}" for number in range(users)]
-        answers = await asyncio.gather(*(server.ask(client, text, question, USERS_NEW) for question in texts))
+        most = USERS_NEW_QUICK if quick else USERS_NEW
+        answers = await asyncio.gather(*(server.ask(client, text, question, most) for question in texts))
         tokens = sum(answer.tokens for answer in answers)
         figures |= {"users": users, "users_ms_per_token": (server.cpu_seconds() - before) / tokens * 1e3}
 

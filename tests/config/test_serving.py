@@ -62,6 +62,8 @@ def test_without_models_the_registry_is_served(tmp_path):
         ("models:\n  a: {remote: openai, url: 'http://x', key: sk-1}", r"unknown key 'key'; did you mean 'key_env'\?"),
         ("models:\n  a: {remote: openai, url: 'http://x', key_env: sk-1}", "key_env is no name of an environment variable"),
         ("models:\n  a: {remote: openai, url: 'http://x', longest: many}", "longest is 'many'; expected a whole number"),
+        ("models:\n  a: {remote: anthropic, url: 'http://x', files: all}", "files is 'all'; expected inline or upload"),
+        ("models:\n  a: {remote: openai, url: 'http://x', files: upload}", "files: upload needs remote: anthropic"),
         ("models:\n  a: {base: x, url: 'http://x'}", "unknown key 'url'"),
         ("models:\n  a: {base: x, price: {cached: 1}}", "unknown key 'cached'; did you mean 'cache_read'"),
         ("models:\n  a: {base: x, price: {input: -1}}", "input is -1.0; expected 0 or more, for a million tokens"),
