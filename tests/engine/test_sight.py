@@ -67,6 +67,10 @@ class Served:
         self.engine = Engine(runner, self.prefixes, self.adapters, limits=limits, sight=self)
         self.encode = seeing.processor.tokenizer.encode
 
+    @property
+    def at_once(self) -> bool:
+        return self.sight.at_once
+
     def look(self, shown: Picture) -> Any:
         self.looks += 1
         return self.sight.look(shown)

@@ -52,11 +52,15 @@ class Prefixes(Protocol):
 class Sight(Protocol):
     """What the engine needs of engine/sight.py."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all ids of a picture have to be read in one pass: they see each other both ways."""
+
     def look(self, picture: Picture) -> Any:
         """What the model's eyes make of it."""
 
-    def read(self, reading: Reading, ids: Sequence[int], seen: Any) -> None:
-        """Reads the ids of a picture on a reading's end."""
+    def read(self, reading: Reading, seen: Any, begin: int, end: int) -> None:
+        """Reads the ids [begin, end) of a picture on a reading's end."""
 
 
 class Constraint(Protocol):
@@ -88,6 +92,8 @@ class Job:
     leader: Job | None  # the sample that reads the prompt for all of them
     constraint: Constraint | None
     random: torch.Generator
+    at_once: bool = False  # whether a picture is read in one pass
+    seen: Any = None  # what the model's eyes made of the picture at hand
     inside: int = 0  # ids of the first span of `todo` that have been read
     waits: bool = False  # another reads the span that comes next
     produced: int = 0
@@ -104,8 +110,8 @@ class Job:
     @property
     def reading(self) -> int:
         """Ids of the piece at hand: a step never reads past the end of a span."""
-        if self.shows:
-            return 1  # it is read whole, in a pass of its own
+        if self.shows and self.at_once:
+            return 1  # the scheduler is to find a place for it, however long it is
         if self.todo:
             return len(self.todo[0][0].ids) - self.inside
         return len(self.tail)
@@ -220,6 +226,7 @@ class Engine:
             leader,
             constraint,
             stream(request.sampling, request.id, sample),
+            self.sight is not None and self.sight.at_once,
         )
 
     def _acts_from(self, request: Request) -> int:
@@ -276,27 +283,30 @@ class Engine:
     def _run(self, turns: Sequence[Turn[Job]]) -> None:
         looking = [turn for turn in turns if turn.job.shows]
         if looking:  # one at a time: the others are not to wait for long
-            self._look(looking[0].job)
+            self._look(looking[0])
             turns = [turn for turn in turns if turn not in looking]
         if turns:
             self._pass(turns)
 
-    def _look(self, job: Job) -> None:
-        """Reads a picture."""
-        picture, count = job.shows, len(job.todo[0][0].ids)
+    def _look(self, turn: Turn[Job]) -> None:
+        """Reads a picture, or a part of it, in a pass of its own."""
+        job, picture = turn.job, turn.job.shows
         assert picture is not None
         assert self.sight is not None
         if picture.pixels is None:  # it was known when the request came, and is not any more
             self._end(job, "error", FORGOTTEN)
             return
         try:
-            seen, turn = self.sight.look(picture), Turn(job, count)
+            job.seen = self.sight.look(picture) if job.seen is None else job.seen
         except BadInput as error:
             self._end(job, "error", str(error))
             return
+        turn = Turn(job, len(job.todo[0][0].ids)) if self.sight.at_once else turn
         with self.adapters.rows(*self._rows([turn])) if self.adapters is not None else nullcontext():
-            self.sight.read(job.reading_on, job.todo[0][0].ids, seen)
+            self.sight.read(job.reading_on, job.seen, job.inside, job.inside + turn.count)
         self._has_read(turn)
+        if not job.inside:
+            job.seen = None
 
     def _pass(self, turns: Sequence[Turn[Job]]) -> None:
         turns = sorted(turns, key=lambda turn: turn.job.request.adapter or "")

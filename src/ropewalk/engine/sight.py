@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,26 +84,32 @@ class Sight:
         with _shape(picture.width, picture.height):
             return Seen(self.whole.get_image_features(**inputs, return_dict=True), dict(found))
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all ids of a picture have to be read in one pass: they see each other both ways."""
+        return bool(self._mutual)
+
     @torch.inference_mode()
-    def read(self, reading: Reading, ids: Sequence[int], seen: Seen) -> None:
-        """Reads the ids of a picture on a reading's end."""
-        shown = seen.layout["input_ids"][0].tolist()
-        assert tuple(shown) == tuple(ids), "the ids of a picture are those of its size"
-        types = self._types(seen)
-        part = Part(reading, 0, len(ids), self._sees(types[0]))
+    def read(self, reading: Reading, seen: Seen, begin: int, end: int) -> None:
+        """Reads the ids [begin, end) of a picture on a reading's end."""
+        ids, types = seen.layout["input_ids"], self._types(seen)
+        assert (begin, end) == (0, ids.shape[1]) or not self.at_once
+        part = Part(reading, 0, end - begin, self._sees(types[0]))
         places, shift = self._places(seen, types)
+        first = reading.position - begin + reading.shift
+        before, until = int(types[0, :begin].sum()), int(types[0, :end].sum())
         batch = Batch([part], self.whole.device)
         with running(batch):
             self.whole(
-                input_ids=torch.tensor([list(ids)], device=self.whole.device),
-                position_ids=(places + reading.position + reading.shift).to(self.whole.device),
+                input_ids=ids[:, begin:end].to(self.whole.device),
+                position_ids=(places[..., begin:end] + first).to(self.whole.device),
                 past_key_values=batch,
                 use_cache=True,
-                mm_encoder_outputs={"image": seen.features},
+                mm_encoder_outputs={"image": _part(seen.features, before, until)},
                 logits_to_keep=1,
             )
-        reading.position += len(ids)
-        reading.shift += shift
+        reading.position += end - begin
+        reading.shift += shift if end == ids.shape[1] else 0
 
     def _processed(self, image: Image.Image) -> Any:
         with _shape(image.width, image.height):
@@ -133,6 +140,21 @@ class Sight:
         block = torch.where(types == 1, begins.cumsum(0), 0)
         same = (block[:, None] == block[None]) & (block[:, None] > 0)
         return dict.fromkeys(self._mutual, same)
+
+
+def _part(features: Any, begin: int, end: int) -> Any:
+    """The features [begin, end) of a picture, with those that are added between layers."""
+
+    def cut(rows: Any) -> Any:  # a list of [N, H] for models that take pictures of many sizes, else one [1, N, H]
+        if isinstance(rows, Tensor):
+            return rows[begin:end] if rows.dim() == 2 else rows[:, begin:end]
+        return [cut(inner) for inner in rows]
+
+    found = copy(features)
+    for name in ("pooler_output", "deepstack_features"):
+        if getattr(features, name, None) is not None:
+            setattr(found, name, cut(getattr(features, name)))
+    return found
 
 
 def _names(model: Any, method: str) -> set[str]:
