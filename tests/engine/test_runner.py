@@ -74,6 +74,10 @@ def test_a_segment_comes_back_from_its_bytes_as_it_was(name):
     assert back.nbytes == segment.nbytes
     there, here = (runner.forward([(Reading.after(runner.layout, [one]), ids(5, 2))]) for one in (back, segment))
     assert torch.equal(there, here)
+    rounded = unpack(memoryview(bytearray(pack(segment, "int8"))), "doc", runner.layout, torch.device("cpu"))
+    about = runner.forward([(Reading.after(runner.layout, [rounded]), ids(5, 2))])
+    assert not torch.equal(about, here)
+    assert (about.log_softmax(-1) - here.log_softmax(-1)).abs().max() < 0.5
 
 
 def test_a_segment_knows_its_size():

@@ -49,6 +49,9 @@ class Layout:
     windows: tuple[int, ...]  # W of sliding layers, the size of a chunk of chunked ones; 0 elsewhere
     states: tuple[bool, ...]  # whether a layer has a recurrent state; some have one beside their attention
     sources: tuple[int, ...]  # the layer whose keys and values a layer attends to: nearly always itself
+    latents: frozenset[int] = (
+        frozenset()
+    )  # layers that keep latents and rotated keys, here beside each other as keys, and no values
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Layout:
@@ -327,11 +330,14 @@ class Batch:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
         """Appends new keys and values [1, K, T, D] to each request's tail; attention reads them from there."""
+        self.given[layer_idx] = keys, values
+        kept = keys, values
+        if layer_idx in self.parts[0].reading.layout.latents:
+            kept = torch.cat(kept, dim=-1), keys[..., :0]
         for part in self.parts:
             tail = part.reading.tails[layer_idx]
             assert tail is not None
-            tail.append(keys[:, :, part.begin : part.end], values[:, :, part.begin : part.end])
-        self.given[layer_idx] = keys, values
+            tail.append(*(new[:, :, part.begin : part.end] for new in kept))
         return keys, values
 
 

@@ -36,8 +36,8 @@ class Latent:
         return torch.cat([plain @ self._keys, rotated], dim=-1)
 
     def pair(self, kept: Pair) -> Pair:
-        """Latents and rotated keys as the keys [1, 1, T, R + P] and values [1, 1, T, R] of one head."""
-        return torch.cat(kept, dim=-1), kept[0]
+        """Latents and rotated keys [1, 1, T, R + P] as the keys, and the latents among them as the values, of one head."""
+        return kept[0], kept[0][..., : self._keys.shape[2]]
 
     def result(self, out: Tensor) -> Tensor:
         """[1, H, T, R] -> [1, H, T, V]."""

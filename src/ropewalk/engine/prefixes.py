@@ -245,7 +245,8 @@ def pack(segment: Segment, disk_format: Format = "exact") -> bytes:
             for name, states in (("convolution", layer.convolutions), ("recurrent", layer.recurrents)):
                 tensors |= {f"{number}.{name}.{i}": state for i, state in enumerate(states) if state is not None}
         for name, tensor in zip(("keys", "values"), segment.pair(number) or ()):
-            tensors |= _packed(f"{number}.{name}", tensor) if disk_format == "int8" else {f"{number}.{name}": tensor}
+            rounded = disk_format == "int8" and tensor.numel() > 0
+            tensors |= _packed(f"{number}.{name}", tensor) if rounded else {f"{number}.{name}": tensor}
     about = {
         "version": VERSION,
         "key": segment.key,

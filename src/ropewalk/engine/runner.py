@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ropewalk.engine.attention import NAME, register, running
 from ropewalk.engine.cache import ELSEWHERE, Batch, Layout, Part, Reading, per_request
+from ropewalk.engine.latent import is_latent
 from ropewalk.errors import ModelError
 
 _RUNS = "_ropewalk_runner"
@@ -32,6 +34,8 @@ class Runner:
         handed = any(one.kind is one.VAR_KEYWORD for one in names.values())  # to the decoder, whatever it is
         self._places = "position_ids" in names or (handed and "position_ids" in inspect.signature(decoder.forward).parameters)
         _check(decoder, self._places or set(self.layout.kinds) <= {"recurrent", "none"})
+        latents = frozenset(module.layer_idx for module in decoder.modules() if is_latent(module))
+        self.layout = replace(self.layout, latents=latents)
         stateful = set[int]()
         for module in model.modules():
             past = _past_of(module)
