@@ -33,7 +33,7 @@ FOLDERS = {
     "models": {"kernels", "registry"},
     "chat": {"files", "ids"},
     "files": {"batches", "tenants", "database", "vault", "sandbox", "home", "ids", "failpoints", "folders"},
-    "batches": {"tenants", "database", "vault", "ids"},
+    "batches": {"tenants", "database", "vault", "ids", "failpoints"},
     "tenants": {"database", "vault", "home", "ids"},
     "migrations": {"batches", "files", "tenants", "database"},
     "checks": {"sandbox"},

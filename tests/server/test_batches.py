@@ -1,12 +1,14 @@
 """Message batches through the official SDK against a real server: results, refusals, paging, time, and a server that is killed."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +29,7 @@ from ropewalk.registry import Registry
 from ropewalk.tenants.keys import create_key
 
 MODEL = "batches-tiny"
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +112,45 @@ def test_a_batch_that_cannot_be_is_refused_as_a_whole(sdk):
     ):
         with pytest.raises(anthropic.BadRequestError, match=says):
             sdk.messages.batches.create(requests=sent)
+
+
+def test_while_a_large_batch_is_read_others_are_answered(server):
+    _, key = server.workspace("large batches")
+    count, text = 4_000, "The lighthouse was built in 1907. " * 300  # 40 MB
+
+    def body():
+        yield b'{"requests": ['
+        for n in range(count):
+            entry = {"custom_id": f"id{n}", "params": asks(text, model="none", temperature=0.5, stop_sequences=["\n"] * 40)}
+            yield (b"," if n else b"") + json.dumps(entry).encode()
+        yield b"]}"
+
+    whole = b"".join(body())
+    waits, done = [], threading.Event()
+
+    def look():
+        with server.http() as other:
+            while not done.is_set():
+                begun = time.monotonic()
+                assert other.get("/health").status_code == 200
+                waits.append(time.monotonic() - begun)
+                time.sleep(0.005)
+
+    looking = threading.Thread(target=look)
+    with server.http(key) as client:
+        looking.start()
+        try:
+            begun = time.monotonic()
+            made = client.post("/v1/messages/batches", content=whole).json()
+            seconds = time.monotonic() - begun
+        finally:
+            done.set()
+            looking.join()
+        assert made["request_counts"]["processing"] == count
+        client.post(f"/v1/messages/batches/{made['id']}/cancel").raise_for_status()
+    # Read at once, the body would stop everything for a third of the time that it takes; in pieces, for less than a tenth of that.
+    assert len(waits) > 10
+    assert sorted(waits)[len(waits) * 9 // 10] < seconds / 10, (seconds, waits)
 
 
 def test_batches_are_paged_newest_first_and_deleted_once_they_have_ended(server):
@@ -229,10 +270,35 @@ def opened(root_key, tmp_path):
     return run
 
 
+async def given(*some):
+    """Requests as they come with a body."""
+    for asked in some:
+        yield asked
+
+
+def test_a_batch_that_comes_to_no_end_leaves_nothing(opened):
+    async def half():
+        yield [(f"id{n}", {}) for n in range(1_200)]
+        raise ConnectionError
+
+    async def body(store, caller):
+        ledger = Ledger(store.database, store.vault)
+        with pytest.raises(ConnectionError):
+            await ledger.create(caller, "2023-06-01", half())
+        async with store.database.reading() as connection:
+            for table in (batches, batch_items):
+                assert (await connection.execute(select(table))).all() == []
+        whole = await ledger.create(caller, "2023-06-01", given([(f"id{n}", {"n": n}) for n in range(1_200)], [("last", {})]))
+        assert (whole.total, whole.unanswered) == (1_201, 1_201)
+        assert [item.number for item in await ledger.claim(1_201)] == list(range(1_201))
+
+    opened(body)
+
+
 def test_two_processes_share_a_batch_and_one_answer_counts(opened):
     async def body(store, caller):
         first, second = (Ledger(store.database, store.vault) for _ in range(2))
-        batch = await first.create(caller, "2023-06-01", [(f"id{n}", {"n": n}) for n in range(7)])
+        batch = await first.create(caller, "2023-06-01", given([(f"id{n}", {"n": n}) for n in range(7)]))
         claimed = [*await first.claim(3), *await second.claim(3), *await first.claim(3)]
         assert sorted(item.params["n"] for item in claimed) == list(range(7))
         assert [*await first.claim(3), *await second.claim(3)] == []
@@ -252,7 +318,7 @@ def test_a_lease_that_is_not_renewed_runs_out(opened):
     async def body(store, caller):
         first, second = (Ledger(store.database, store.vault, 10.0) for _ in range(2))
         with time_machine.travel(1_800_000_000, tick=False) as clock:
-            await first.create(caller, "2023-06-01", [("a", {})])
+            await first.create(caller, "2023-06-01", given([("a", {})]))
             (item,) = await first.claim(1)
             clock.shift(9)
             await first.renew()
@@ -274,8 +340,8 @@ def test_workspaces_take_turns(opened):
         other = await store.local_caller((await create_workspace(store.database, store.vault, "other")).id)
         ledger = Ledger(store.database, store.vault)
         for _ in range(2):
-            await ledger.create(caller, "2023-06-01", [(f"id{n}", {}) for n in range(4)])
-        await ledger.create(other, "2023-06-01", [(f"id{n}", {}) for n in range(2)])
+            await ledger.create(caller, "2023-06-01", given([(f"id{n}", {}) for n in range(4)]))
+        await ledger.create(other, "2023-06-01", given([(f"id{n}", {}) for n in range(2)]))
         turns = [(await ledger.claim(1))[0].batch.workspace_id for _ in range(4)]
         assert turns.count(other.workspace_id) == 2
 
@@ -285,7 +351,7 @@ def test_workspaces_take_turns(opened):
 def test_what_is_asked_and_answered_is_not_there_to_be_read_and_goes_with_the_batch(opened, tmp_path):
     async def body(store, caller):
         ledger = Ledger(store.database, store.vault)
-        batch = await ledger.create(caller, "2023-06-01", [("a", {"secret": "PELLWORM-QUESTION"})])
+        batch = await ledger.create(caller, "2023-06-01", given([("a", {"secret": "PELLWORM-QUESTION"})]))
         (item,) = await ledger.claim(1)
         assert item.params == {"secret": "PELLWORM-QUESTION"}
         await ledger.answer(item, "succeeded", {"type": "succeeded", "text": "PELLWORM-ANSWER"})

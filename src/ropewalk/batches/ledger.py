@@ -1,6 +1,6 @@
 """Batches of messages as they are written down: requests are claimed under a lease, and each is answered once.
 
-create      rows of requests in portions, then `complete`: a batch is there as a whole, or not at all
+create      rows of requests in portions while they come, then `complete`: a batch is there as a whole, or not at all
 claim       a lease on some requests; whoever holds it renews it, and after a crash it runs out
 answer      the result and the batch's counts in one transaction, only where there is no result yet; the last one ends the batch
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, delete, insert, select, tuple_, update
@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ropewalk.batches.tables import batch_items, batches
 from ropewalk.database import Database, now
 from ropewalk.errors import BadInput, NotFound
+from ropewalk.failpoints import failpoint
 from ropewalk.ids import new_id
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
@@ -102,8 +103,8 @@ class Ledger:
 
     # -- what clients ask for
 
-    async def create(self, caller: Caller, version: str, asked: Sequence[Asked]) -> Batch:
-        """A batch of these requests; durable when it returns."""
+    async def create(self, caller: Caller, version: str, asked: AsyncIterable[Sequence[Asked]]) -> Batch:
+        """A batch of these requests, written down while they come; durable when it returns, and no more if they come to no end."""
         caller.needs("write")
         id, moment, key = new_id("msgbatch"), now(), new_key()
         async with self.database.reading() as connection:
@@ -117,8 +118,8 @@ class Ledger:
             rights=" ".join(sorted(caller.rights)),
             version=version,
             sealed_key=sealed,
-            total=len(asked),
-            unanswered=len(asked),
+            total=0,
+            unanswered=0,
             succeeded=0,
             errored=0,
             canceled=0,
@@ -132,13 +133,42 @@ class Ledger:
         row = {field.name: getattr(batch, field.name) for field in fields(Batch)}
         async with self.database.writing() as connection:
             await connection.execute(insert(batches).values(**row, complete=False))
-        portions = _portions(id, key, asked)
-        while portion := await asyncio.to_thread(next, portions, None):
+        failpoint("batch.begun")
+        try:
+            count = await self._take_in(id, key, asked)
+        except BaseException:
             async with self.database.writing() as connection:
-                await connection.execute(insert(batch_items), portion)
+                await _drop(connection, [id])
+            raise
+        moment = now()  # its day begins when it is there
+        batch = replace(batch, total=count, unanswered=count, created_at=moment, expires_at=moment + LIFE)
+        whole = {name: getattr(batch, name) for name in ("total", "unanswered", "created_at", "expires_at")}
         async with self.database.writing() as connection:
-            await connection.execute(update(batches).where(batches.c.id == id).values(complete=True))
+            await connection.execute(update(batches).where(batches.c.id == id).values(complete=True, **whole))
+        failpoint("batch.complete")
         return batch
+
+    async def _take_in(self, id: str, key: bytes, asked: AsyncIterable[Sequence[Asked]]) -> int:
+        """Writes requests down, sealed, in portions; how many they were."""
+        rows: list[dict[str, Any]] = []
+        count = 0
+
+        async def write() -> None:
+            async with self.database.writing() as connection:
+                await connection.execute(insert(batch_items), rows)
+            rows.clear()
+            failpoint("batch.portion")
+
+        async for some in asked:
+            for begin in range(0, len(some), PORTION):
+                group = some[begin : begin + PORTION]
+                rows += await asyncio.to_thread(_rows, id, key, count, group)
+                count += len(group)
+                if len(rows) >= PORTION or sum(len(row["request"]) for row in rows) >= PORTION_BYTES:
+                    await write()
+        if rows:
+            await write()
+        return count
 
     async def show(self, caller: Caller, id: str) -> Batch:
         """One batch; NotFound also for another's."""
@@ -244,6 +274,7 @@ class Ledger:
             await connection.execute(
                 update(batch_items).where(items.batch_id == batch.id, items.number.in_(numbers)).values(held)
             )
+        failpoint("batch.claimed")
         return [
             Item(batch, row.number, row.custom_id, _opened(key, row.request, f"request {row.number}"), row.tries + 1)
             for row in rows
@@ -275,7 +306,9 @@ class Ledger:
             done = await connection.execute(update(batch_items).where(_is(item)).values(values))
             if done.rowcount:
                 await _count(connection, item.batch.id, outcome, 1)
-            return bool(done.rowcount)
+            failpoint("batch.answering")
+        failpoint("batch.answered")
+        return bool(done.rowcount)
 
     # -- what time does
 
@@ -285,7 +318,7 @@ class Ledger:
         going = batches.c.complete & batches.c.ended_at.is_(None)
         stopped = batches.c.cancel_initiated_at.is_not(None) | (batches.c.expires_at <= moment)
         old = batches.c.archived_at.is_(None) & batches.c.ended_at.is_not(None) & (batches.c.created_at <= moment - KEPT)
-        lost = ~batches.c.complete & (batches.c.created_at <= moment - HOUR)
+        lost = ~batches.c.complete & (batches.c.created_at <= moment - LIFE)  # no body comes for so long
         async with self.database.reading() as connection:
             rows = (await connection.execute(select(*COLUMNS, batches.c.complete).where((going & stopped) | old | lost))).all()
         for row in rows:
@@ -365,20 +398,13 @@ async def _drop_items(connection: AsyncConnection, ids: Sequence[str]) -> None:
     await connection.execute(delete(batch_items).where(batch_items.c.batch_id.in_(ids)))
 
 
-def _portions(id: str, key: bytes, asked: Sequence[Asked]) -> Iterator[list[dict[str, Any]]]:
-    """Rows of requests, sealed as they are needed."""
-    rows: list[dict[str, Any]] = []
-    size = 0
-    for number, (custom_id, params) in enumerate(asked):
-        sealed = _sealed(key, params, f"request {number}")
-        row = {"batch_id": id, "number": number, "custom_id": custom_id, "request": sealed, "lease_until": 0, "tries": 0}
-        rows.append(row)
-        size += len(sealed)
-        if len(rows) == PORTION or size >= PORTION_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
+def _rows(id: str, key: bytes, first: int, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Rows of requests, sealed."""
+    free = {"batch_id": id, "lease_until": 0, "tries": 0}
+    return [
+        {**free, "number": number, "custom_id": custom_id, "request": _sealed(key, params, f"request {number}")}
+        for number, (custom_id, params) in enumerate(asked, first)
+    ]
 
 
 def _sealed(key: bytes, content: Mapping[str, Any], purpose: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from ropewalk.batches.ledger import Item, Ledger
+from ropewalk.batches.ledger import Asked, Item, Ledger
 from ropewalk.engine.models import Models
 from ropewalk.ids import new_id
 from ropewalk.server import body, logs
@@ -19,16 +20,15 @@ from ropewalk.server.auth import caller_of
 from ropewalk.server.batch_runner import BatchRunner
 from ropewalk.server.files import MAX_LIMIT, limit_of
 from ropewalk.server.messages import answer_of, version_of
-from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, named, operation, query, record
 from ropewalk.server.operations import Metrics
 from ropewalk.server.wire import JSON, failure
 from ropewalk.server.wire_batches import (
+    BatchReader,
     batch_body,
     batch_deleted,
     batch_list,
     errored,
-    read_batch,
     read_item,
     result_line,
     succeeded,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 MAX_BYTES = 256_000_000
+PIECE = 1 << 18  # bytes that are read at a time, in a thread: a large body keeps nobody waiting
 DEFAULT_LIMIT = 20
 
 
@@ -49,9 +50,7 @@ DEFAULT_LIMIT = 20
 )
 async def create(request: Request) -> JSON:
     """POST /v1/messages/batches"""
-    version = version_of(request)
-    asked = read_batch(Node(await body.read_json(request, MAX_BYTES)))
-    made = await _ledger(request).create(caller_of(request), version, asked)
+    made = await _ledger(request).create(caller_of(request), version_of(request), _asked(request))
     request.app.state.batches.look()
     return JSON(batch_body(made))
 
@@ -110,6 +109,20 @@ async def results(request: Request) -> StreamingResponse:
             yield result_line(custom_id, outcome, result)
 
     return StreamingResponse(lines(), 200, {"cache-control": "no-store"}, "application/x-jsonl")
+
+
+async def _asked(request: Request) -> AsyncIterator[list[Asked]]:
+    """The requests of a body, while it comes."""
+    reader, piece, received = BatchReader(), bytearray(), 0
+    async for chunk in body.read(request):
+        received += len(chunk)
+        if received > MAX_BYTES:
+            raise body.too_large(request, f"the body has more than {MAX_BYTES:,} bytes; send several batches")
+        piece += chunk
+        if len(piece) >= PIECE:
+            yield await asyncio.to_thread(reader.feed, bytes(piece))
+            piece.clear()
+    yield await asyncio.to_thread(reader.feed, bytes(piece), last=True)
 
 
 def runner_of(app: Starlette) -> BatchRunner:

@@ -10,30 +10,46 @@ from typing import Any
 from ropewalk.batches.ledger import Asked, Batch, Outcome, Page
 from ropewalk.chat.messages import MessagesRequest
 from ropewalk.database import timestamp
+from ropewalk.server.entries import Entries
 from ropewalk.server.node import Node
 from ropewalk.server.wire import error_body, list_ends
 from ropewalk.server.wire_messages import read_request
 
 MAX_REQUESTS = 100_000
+MAX_CHARACTERS = 32_000_000  # of one request: as by itself
 CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-def read_batch(body: Node) -> list[Asked]:
-    """What is asked. The requests themselves are read when their turn comes, and what is wrong with one is its result."""
-    body.only({"requests", "betas"})
-    found = body.need("requests")
-    asked: dict[str, Mapping[str, Any]] = {}
-    for entry in found.items(MAX_REQUESTS):
+class BatchReader:
+    """What is asked, while it comes. The requests themselves are read when their turn comes, and what is wrong with one is its result."""
+
+    def __init__(self) -> None:
+        self._entries = Entries("requests", MAX_CHARACTERS)
+        self._seen: set[str] = set()
+
+    def feed(self, data: bytes, last: bool = False) -> list[Asked]:
+        """The requests that these bytes of the body have made whole."""
+        first = self._entries.count
+        asked = [self._asked(Node(entry, f"requests.{n}")) for n, entry in enumerate(self._entries.feed(data, last), first)]
+        found = Node([None] * self._entries.count, "requests")
+        found.items(MAX_REQUESTS)
+        if last:
+            body = Node(self._entries.others)
+            body.only({"requests", "betas"})
+            body.need("requests").items()
+            if not self._seen:
+                raise found.fail("List should have at least 1 item")
+        return asked
+
+    def _asked(self, entry: Node) -> Asked:
         entry.only({"custom_id", "params"})
         id = entry.need("custom_id")
         if not CUSTOM_ID.fullmatch(id.text()):
             raise id.fail(f"String should match pattern '^{CUSTOM_ID.pattern}$'")
-        if id.value in asked:
+        if id.value in self._seen:
             raise id.fail(f"custom_id must be unique within a batch; '{id.value}' was there before")
-        asked[id.value] = entry.need("params").record()
-    if not asked:
-        raise found.fail("List should have at least 1 item")
-    return list(asked.items())
+        self._seen.add(id.value)
+        return id.value, entry.need("params").record()
 
 
 def read_item(params: Mapping[str, Any], version: str) -> MessagesRequest:
