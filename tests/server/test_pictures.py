@@ -19,6 +19,7 @@ from ropewalk.chat.template import Template
 from ropewalk.config.serving import EngineOptions, Serving
 from ropewalk.files.fetch import Fetched
 from ropewalk.files.settings import Settings
+from ropewalk.models.base import make_base
 from ropewalk.models.seeing import load_processor
 from ropewalk.registry import Registry
 from ropewalk.server.settings import ServerSettings
@@ -29,7 +30,9 @@ WORDS = 8
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(name, tmp_path_factory.mktemp(name)) for name in ("qwen3_5_moe", "gemma4")}
+    blind = tmp_path_factory.mktemp("blind") / "base"
+    make_base(blind, "qwen3_moe", size="tiny", seed=3)
+    return {name: make(name, tmp_path_factory.mktemp(name)) for name in ("qwen3_5_moe", "gemma4")} | {"blind": blind}
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +265,15 @@ def test_a_picture_is_looked_at_ahead_of_its_first_question(asked, sdk):
     assert warmed["usage"]["cache_creation_input_tokens"] >= 64
     usage = sdk.messages.create(**request(shown({"type": "file", "file_id": id}), "What is it?")).usage
     assert usage.cache_creation_input_tokens == 0
+
+
+def test_a_model_that_sees_nothing_says_so(asked, sdk):
+    question = request(shown(sent(png(noise(9)))), "What is it?", model="blind")
+    for ask in (
+        lambda: sdk.messages.create(**question),
+        lambda: sdk.messages.count_tokens(model="blind", messages=question["messages"]),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match="this model reads no images"):
+            ask()
+    with asked.sdk() as client:
+        assert not client.models.retrieve("blind").capabilities.image_input.supported
