@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ropewalk.data.tokenise import BadRow, Block
 from ropewalk.errors import BadInput, OutputError
+from ropewalk.folders import sync_folder
 
 COLUMNS = ("tokens", "mask", "lengths", "trained", "digests")
 LISTED = 1000  # bad rows kept by name; all are counted
@@ -131,7 +132,7 @@ def _build(partial: Path, whole: Path, blocks: Blocks) -> None:
         growing.close()
     with _written(partial):
         os.rename(partial, whole)
-        _sync_folder(whole.parent)
+        sync_folder(whole.parent)
 
 
 def _mapped(path: Path, kind: Any) -> NDArray[Any]:
@@ -146,14 +147,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

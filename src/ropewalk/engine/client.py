@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk import errors
+from ropewalk.engine import child
 from ropewalk.engine.lines import EngineSettings, read_event, write_request
 from ropewalk.engine.request import FORGOTTEN, Event, Request, Span
-from ropewalk.errors import BadInput, EngineDied, Overloaded, RopewalkError
+from ropewalk.errors import BadInput, EngineDied, Overloaded
 
-LINE = 1 << 26  # bytes of one line at most
 MOST_SIZES = 10_000  # of pictures, whose ids are remembered
-STOP_SECONDS = 10.0
 
 
 Pixels = Callable[[Iterable[str]], Awaitable[dict[str, bytes]]]
@@ -55,24 +51,13 @@ class EngineClient:
         async with self._starting:
             if self._process is not None and self._process.returncode is None:
                 return
-            command = [sys.executable, "-m", "ropewalk.engine.worker"]
-            pipe = asyncio.subprocess.PIPE
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWALK_ROOT_KEY")}
-            process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE, env=environment)
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(asdict(self.settings)).encode() + b"\n")
-                first = await process.stdout.readline()
-            except asyncio.CancelledError:  # nobody knows the process yet: it would stay for ever
-                process.kill()
-                raise
+            process, first = await child.start("ropewalk.engine.worker", asdict(self.settings))
             if not first:
                 raise EngineDied(f"the engine for {self.settings.base} did not start; its messages are on the error stream")
             ready = json.loads(first)
             if "failed" in ready:
                 await process.wait()
-                raise _error(ready["failed"], ready["message"])
+                raise child.raised(ready["failed"], ready["message"])
             self.longest, self._process = ready["longest"], process
             self.eyes = Eyes(**ready["sight"]) if "sight" in ready else None
             self._reader = asyncio.create_task(self._read(process))
@@ -144,14 +129,7 @@ class EngineClient:
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
             return
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await child.end(process)
         if self._reader is not None:
             await self._reader
 
@@ -165,7 +143,7 @@ class EngineClient:
         finally:
             self._answers.pop(number, None)
         if "error" in found:
-            raise _error(found["error"], found["message"])
+            raise child.raised(found["error"], found["message"])
         return found
 
     def _send(self, command: dict[str, Any]) -> None:
@@ -199,11 +177,3 @@ def _with_pixels(request: Request, pixels: dict[str, bytes]) -> Request:
         return replace(found, picture=replace(found.picture, pixels=pixels[found.picture.digest]))
 
     return replace(request, prefix=tuple(map(span, request.prefix)))
-
-
-def _error(name: str, message: str) -> RopewalkError:
-    """An error of the other process, as it was raised there."""
-    kind = getattr(errors, name, RopewalkError)
-    error: RopewalkError = RopewalkError.__new__(kind)
-    Exception.__init__(error, message)
-    return error

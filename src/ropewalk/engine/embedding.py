@@ -9,8 +9,6 @@ import asyncio
 import base64
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +16,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ropewalk import errors
 from ropewalk.chat.retrieval import chunks
 from ropewalk.config.serving import Embeddings
+from ropewalk.engine import child
 from ropewalk.engine.upstream import Upstream
-from ropewalk.errors import EngineDied, RopewalkError
+from ropewalk.errors import EngineDied
 from ropewalk.files.reading import Document
 from ropewalk.files.store import Store
 from ropewalk.models.identity import weights_digest
@@ -30,8 +28,6 @@ from ropewalk.tenants.caller import Caller
 
 KIND = "vectors"  # of what is kept beside a file
 AT_ONCE = 32  # texts of one call: a question waits for no more of another file's
-LINE = 1 << 26
-STOP_SECONDS = 5.0
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # texts, dimensions
 
 
@@ -66,9 +62,10 @@ class LocalEncoder:
         async with self._turn:
             process = await self._started()
             assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 process.stdin.write(json.dumps({"texts": list(texts)}).encode() + b"\n")
-                answer = await self._line(process)
+                answer = _told(await process.stdout.readline())
             except BaseException:  # what it still says would be taken for the next answer
                 self._process = None
                 if process.returncode is None:
@@ -80,45 +77,20 @@ class LocalEncoder:
 
     async def close(self) -> None:
         process, self._process = self._process, None
-        if process is None or process.returncode is not None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        if process is not None:
+            await child.end(process)
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
-        command = [sys.executable, "-m", "ropewalk.engine.embedding_worker"]
-        pipe = asyncio.subprocess.PIPE
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("ROPEWALK_ROOT_KEY")}
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=LINE, env=environment)
-        assert process.stdin is not None
+        process, first = await child.start("ropewalk.engine.embedding_worker", self._settings)
         try:
-            process.stdin.write(json.dumps(self._settings).encode() + b"\n")
-            await self._line(process)
+            _told(first)
         except BaseException:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+            await child.end(process)
             raise
         self._process = process
         return process
-
-    async def _line(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
-        assert process.stdout is not None
-        line = await process.stdout.readline()
-        if not line:
-            raise EngineDied("the encoder of embeddings stopped; its messages are on the error stream. Ask again")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise _error(found["error"], found["message"])
-        return found
 
 
 class RemoteEncoder:
@@ -162,6 +134,11 @@ class Meanings:
         wanted = (await self._encoder.encode([self._options.query + question]))[0]
         return [(await self._of_file(caller, id, document, size) @ wanted).tolist() for id, document in asked]
 
+    async def prepare(self, caller: Caller, read: Sequence[tuple[str, Document]], size: int) -> None:
+        """Makes the vectors of these files ahead of the first question about them."""
+        for id, document in read:
+            await self._of_file(caller, id, document, size)
+
     async def close(self) -> None:
         await self._encoder.close()
 
@@ -184,8 +161,10 @@ class Meanings:
             return found
 
 
-def _error(name: str, message: str) -> RopewalkError:
-    kind: type[RopewalkError] = getattr(errors, name, RopewalkError)
-    error = RopewalkError.__new__(kind)
-    Exception.__init__(error, message)
-    return error
+def _told(line: bytes) -> dict[str, Any]:
+    if not line:
+        raise EngineDied("the encoder of embeddings stopped; its messages are on the error stream. Ask again")
+    found: dict[str, Any] = json.loads(line)
+    if "error" in found:
+        raise child.raised(found["error"], found["message"])
+    return found
