@@ -3,6 +3,7 @@
 from alembic import context
 
 import ropewalk.batches.tables
+import ropewalk.compare.tables
 import ropewalk.files.tables
 import ropewalk.tenants.tables  # noqa: F401  (they put their tables into `metadata`)
 from ropewalk.database import metadata
