@@ -1,4 +1,4 @@
-"""A conversation and its reply, as everything here speaks of them; the JSON of the Claude API is server/wire_messages.py's.
+"""A conversation and its reply, as everything here speaks of them; the JSON of the Claude API is server/wire_*.py's.
 
 wire -> MessagesRequest -> prompt -> engine -> reply blocks -> wire
 """
