@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ropewalk.compare.anytime import stops
 from ropewalk.compare.ballots import Ballot, tally
 from ropewalk.compare.evidence import Evidence, Finding, JudgeRecord, Kind, Row, Trouble
 from ropewalk.compare.judging import Judgement, Lineage, Model, admission, kinship, preferences
@@ -20,9 +22,9 @@ FIT = JudgeRecord("stub", True, True, 0.1, "judge stub: admitted")
 def passes(rng: Rng, n: int, gain: float = 0.0, size: int = 1, shared: float = 0.0) -> list[Row]:
     """Pass/fail rows of a candidate that gains so much; prompts of one group share their luck at the given rate."""
 
-    def luck() -> np.ndarray:
+    def luck() -> NDArray[np.float64]:
         own, common = rng.random((n // size, size)), rng.random((n // size, 1))
-        return np.where(rng.random((n // size, size)) < shared, common, own).ravel()
+        return np.asarray(np.where(rng.random((n // size, size)) < shared, common, own).ravel(), dtype=float)
 
     old = luck() < PASS
     up, down = (CHURN / 2 + max(gain, 0)) / (1 - PASS), (CHURN / 2 + max(-gain, 0)) / PASS
@@ -48,8 +50,6 @@ def best_of(rng: Rng, candidates: int, n: int = 200) -> Verdict:
 
 def peeked(rng: Rng, n: int = PROMPTS) -> Verdict:
     """A run that is looked at after every prompt and stops as soon as it may."""
-    from ropewalk.compare.anytime import stops
-
     rows = passes(rng, n)
     return said(rows[: stops(group_means(rows), SHIP_LEVEL) or n], anytime=True)
 
