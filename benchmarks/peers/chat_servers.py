@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import httpx
 from measure import TICK, descendants
 from peers.environments import OFFLINE, TRANSFORMERS_SERVE
 from peers.file_servers import ropewalk as started
+from peers.file_servers import running
 from peers.lean_http import free_port
 from peers.llama_cpp import SOURCE, ensure
 
@@ -200,20 +200,9 @@ def llama(model: Path, folder: Path, *, install: bool) -> Iterator[ChatServer]:
 
 @contextmanager
 def _running(command: list[str], folder: Path, port: int, variables: Mapping[str, str]) -> Iterator[tuple[Any, Path]]:
-    log = folder / "log.txt"
-    own = os.environ | ONE_THREAD | {"PYTHONWARNINGS": "ignore"} | dict(variables)
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own, start_new_session=True)
-    try:
+    with running(command, folder, ONE_THREAD | {"PYTHONWARNINGS": "ignore"} | dict(variables)) as (process, log):
         _wait(process, port, log)
         yield process, log
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, seconds: float = 180.0) -> None:

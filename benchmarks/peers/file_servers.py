@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def ropewalk(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
     if not folder.exists():
         asyncio.run(_with_a_key(folder))
     command = [sys.executable, "-m", "ropewalk", "serve", "--port", str(port), "--data", str(folder), *options]
-    with _running(command, folder, environment) as (process, log):
+    with running(command, folder, environment) as (process, log):
         wait_for(port, "/health", process, log)
         yield Server("Ropewalk", port, folder, process, {"x-api-key": KEY, "anthropic-version": "2023-06-01"})
 
@@ -126,13 +126,14 @@ def ogx(folder: Path, *, install: bool) -> Iterator[Server]:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
     config.write_text(OGX_CONFIG.format(folder=folder, port=port))
-    with _running([OGX.program("ogx"), "run", str(config), "--insecure"], folder, OGX.variables) as (process, log):
+    with running([OGX.program("ogx"), "run", str(config), "--insecure"], folder, OGX.variables) as (process, log):
         wait_for(port, "/v1/health", process, log)
         yield Server(f"OGX {version}", port, folder, process, fields={"purpose": "assistants"})
 
 
 @contextmanager
-def _running(command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[Any, Path]]:
+def running(command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[Any, Path]]:
+    """A process in a session of its own, and its log; ended with all that it started."""
     log = folder.with_suffix(".log")
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -141,7 +142,8 @@ def _running(command: list[str], folder: Path, environment: Mapping[str, str]) -
     try:
         yield process, log
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it was killed
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
