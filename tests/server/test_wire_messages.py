@@ -250,6 +250,7 @@ MARK = {"cache_control": {"type": "ephemeral"}}
             "`max_tokens` must be greater than `thinking.budget_tokens`",
         ),
         ({"temperature": 1.5}, "temperature: Input should be less than or equal to 1"),
+        ({"top_p": 10**400}, "top_p: Input should be less than or equal to 1"),
         ({"top_k": -1}, "top_k: Input should be greater than or equal to 0"),
         ({"stop_sequences": [" "]}, "stop_sequences.0: each stop sequence must contain non-whitespace"),
         ({"speling": 1}, "speling: Extra inputs are not permitted"),

@@ -101,7 +101,9 @@ class Node:
         return self.value
 
     def number(self, least: float, most: float) -> float:
-        if not isinstance(self.value, int | float) or isinstance(self.value, bool) or not math.isfinite(self.value):
+        if not isinstance(self.value, int | float) or isinstance(self.value, bool):
+            raise self.fail("Input should be a valid number")
+        if isinstance(self.value, float) and not math.isfinite(self.value):  # an integer may be too large to be asked that
             raise self.fail("Input should be a valid number")
         self._within(self.value, least, most)
         return float(self.value)
