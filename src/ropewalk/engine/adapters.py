@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ropewalk.engine.cache import Part, focus
+from ropewalk.engine.cache import Part
 from ropewalk.engine.engine import Rows
 from ropewalk.engine.latent import EXPANSION, is_latent
+from ropewalk.engine.recurrent import focus
 from ropewalk.errors import ModelError, NotFound
 from ropewalk.models.experts import expert_modules, experts_forward
 from ropewalk.models.lora import LoraSpec, attach

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.attention import NAME, register, running
-from ropewalk.engine.cache import ELSEWHERE, Batch, Layout, Part, Reading, per_request
+from ropewalk.engine.cache import ELSEWHERE, Batch, Layout, Part, Reading
 from ropewalk.engine.latent import is_latent
+from ropewalk.engine.recurrent import past_of, per_request
 from ropewalk.errors import ModelError
 
 _RUNS = "_ropewalk_runner"
@@ -38,7 +39,7 @@ class Runner:
         self.layout = replace(self.layout, latents=latents)
         stateful = set[int]()
         for module in model.modules():
-            past = _past_of(module)
+            past = past_of(module)
             if past:
                 per_request(module, past, self.layout.config)
                 stateful.add(module.layer_idx)
@@ -100,14 +101,3 @@ def _check(decoder: Any, placed: bool) -> None:
         raise ModelError(f"{kind} attends without transformers' attention interface, which this engine needs; {ELSEWHERE}")
     if not placed:
         raise ModelError(f"{kind} counts positions by itself, while this engine must give them to it; {ELSEWHERE}")
-
-
-def _past_of(module: Any) -> str:
-    """What a layer with a state calls the past that it is given; empty for other layers."""
-    forward = type(module).__dict__.get("forward")
-    if forward is None or not hasattr(module, "layer_idx"):
-        return ""
-    names = inspect.signature(forward).parameters
-    if "cache_params" in names:
-        return "cache_params"
-    return "past_key_values" if "past_key_values" in names and ".update_conv_state(" in inspect.getsource(forward) else ""
