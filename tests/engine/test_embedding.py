@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ropewalk.chat import messages
-from ropewalk.chat.messages import Ended, FileId, MessagesRequest, Retrieved, Text, Turn
+from ropewalk.chat.messages import Ended, FileId, MessagesRequest, Retrieved, Text, Turn, Usage
 from ropewalk.chat.retrieval import Index, chunks, fused
 from ropewalk.config.serving import Embeddings, EngineOptions, Remote, Retrieval, ServedModel, Serving
 from ropewalk.engine.embedding import KIND, LocalEncoder, Meanings
@@ -182,7 +182,7 @@ def test_a_question_finds_by_meaning_what_it_shares_no_word_with(meant, store_of
     make_base(tmp_path / "tiny", "qwen3", size="tiny", seed=1)
     url = f"http://127.0.0.1:{meant.server_address[1]}"
 
-    async def asked(embeddings):
+    async def asked(embeddings, ahead=False):
         store = await store_of()
         caller = await store.local_caller()
         id = await put(store, caller, TEXT)
@@ -194,6 +194,10 @@ def test_a_question_finds_by_meaning_what_it_shares_no_word_with(meant, store_of
         )
         try:
             answerer = await models.answerer("m")
+            if embeddings is not None and ahead:
+                assert await models.warm(caller, "m", id) == Usage()
+                assert KIND in await kinds(store)
+                meant.asked.clear()
             blocks = (messages.Document(FileId(id)), Text("Which automobile came when?"))
             request = MessagesRequest("m", 2, (Turn("user", blocks),), temperature=0.0)
             events = [event async for event in answerer.stream(caller, request)]
@@ -213,6 +217,8 @@ def test_a_question_finds_by_meaning_what_it_shares_no_word_with(meant, store_of
     assert (first["path"], first["key"], first["model"]) == ("/v1/embeddings", "Bearer sk-meant", "meant-1")
     assert first["input"] == ["query: Which automobile came when?"]
     assert all(text.startswith("passage: ") for text in meant.asked[1]["input"])
+    assert "car was bought" in asyncio.run(asked(Embeddings(remote=remote), ahead=True))
+    assert [len(found["input"]) for found in meant.asked] == [1, 1]  # twice the question, never the file
     meant.handler.broken = True
     with pytest.raises(UpstreamFailed, match="'embeddings' answered with no vector for each text"):
         asyncio.run(asked(Embeddings(remote=remote)))

@@ -97,6 +97,12 @@ class Answerer:
         """Reads the documents of a conversation ahead of its first question."""
         album = await self._album(caller, request)
         prompt, _, _ = await self._prompt(caller, request, album, whole=True)  # which parts are shown, only a question tells
+        if self.meanings is not None and self._too_long(prompt):  # then what is shown of it will be looked for by its vectors
+            read = [await self.sources.read(caller, part.source) for part in request.documents()]
+            stored = [(found.file_id, found.document) for found in read if found.file_id is not None]
+            if stored:
+                await self.meanings.prepare(caller, stored, self._chunk)
+                return Usage()
         sent = Request(new_id("msg"), await self._spans(caller, prompt), (), 0, self.adapter, scope=caller.workspace_id)
         async with aclosing(self.client.generate(sent, album.pixels)) as events:
             event = await anext(events)
@@ -217,12 +223,11 @@ class Answerer:
             prompt = render(self.template, request, shown, instruction, album.pictured, album.token)
             return prompt, Citing(citables, question, marked=numbers, steered=habits.steered) if cites else None
 
-        longest = self.client.longest  # 0: not known before the engine has started
         stored = [(i, found.file_id) for i, found in enumerate(read) if found.file_id is not None]
         prompt, citing = await asyncio.to_thread(rendered, {})  # the ids of a long document take their time
-        if whole or not stored or not longest or prompt.length <= longest - longest // REPLY_AT_LEAST:
+        if whole or not stored or not self._too_long(prompt):
             return prompt, citing, ()
-        size = min(self.retrieval.chunk, max(100, longest // 2))  # characters: several fit in the smallest context
+        longest, size = self.client.longest, self._chunk
         nearness = None
         if self.meanings is not None:
             nearness = await self.meanings.nearness(caller, [(id, read[i].document) for i, id in stored], size, question)
@@ -245,6 +250,16 @@ class Answerer:
                 return *made, tuple(Excerpt(id, len(own), len(of)) for (_, id), own, of in counts)
 
         return await asyncio.to_thread(fitting)
+
+    def _too_long(self, prompt: Prompt) -> bool:
+        """Whether it leaves the reply too little; nobody knows before the engine has started."""
+        longest = self.client.longest
+        return longest > 0 and prompt.length > longest - longest // REPLY_AT_LEAST
+
+    @property
+    def _chunk(self) -> int:
+        """Characters of a chunk: several fit in the smallest context."""
+        return min(self.retrieval.chunk, max(100, self.client.longest // 2))
 
     async def _spans(self, caller: Caller, prompt: Prompt) -> tuple[Span, ...]:
         """The prompt's pieces, with the place and the key of those that may lie on disk."""
