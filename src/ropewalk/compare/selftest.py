@@ -18,6 +18,7 @@ from ropewalk.compare.planted import PROMPTS, Rng
 from ropewalk.compare.rule import RULE_VERSION, SHIP_LEVEL
 from ropewalk.compare.state import State
 from ropewalk.compare.statistics import LEVEL
+from ropewalk.compare.verdict import Verdict
 from ropewalk.errors import BadInput, OutputError, VerificationFailed
 
 DIFFERENT = (State.SHIP, State.SHIP_CHEAPER, State.SKIP)
@@ -65,7 +66,7 @@ class Selftest:
         return {**flat, **{name: {**asdict(entry), "held": entry.held} for name, entry in self.planted.items()}}
 
 
-def different(rng: Rng, make: Callable[[Rng], planted.Verdict]) -> bool:
+def different(rng: Rng, make: Callable[[Rng], Verdict]) -> bool:
     return make(rng).state in DIFFERENT
 
 
