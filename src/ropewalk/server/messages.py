@@ -62,7 +62,7 @@ async def count_tokens(request: Request) -> JSON:
     """POST /v1/messages/count_tokens"""
     asked = await _asked(request, counting=True)
     models: Models = request.app.state.models
-    answerer = await models.answerer(asked.model, loaded=False)
+    answerer = await models.answerer(asked.model, loaded=bool(asked.images()))  # only the model knows how it sees
     return JSON({"input_tokens": await unless_gone(request, answerer.count(caller_of(request), asked))})
 
 
