@@ -72,18 +72,17 @@ def peers(quick: bool, only: str | None, servers: Collection[str] = tuple(SERVER
 
 def _measured(start: Callable[..., AbstractContextManager[ChatServer]], folder: Path, name: str, quick: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    running: ChatServer | None = None
     try:
         with start(folder / "model", folder / name, install=not quick) as running:
             figures |= {"title": running.title, "version": running.version}
-            asyncio.run(_questions(running, quick, figures))
-    except NotInstalled as error:
-        figures["error"] = str(error)
-    except Broken as error:
-        unsaid = "Internal Server Error" in str(error) and running is not None
-        figures["error"] = (unsaid and running and last_error(running.log)) or str(error)
-    except (httpx.HTTPError, RuntimeError) as error:
-        figures["error"] = (running and last_error(running.log)) or f"{type(error).__name__}: {error}"[:200]
+            try:
+                asyncio.run(_questions(running, quick, figures))
+            except (Broken, httpx.HTTPError) as error:
+                time.sleep(1)  # until it has written down why
+                said = "Internal Server Error" not in str(error) and isinstance(error, Broken)
+                figures["error"] = str(error) if said else last_error(running.log) or f"{type(error).__name__}: {error}"[:200]
+    except (Broken, NotInstalled, RuntimeError) as error:
+        figures["error"] = str(error)[:200]
     return figures
 
 
