@@ -15,7 +15,7 @@ from ropewalk.compare.verdict import Interval
 FULL = 0.5  # a log-ratio of lengths (a factor of 1.6) from which more length says little more
 
 
-def length_controlled(rows: Sequence[Row]) -> Interval | None:
+def length_controlled(rows: Sequence[Row], level: float = LEVEL) -> Interval | None:
     """The difference at equal length: the constant of a straight line of differences over how much longer the new answer is.
 
     The length term is AlpacaEval's, tanh of the log-ratio; the interval is robust to unequal variances and clustered, since the
@@ -42,7 +42,7 @@ def length_controlled(rows: Sequence[Row]) -> Interval | None:
         np.maximum(1 - leverage, 0.05)
     )  # HC2: each inflated by what it pulled the line
     error = math.sqrt(float(np.sum((residual * (1 / n - x.mean() * spread / total)) ** 2)))
-    half = float(stdtrit(n - 2, 1 - LEVEL / 2)) * error
+    half = float(stdtrit(n - 2, 1 - level / 2)) * error
     return Interval(constant, max(-1.0, constant - half), min(1.0, constant + half))
 
 

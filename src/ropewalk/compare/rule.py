@@ -28,7 +28,7 @@ RULE = f"""\
            margin (p <= {SLICE_LEVEL:g}, Holm over slices).                                                    Else SKIP.
 2 EFFECT   The mean over groups of prompts of the paired difference, checks and (from {JUDGED_GROUPS} groups on) judges, with its 95 %
            interval; Holm over the candidates of the comparison.
-             better   the interval lies above zero, p <= {SHIP_LEVEL:g}; where judges scored, it does so at equal length of answers too
+             better   the interval lies above zero, p <= {SHIP_LEVEL:g}; where judges scored, both hold at equal length of answers too
              worse    the interval lies below zero, p <= {LEVEL:g}
              same     the interval lies within the margin
              unclear  anything else
@@ -121,7 +121,7 @@ def weigh(one: Evidence, compared: Compared, p: float, candidates: int, limits: 
     slices = by_slice(compared.rows, limits)
     broken = floor(one, slices, limits)
     better = interval.low > 0 and p <= SHIP_LEVEL
-    by_length = better and rests_on_length(compared)
+    by_length = better and rests_on_length(compared, SHIP_LEVEL)
     dear = too_dear(one, limits)
     saved = cheaper(one, limits)
     n_more = None
@@ -178,9 +178,10 @@ def worst(slices: Sequence[Slice]) -> Slice | None:
     return min(slices, key=lambda s: (not s.fell, s.interval.effect), default=None)
 
 
-def rests_on_length(compared: Compared) -> bool:
-    """Whether what judges preferred could be length: at equal length the interval no longer lies above zero."""
-    return compared.controlled is not None and compared.controlled.low <= 0
+def rests_on_length(compared: Compared, level: float) -> bool:
+    """Whether what judges preferred could be length: at equal length the interval of this level does not lie above zero."""
+    controlled = length_controlled(compared.rows, level)
+    return controlled is not None and controlled.low <= 0
 
 
 def same(
@@ -242,7 +243,7 @@ def confirm(one: Evidence, said: Verdict, limits: Limits) -> Verdict:
         return replace(said, reasons=(*said.reasons, reason))
     found = held.found
     if said.state is State.SHIP:
-        holds = found.interval.low > 0 and found.p <= LEVEL and not rests_on_length(held)
+        holds = found.interval.low > 0 and found.p <= LEVEL and not rests_on_length(held, LEVEL)
     else:
         holds = found.interval.low > -limits.margin
     word = "confirmed" if holds else "not confirmed"
