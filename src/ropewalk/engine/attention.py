@@ -171,8 +171,7 @@ def _windows(batch: Batch, layer: int) -> list[Shared]:
         if pair is None or pair[0].shape[2] == 0:
             continue
         keys, values = (held[:, :, -max(those.values()) :] for held in pair)
-        left = torch.tensor(list(those.values()))[:, None]
-        seen = torch.arange(keys.shape[2], 0, -1) <= left
+        seen = torch.arange(keys.shape[2], 0, -1) <= torch.tensor(list(those.values()))[:, None]
         found.append(((keys, values), list(those), None if bool(seen.all()) else seen.to(keys.device)))
     return found
 
