@@ -27,6 +27,7 @@ from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
 from ropewalk.engine.sight import Sight
 from ropewalk.errors import ModelError, RopewalkError
+from ropewalk.models.blocked import arrange
 from ropewalk.models.folder import sees
 from ropewalk.models.hub import ensure_tokenizer
 from ropewalk.models.load import load_base
@@ -65,6 +66,7 @@ def build(settings: EngineSettings) -> Engine:
     dtype = settings.dtype if settings.dtype != "auto" or on_gpu else torch.float32
     model, sight = _loaded(folder, dtype, settings.device)
     runner = Runner(model)
+    arrange(runner.model)
     adapters = Adapters(runner.model)
     prefixes = Prefixes(
         runner.layout,

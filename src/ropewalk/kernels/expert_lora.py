@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.kernels.blocked import Blocked, Turned
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
 from ropewalk.kernels.gates import Gate
 
 
 class Packed(Protocol):
-    """A weight stack kept in fewer bits: [E, N, K] (or [E, K, N]) when dequantised."""
+    """A weight stack kept in fewer bits, or in another order: [E, N, K] (or [E, K, N]) when dequantised."""
 
     shape: Any
 
@@ -131,9 +132,9 @@ class _Plan:
 class _Operands:
     """Every stack oriented for rows @ stack[e]: up [E, H, N], down [E, I, H], a [E, in, r], b [E, r, out]."""
 
-    up: Tensor
+    up: Tensor | Turned
     up_bias: Tensor | None
-    down: Tensor
+    down: Tensor | Turned
     down_bias: Tensor | None
     a1: Tensor | None
     b1: Tensor | None
@@ -157,10 +158,15 @@ class _Operands:
             step = 16 // x.element_size()
             a1, a2 = (None if a is None else F.pad(a, (0, 0, 0, -a.shape[1] % step)) for a in (a1, a2))
             b1, b2 = (None if b is None else F.pad(b, (0, -b.shape[2] % step)) for b in (b1, b2))
-        w1, w2 = _dense(up, x.dtype), _dense(down, x.dtype)
-        if not plan.experts.transposed:
-            w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+        w1, w2 = (_oriented(stack, x.dtype, plan.experts.transposed) for stack in (up, down))
         return cls(w1, up_bias, w2, down_bias, _turned(a1), _turned(b1), _turned(a2), _turned(b2))
+
+
+def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool) -> Tensor | Turned:
+    if isinstance(stack, Blocked):
+        return Turned(stack)
+    dense = _dense(stack, dtype)
+    return dense if transposed else dense.transpose(1, 2)
 
 
 def _turned(factor: Tensor | None) -> Tensor | None:
@@ -254,6 +260,11 @@ class _Gradients:
     b2: Tensor | None
 
 
+def _trainable(stack: Tensor | Turned) -> Tensor:
+    assert isinstance(stack, Tensor), "weights in blocks answer, and are not trained through"
+    return stack
+
+
 def _backward_rows(
     plan: _Plan, m: _Operands, rows: Rows, x: Tensor, w: Tensor, dy: Tensor, kept: list[Tensor | None], grad: _Gradients
 ) -> None:
@@ -265,7 +276,7 @@ def _backward_rows(
     if plan.experts.post_norm is not None:
         dy = _norm_backward(plan, m, rows, h, w, dy, grad)
         weigh = None  # dy carries the weight from here on
-    dh = rows.mm(dy, m.down.transpose(1, 2), rows.space("dh", m.down.shape[1]))
+    dh = rows.mm(dy, _trainable(m.down).transpose(1, 2), rows.space("dh", m.down.shape[1]))
     db2 = None
     if m.a2 is not None and m.b2 is not None:
         db2 = rows.mm(dy, m.b2.transpose(1, 2))
@@ -335,7 +346,7 @@ def _up_gradients(
         pair = (x, d_gate_up) if plan.experts.transposed else (d_gate_up, x)
         rows.gram_(grad.up, *pair, 1.0)
     if grad.x is not None:
-        dx = rows.mm(d_gate_up, m.up.transpose(1, 2), rows.space("y", m.up.shape[1]))
+        dx = rows.mm(d_gate_up, _trainable(m.up).transpose(1, 2), rows.space("y", m.up.shape[1]))
         if db1 is not None and m.a1 is not None:
             rows.mm_add_(dx, db1, m.a1.transpose(1, 2), plan.up_scale)
         grad.x.add(rows, dx)

@@ -93,13 +93,13 @@ def to_quantise(model: PreTrainedModel) -> list[str]:
     return linears + stacks
 
 
-def replace(model: nn.Module, name: str, quantised: Any) -> None:
-    """Put the quantised weight where the parameter `name` was."""
+def replace(model: nn.Module, name: str, quantised: Any, linear: type[QuantLinear] = QuantLinear) -> None:
+    """Put the quantised weight where the parameter `name` was; a linear layer becomes one of this kind."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear):
         parent, _, child = path.rpartition(".")
-        layer = QuantLinear(quantised)
+        layer = linear(quantised)
         if module.bias is not None:
             layer.bias = module.bias  # loaded later, in place of the same parameter
         layer.train(module.training)
