@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ropewalk.compare import planted
 from ropewalk.compare.anytime import confidence, p_value, stops
-from ropewalk.compare.selftest import Entry, Selftest, run_selftest, selftest
+from ropewalk.compare.selftest import DIFFERENT, Entry, Selftest, run_selftest, selftest
 from ropewalk.errors import BadInput
 
 
@@ -65,3 +67,13 @@ def test_an_interval_holds_whenever_one_looks() -> None:
         seen = [confidence(draws[:n]) for n in (20, 200)]
         missed += any(not i.low <= 0.1 <= i.high for i in seen)
     assert missed <= 4  # of 60, at most 1 in 20 is meant
+
+
+def test_the_planted_documents_would_fool_who_counts_prompts_one_by_one() -> None:
+    rng, clustered, one_by_one = np.random.default_rng(2), 0, 0
+    for _ in range(100):
+        rows = planted.passes(rng, 200, size=10, shared=0.8)
+        clustered += planted.said(rows).state in DIFFERENT
+        one_by_one += planted.said([replace(row, group=row.id) for row in rows]).state in DIFFERENT
+    assert clustered <= 5
+    assert one_by_one >= 15

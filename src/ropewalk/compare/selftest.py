@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[str, float, Callable[[Rng], bool]]] = {
     "shared_documents": (
         "200 prompts of 20 documents; equal candidates called different",
         LEVEL,
-        lambda rng: different(rng, lambda r: planted.said(planted.passes(r, 200, size=10, shared=0.3))),
+        lambda rng: different(rng, lambda r: planted.said(planted.passes(r, 200, size=10, shared=0.8))),
     ),
     "peeking": (
         "looked at after every prompt; equal candidates called different",
