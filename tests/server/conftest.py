@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,16 +13,33 @@ import anthropic
 import httpx
 import pytest
 import uvloop
+from playwright.sync_api import Browser
 from starlette.applications import Starlette
 
+from browser import chromium
+from ropewalk.config.serving import EngineOptions, Serving
+from ropewalk.engine import models
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
+from ropewalk.models.base import make_base
 from ropewalk.server.app import create_app
 from ropewalk.server.serve import Server, listen
 from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.caller import RIGHTS
 from ropewalk.tenants.keys import create_key
 from ropewalk.tenants.workspaces import Workspace, create_workspace
+
+PATIENCE = 120  # seconds; a busy machine is no fault of a server
+
+
+def wait_until(true: Callable[[], Any]) -> Any:
+    """What is true, or not false or empty, at last."""
+    late = time.monotonic() + PATIENCE
+    while not (found := true()):
+        if time.monotonic() > late:
+            pytest.fail("it never came to be")
+        time.sleep(0.05)
+    return found
 
 
 @dataclass
@@ -60,7 +78,7 @@ class Running:
 
     def http(self, key: str | None = None, **headers: str) -> httpx.Client:
         """A plain client with a key."""
-        return httpx.Client(base_url=self.url, headers={"x-api-key": key or self.key, **headers}, timeout=30)
+        return httpx.Client(base_url=self.url, headers={"x-api-key": key or self.key, **headers}, timeout=PATIENCE)
 
 
 @contextmanager
@@ -107,6 +125,14 @@ def running(data: Path, store_settings: Settings | None = None, settings: Server
         assert not worker.is_alive()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """A question waits as long as it takes for its model to be loaded; what happens to one that does not is a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "START_SECONDS", PATIENCE)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A root key of the tests' own."""
@@ -116,9 +142,32 @@ def root_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that is loaded in a moment; what it says makes no sense."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_base(folder, "qwen3_moe", size="tiny", seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def server(root_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The server that most tests share; each makes a workspace of its own where others' files would be in the way."""
-    with running(tmp_path_factory.mktemp("data")) as found:
+    settings = ServerSettings(serving=Serving(engine=EngineOptions(threads=1)))
+    with running(tmp_path_factory.mktemp("data"), settings=settings) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def asked(server: Running, tiny: Path) -> Running:
+    """The same server with one base, 'tiny', which the alias 'answers' points at: one engine for all tests that ask it."""
+    server.app.state.registry.publish_base("tiny", tiny)
+    server.app.state.registry.ship("answers", "tiny")
+    return server
+
+
+@pytest.fixture(scope="module")  # not of the session: while it runs, its thread can run no other loop
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
         yield found
 
 

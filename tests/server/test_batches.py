@@ -24,27 +24,18 @@ from ropewalk.batches.tables import batch_items, batches
 from ropewalk.database import now
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
-from ropewalk.models.base import make_base
 from ropewalk.registry import Registry
 from ropewalk.tenants.keys import create_key
 
-MODEL = "batches-tiny"
+MODEL = "tiny"
 PATIENCE = 120.0
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    make_base(folder, "qwen3_moe", size="tiny", seed=3)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def sdk(server, base):
+def sdk(asked):
     """A client in a workspace of its own."""
-    server.app.state.registry.publish_base(MODEL, base)
-    _, key = server.workspace("batches")
-    with server.sdk(key) as client:
+    _, key = asked.workspace("batches")
+    with asked.sdk(key) as client:
         yield client
 
 
@@ -388,9 +379,9 @@ def served(data, port):
         process.wait()
 
 
-def test_a_killed_server_goes_on_where_it_was_and_answers_nothing_twice(root_key, base, tmp_path):
+def test_a_killed_server_goes_on_where_it_was_and_answers_nothing_twice(root_key, tiny, tmp_path):
     data, count = tmp_path / "data", 20
-    Registry(data / "registry").publish_base(MODEL, base)
+    Registry(data / "registry").publish_base(MODEL, tiny)
 
     async def key():
         store = await Store.open(Settings(data=data))

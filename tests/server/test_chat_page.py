@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("playwright", reason="the package playwright is not installed: pip install playwright")
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
-from browser import CHROMIUM, chromium, violations, visit
+from browser import CHROMIUM, violations, visit
 from ropewalk.chat.messages import BlockEnded, BlockStarted, CitationAdded, Cited, Delta, Ended, Started, Text, Usage
 from ropewalk.config.serving import EngineOptions, Retrieval, ServedModel, Serving
 from ropewalk.files.settings import Settings
@@ -40,12 +40,6 @@ LEASE = (
     f"Repairs up to 300 are the tenant's. {ENTRY} <b>What is not in writing</b> has not been agreed.\n"
 )
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import base64
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,31 +19,10 @@ from files.papers import pdf
 from ropewalk.config.serving import EngineOptions, ServedModel, Serving
 from ropewalk.engine import models
 from ropewalk.files.settings import Settings
-from ropewalk.models.base import make_base
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import LoraSpec, attach
-from ropewalk.registry import Registry
 from ropewalk.server.settings import ServerSettings
-from server.conftest import Running, running
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    make_base(folder, "qwen3_moe", size="tiny", seed=3)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def asked(root_key: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with one base, 'tiny', which the alias 'answers' points at."""
-    data = tmp_path_factory.mktemp("messages")
-    registry = Registry(data / "registry")
-    registry.publish_base("tiny", tiny)
-    registry.ship("answers", "tiny")
-    serving = Serving(engine=EngineOptions(threads=1))
-    with running(data, Settings(data=data), ServerSettings(serving=serving)) as found:
-        yield found
+from server.conftest import PATIENCE, Running, running, wait_until
 
 
 @pytest.fixture
@@ -249,11 +227,7 @@ def test_who_leaves_costs_the_engine_nothing_more(asked):
             next(response.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/messages", json=body, timeout=0.3)
-    for _ in range(200):
-        if stats(asked)["requests"] == 0:
-            return
-        time.sleep(0.05)
-    pytest.fail("the engine still works for clients that have left")
+    wait_until(lambda: stats(asked)["requests"] == 0)
 
 
 def test_a_stream_has_its_events_in_order_and_a_ping(asked):
@@ -299,7 +273,7 @@ def test_a_file_is_read_as_it_is_uploaded_and_still_known_after_a_restart(root_k
 
     monkeypatch.setattr(models, "START_SECONDS", 0.01)
     monkeypatch.setattr(models, "RETRY_SECONDS", 0.5)
-    monkeypatch.setattr(models, "AHEAD_TRIES", 100)  # a busy machine takes its time to load
+    monkeypatch.setattr(models, "AHEAD_TRIES", 2 * PATIENCE)
     with begin() as server:
         id = put(server)
         asked = {**question({"type": "file", "file_id": id}), "model": "small"}
@@ -318,19 +292,11 @@ def test_a_file_is_read_as_it_is_uploaded_and_still_known_after_a_restart(root_k
         assert {answer.status_code for answer in answers} == {200, 529}
         assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 529)
         server.run(server.app.state.models.flush())
-    monkeypatch.setattr(models, "START_SECONDS", 45.0)
+    monkeypatch.setattr(models, "START_SECONDS", PATIENCE)
     with begin() as server, server.sdk() as sdk:
         usage = sdk.messages.create(**{**asked, "extra_body": {}}).usage
         assert (usage.cache_creation_input_tokens, usage.cache_read_input_tokens > 100) == (0, True)
         assert stats(server)["prefixes"]["disk_hits"] > 0
-
-
-def wait_until(true: Any) -> None:
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.05)
-    pytest.fail("it never came to be")
 
 
 # -- files beyond the context

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from itertools import pairwise
@@ -21,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 from sqlalchemy import select, update
 
-from browser import CHROMIUM, chromium, pdf, violations, visit
+from browser import CHROMIUM, pdf, violations, visit
 from ropewalk.files.receipts import verify
 from ropewalk.files.tables import files
 from ropewalk.server import pages
@@ -36,12 +35,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-
 
 LEASE = pdf(*(f"Lease agreement, page {n}\nThe tenant keeps the premises in good repair." for n in (1, 2, 3)))
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder: pictures for the docs are made anew
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 def chosen(name: str, content: bytes, kind: str = "text/plain") -> dict[str, object]:

@@ -14,7 +14,6 @@ import httpx
 import pytest
 from starlette.routing import Mount, Route
 
-from ropewalk.models.base import make_base
 from ropewalk.server.app import ROUTES
 from ropewalk.tenants.quotas import set_limit
 
@@ -136,7 +135,7 @@ API = {
     ],
 }
 
-MODEL = "tenants-tiny"
+MODEL = "tiny"
 
 
 def document(things):
@@ -354,14 +353,6 @@ def test_the_api_answers_alike_for_what_is_anothers_and_for_what_never_was(asker
         check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
-@pytest.fixture(scope="module")
-def model(server, tmp_path_factory):
-    """A small base that the server may load."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    make_base(folder, "qwen3_moe", size="tiny", seed=3)
-    server.app.state.registry.publish_base(MODEL, folder)
-
-
 def batch_of(api, params):
     """A batch of one request, once it has been answered."""
     id = api.post("/v1/messages/batches", json={"requests": [{"custom_id": "it", "params": params}]}).json()["id"]
@@ -382,7 +373,7 @@ def test_batches_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_
         check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
-def test_a_batch_about_what_is_anothers_is_answered_like_one_about_what_never_was(model, asker_and_owner):
+def test_a_batch_about_what_is_anothers_is_answered_like_one_about_what_never_was(asked, asker_and_owner):
     asker, owner = asker_and_owner
     told = []
     for api, things in ((asker.api, owner.things), (asker.api, owner.things.absent()), (owner.api, owner.things)):
@@ -394,14 +385,14 @@ def test_a_batch_about_what_is_anothers_is_answered_like_one_about_what_never_wa
 
 
 @pytest.mark.parametrize("route", MESSAGES, ids=" ".join)
-def test_a_question_about_what_is_anothers_is_answered_like_one_about_what_never_was(model, asker_and_owner, route):
+def test_a_question_about_what_is_anothers_is_answered_like_one_about_what_never_was(asked, asker_and_owner, route):
     asker, owner = asker_and_owner
     for probe, theirs, others in MESSAGES[route]:
         check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
 @pytest.mark.parametrize("asker_and_owner", ["workspace"], indirect=True)
-def test_what_a_model_has_read_for_another_workspace_is_read_anew(model, asker_and_owner):
+def test_what_a_model_has_read_for_another_workspace_is_read_anew(asked, asker_and_owner):
     asker, owner = asker_and_owner
     text = "The lighthouse of Pellworm was built in 1907. " * 12
 

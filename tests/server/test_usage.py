@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("playwright", reason="the package playwright is not installed: pip install playwright")
 
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import expect
 
-from browser import CHROMIUM, chromium, violations, visit
+from browser import CHROMIUM, violations, visit
 from ropewalk.config.serving import EngineOptions, ServedModel, Serving
 from ropewalk.files import token_ledger
 from ropewalk.files.settings import Settings
@@ -32,12 +32,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-
 
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 TEXT = "The rent is 2,400 a month. It is due on the third working day. "
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
