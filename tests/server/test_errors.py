@@ -16,6 +16,7 @@ from ropewalk.server import logs
 EXPLAINED = "what went wrong in these words"
 # Classes whose constructor takes more than a message.
 MADE = {
+    errors.CardError: lambda: errors.CardError(EXPLAINED, 1),
     errors.MissingExtra: lambda: errors.MissingExtra("thing", "extra", EXPLAINED),
     errors.RateLimited: lambda: errors.RateLimited(EXPLAINED, 1.5),
     errors.SandboxFailed: lambda: errors.SandboxFailed(EXPLAINED, "time"),
