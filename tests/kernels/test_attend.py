@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ropewalk.kernels.attend import LARGE, WAYS, attend, plain, way
+from ropewalk.kernels.attend import LARGE, WAYS, Causal, attend, plain, way
 
 CASES = [("plain", None), ("plain", 3.0), ("flash on cpu", None), ("flex", None), ("flex", 3.0)]
 
@@ -62,3 +62,22 @@ def test_the_way_follows_from_device_type_and_shape():
 class _on:  # what `way` looks at, of a tensor that lies elsewhere
     def __init__(self, device, like):
         self.device, self.shape, self.dtype = torch.device(device), like.shape, like.dtype
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("new", "keys", "window"), [(5, 5, 0), (6, 20, 0), (700, 700, 40), (700, 739, 40), (3, 41, 40), (600, 900, 300)]
+)
+def test_what_is_causal_is_what_its_mask_says(new, keys, window, softcap):
+    groups, causal = 3, Causal(new, window)
+    query, key, value, _ = case(queries=groups * new, keys=keys)
+    mask = causal.mask(groups * new, keys, "cpu")
+    for row in (0, new // 2, new - 1):  # query `row` of every group belongs to key keys - new + row
+        own = keys - new + row
+        first = max(0, own - window + 1) if window else 0
+        assert mask[row].nonzero().flatten().tolist() == list(range(first, own + 1))
+        assert torch.equal(mask[row], mask[row + new])
+    out, lse = attend(query, key, value, causal, 0.3, softcap)
+    expected, weight = plain(query.double(), key.double(), value.double(), mask, 0.3, softcap)
+    torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse, weight.float(), atol=1e-5, rtol=0)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from ropewalk.engine.cache import ELSEWHERE, Batch, Kind, Pair, Part, Segment
 from ropewalk.engine.latent import Latent, is_latent
 from ropewalk.errors import ModelError
-from ropewalk.kernels.attend import attend
+from ropewalk.kernels.attend import Causal, Seen, attend
 
 NAME = "ropewalk_batch"
 Partial = tuple[Tensor, Tensor]  # result [1, K, G*T, D] and log-sum-exp [1, K, G*T], both float32
@@ -176,8 +176,8 @@ def _windows(batch: Batch, layer: int) -> list[Shared]:
     return found
 
 
-def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Tensor | None]]:
-    """What one request alone attends to, with masks [G*T, N] where not every query sees every key."""
+def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Seen]]:
+    """What one request alone attends to, and which of its queries [G*T] sees which key."""
     reading, new = part.reading, part.end - part.begin
     tail, kind, window = reading.tails[layer], reading.layout.kinds[layer], reading.layout.windows[layer]
     assert tail is not None
@@ -185,17 +185,22 @@ def _own(part: Part, layer: int, groups: int) -> list[tuple[Pair, Tensor | None]
         if new == 1:
             return [(tail.last(len(tail)), None)]
         keys, values = tail.last(len(tail))
-        pieces: list[tuple[Pair, Tensor | None]] = []
+        pieces: list[tuple[Pair, Seen]] = []
         if len(tail) > new:
             pieces.append(((keys[:, :, :-new], values[:, :, :-new]), None))
+        own = keys[:, :, -new:], values[:, :, -new:]
+        if kind not in part.mutual:
+            return [*pieces, (own, Causal(new))]
         seen = _ahead(torch.ones(new, new, dtype=torch.bool, device=keys.device).tril(), part, "full")
-        return [*pieces, ((keys[:, :, -new:], values[:, :, -new:]), seen.repeat(groups, 1))]
+        return [*pieces, (own, seen.repeat(groups, 1))]
     before = reading.seen_before(layer)
     tail.forget_before(before + new)
     if new == 1:
         return [(tail.last(before + 1), None)]
     keys, values = reading.window(layer, before + new)
     count = keys.shape[2]
+    if kind == "sliding" and kind not in part.mutual:
+        return [((keys, values), Causal(new, window))]
     at = torch.arange(count) + reading.position + new - count
     behind = at[-new:, None] - at
     seen = _ahead(behind >= 0, part, kind)

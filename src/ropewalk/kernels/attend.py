@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,23 +18,86 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Each of the last `new` keys has queries, G of them, group by group; they see it, and what lies before it in the window."""
+
+    new: int
+    window: int = 0  # how many keys are seen, the query's own among them; 0: all before it
+
+    def mask(self, queries: int, keys: int, device: torch.device | str) -> Tensor:
+        """[M, N], where a query sees a key."""
+        return _band(self.new, keys, self.window).to(device).repeat(queries // self.new, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _band(new: int, keys: int, window: int) -> Tensor:
+    seen = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)
+    return seen.triu(keys - new - window + 1) if window else seen
+
+
+Seen = Tensor | Causal | None  # [M, N], which query sees which key; None: every one sees all
 Way = Literal["plain", "flash on cpu", "flash", "efficient", "flex"]
 LARGE = (
     1 << 22
 )  # scores beyond which it is worth filling up narrower values for the sake of a kernel that does not keep the scores
 HEAD = 256  # the largest head of FlashAttention
+SPAN = 256  # queries that are held against a window together, at least
 ALIGNED = 8  # rows of a bias begin at multiples of so many numbers
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None = None
+    query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`seen` [M, N] says which query sees which key; None: every one sees all. Every query sees at least one."""
+    """Every query sees at least one key."""
+    if isinstance(seen, Causal):
+        spans = _spans(seen, keys.shape[2])
+        if len(spans) > 1:
+            return _in_spans(query, keys, values, seen, spans, scale, softcap)
     chosen = way(query, keys, values, seen, softcap)
+    if isinstance(seen, Causal) and chosen != "flash on cpu":
+        seen = seen.mask(query.shape[2], keys.shape[2], query.device)
     return WAYS[chosen](query, keys, values, seen, scale, softcap)
 
 
-def way(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, softcap: float | None) -> Way:
+def _spans(seen: Causal, keys: int) -> list[tuple[int, int]]:
+    """Queries that are computed together: where the window is narrow, few enough that most of what they are held against is seen."""
+    if not seen.window:
+        return [(0, seen.new)]
+    step = max(SPAN, seen.window // 2)
+    return [(begin, min(begin + step, seen.new)) for begin in range(0, seen.new, step)]
+
+
+def _in_spans(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Causal,
+    spans: list[tuple[int, int]],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    grouped = _grouped(query, seen.new)  # [1, K, G, new, D]
+    outs, lses = [], []
+    for begin, end in spans:
+        last = keys.shape[2] - seen.new + end
+        first = max(0, last - (end - begin) - seen.window + 1)
+        part = grouped[:, :, :, begin:end].flatten(2, 3)
+        held = keys[:, :, first:last], values[:, :, first:last]
+        out, lse = attend(part, *held, Causal(end - begin, seen.window), scale, softcap)
+        outs.append(_grouped(out, end - begin))
+        lses.append(lse.reshape(*lse.shape[:2], -1, end - begin))
+    return torch.cat(outs, dim=3).flatten(2, 3), torch.cat(lses, dim=3).flatten(2, 3)
+
+
+def _grouped(rows: Tensor, new: int) -> Tensor:
+    """[1, K, G*T, D] -> [1, K, G, T, D]."""
+    return rows.reshape(*rows.shape[:2], -1, new, rows.shape[-1])
+
+
+def way(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, softcap: float | None) -> Way:
     """The kernel for these."""
     size, wide = query.shape[-1], values.shape[-1]
     if query.device.type == "cpu":
@@ -62,14 +126,21 @@ def plain(
 
 
 def flash_on_cpu(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, seen: Seen, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Tile by tile, in torch's kernel for the CPU, which wants values as wide as keys."""
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
     wide = values.shape[-1]
     if wide < query.shape[-1]:
         values = F.pad(values, (0, query.shape[-1] - wide))
-    bias = None if seen is None else _bias(seen, query.dtype)[None, None]
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+    if isinstance(seen, Causal) and seen.new == keys.shape[2] and not seen.window:
+        # Group by group the kernel knows what is causal, and leaves out what nobody sees.
+        groups = [kernel(q, keys, values, 0.0, True, scale=scale) for q in _grouped(query, seen.new).unbind(2)]
+        out, lse = (torch.stack(parts, dim=2).flatten(2, 3) for parts in zip(*groups))
+    else:
+        mask = seen.mask(query.shape[2], keys.shape[2], query.device) if isinstance(seen, Causal) else seen
+        bias = None if mask is None else _bias(mask, query.dtype)[None, None]
+        out, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
     return out[..., :wide].float(), lse
 
 
