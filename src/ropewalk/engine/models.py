@@ -126,7 +126,7 @@ class Models:
         return Counted(name, await self._answerer(name, loaded), self.ledger)
 
     async def _answerer(self, name: str, loaded: bool) -> Answers:
-        target = await asyncio.to_thread(self._target, name)
+        target = await asyncio.to_thread(self.target, name)
         if target.base is None:
             return self._remote(name)
         base = await self._base(target.base)
@@ -231,7 +231,8 @@ class Models:
 
     # -- names
 
-    def _target(self, name: str) -> Target:
+    def target(self, name: str) -> Target:
+        """What a name stands for now; NotFound for one that is not served."""
         if self.serving.models is None:
             return self._published(name)
         served = self.serving.models.get(name)
@@ -269,7 +270,7 @@ class Models:
         )
 
     def _listed(self, name: str) -> Listed:
-        target = self._target(name)
+        target = self.target(name)
         if target.base is None:
             remote = (self.serving.models or {})[name].remote
             return Listed(name, name, self._since, (remote.longest if remote is not None else 0) or None)

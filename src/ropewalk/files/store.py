@@ -40,6 +40,7 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer, Vault, unwrap
 
 Doomed = tuple[str, str]  # (place, stored): bytes that no row refers to any more
 Files: TypeAlias = list[File]
+ROWS = "rows"  # the place of what is rows of this database, which refer to theirs of `derived` and go with it
 
 log = logging.getLogger("ropewalk.files")
 
@@ -224,7 +225,7 @@ class Store:
             if not shared:
                 owners.append(file.blob_id)
         made = (await connection.execute(select(derived).where(derived.c.owner.in_(owners)))).all()
-        doomed = [(row.place, row.stored) for row in made]
+        doomed = [(row.place, row.stored) for row in made if row.place != ROWS]
         await connection.execute(delete(derived).where(derived.c.owner.in_(owners)))
         if file.blob_id is not None and not shared:
             doomed.append(("blobs", file.blob_id))
@@ -303,6 +304,14 @@ class Store:
             if not (await connection.execute(alive)).scalar():
                 raise catalog.missing(file_id)
             await self._replace_derived(connection, {**row, "created_at": now()})
+
+    async def keep_rows(self, connection: AsyncConnection, file_id: str, kind: str, name: str) -> None:
+        """Rows that were made from a file: those that refer to (file_id, kind, name) of `derived` go with it, deleted or expired."""
+        alive = select(files.c.id).where(files.c.id == file_id, files.c.expired_at.is_(None)).with_for_update()
+        if not (await connection.execute(alive)).scalar():
+            raise catalog.missing(file_id)
+        row = {"owner": file_id, "kind": kind, "name": name, "place": ROWS, "stored": name, "size": 0, "created_at": now()}
+        await connection.execute(insert(derived).values(row))
 
     async def copy_of(self, file_id: str, place: str, name: str) -> str | None:
         """What `keep_copy` was given, or None."""
