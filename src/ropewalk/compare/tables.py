@@ -471,6 +471,8 @@ subscribers = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
+    Column("user_id", Text),  # whose comparisons it is told of; null: the workspace's
+    Column("identity_hash", LargeBinary),  # as a voter's: what still waits for this one's vote
     Column("mail_hash", LargeBinary, nullable=False),  # under a key of the installation
     Column("sealed_mail", LargeBinary),  # under the workspace's key; null once gone
     Column("state", Text, nullable=False),  # pending, active, gone
@@ -492,6 +494,8 @@ digests = Table(
     Column("until", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("sent_at", BigInteger),
+    Column("holder", Text),  # the process that sends it ...
+    Column("lease_until", BigInteger, nullable=False),  # ... and is believed alive until then
     UniqueConstraint("workspace_id", "week"),
 )
 
@@ -510,7 +514,8 @@ digest_sendings = Table(  # so that nobody gets one twice
     metadata,
     Column("digest_id", Text, ForeignKey("digests.id", ondelete="CASCADE"), primary_key=True),
     Column("subscriber_id", Text, ForeignKey("subscribers.id", ondelete="CASCADE"), primary_key=True),
-    Column("state", Text, nullable=False),  # claimed, sent, failed
+    Column("state", Text, nullable=False),  # claimed (perhaps sent), sent, failed (to be tried again), refused, nothing
+    Column("tries", Integer, nullable=False),
     Column("error", Text),
     Column("at", BigInteger, nullable=False),
 )
