@@ -45,6 +45,26 @@ def test_an_alias_moves_and_moves_back(tmp_path: Path) -> None:
         registry.rollback("answers")
 
 
+def test_an_alias_that_somebody_else_has_moved_is_left_as_it_is(tmp_path: Path) -> None:
+    registry = published(tmp_path)
+    registry.ship("answers", "base", only_from=[])
+    registry.ship("answers", "adapter", only_from=["base"])
+    with pytest.raises(BadInput, match="moved by somebody else meanwhile and now points at 'adapter'"):
+        registry.ship("answers", "base", only_from=["base"])
+    with pytest.raises(BadInput, match="moved by somebody else"):
+        registry.rollback("answers", only_from=["base"])
+    assert registry.history("answers") == ["base", "adapter"]
+
+
+def test_an_alias_gets_back_the_history_it_had(tmp_path: Path) -> None:
+    registry = published(tmp_path)
+    registry.ship("answers", "adapter")
+    registry.restore("answers", [])
+    assert registry.aliases() == {}
+    registry.restore("answers", ["base", "adapter"])
+    assert registry.rollback("answers").name == "base"
+
+
 def test_a_name_that_nobody_knows_is_answered_with_those_that_are_known(tmp_path: Path) -> None:
     registry = published(tmp_path)
     with pytest.raises(NotFound, match="'adaptor'; known: adapter, base"):

@@ -12,6 +12,7 @@
     │   ├── ResumeFailed          409 412 415 460                      a step of a resumable upload that does not fit
     │   ├── DocumentError                                              a file that cannot be read as a document
     │   ├── CardError                                                  a page's text that cannot be read as cards
+    │   ├── NotShipped                                                 a step of shipping that failed: the alias is as it was
     │   ├── SandboxFailed                                              work that ran past its limits of time or memory
     │   └── UnreadableBody                                             a request's body that came too slowly, or encoded otherwise
     ├── AuthenticationFailed      401 authentication_error    exit 2   no key, or one that opens nothing
@@ -119,6 +120,14 @@ class CardError(BadInput):
     def __init__(self, message: str, line: int) -> None:
         self.line = line
         super().__init__(f"line {line}: {message}")
+
+
+class NotShipped(BadInput):
+    """A step of shipping, or of its way back, that failed: the alias points where it did."""
+
+    def __init__(self, message: str, step: str) -> None:
+        self.step = step
+        super().__init__(f"{step}: {message}; the alias is as it was")
 
 
 class SandboxFailed(BadInput):

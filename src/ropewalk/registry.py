@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -70,25 +70,34 @@ class Registry:
         state = self._read()
         return _entry(state, state["aliases"][name][-1] if name in state["aliases"] else name)
 
-    def ship(self, alias: str, name: str) -> Entry:
-        """Point the alias at a published entry."""
+    def ship(self, alias: str, name: str, only_from: Sequence[str] | None = None) -> Entry:
+        """Point the alias at a published entry; `only_from` is the history it must still have, [] for an alias that is new."""
         with self._change() as state:
             entry = _entry(state, name)
             if alias in state["entries"]:
                 raise BadInput(f"'{alias}' is the name of a published {state['entries'][alias]['kind']}; choose another alias")
             history = state["aliases"].setdefault(alias, [])
+            _unmoved(alias, history, only_from)
             if not history or history[-1] != name:
                 history.append(name)
         return entry
 
-    def rollback(self, alias: str) -> Entry:
+    def rollback(self, alias: str, only_from: Sequence[str] | None = None) -> Entry:
         """Point the alias at what it pointed at before."""
         with self._change() as state:
             history = _history(state, alias)
-            if len(history) < 2:
-                raise BadInput(f"alias '{alias}' has pointed at nothing but '{history[-1]}'; ship another name instead")
+            _unmoved(alias, history, only_from)
+            before(alias, history)
             history.pop()
             return _entry(state, history[-1])
+
+    def restore(self, alias: str, history: Sequence[str]) -> None:
+        """Give the alias back a history that it had; with none, it is no alias any more."""
+        with self._change() as state:
+            if history:
+                state["aliases"][alias] = list(history)
+            else:
+                state["aliases"].pop(alias, None)
 
     def _publish(self, entry: Entry) -> Entry:
         if not Path(entry.path).is_dir():
@@ -138,6 +147,19 @@ def _history(state: dict[str, Any], alias: str) -> list[str]:
         raise NotFound(f"no alias '{alias}'; known: {', '.join(sorted(state['aliases'])) or 'none yet'}")
     history: list[str] = state["aliases"][alias]
     return history
+
+
+def before(alias: str, history: Sequence[str]) -> str:
+    """The name that a rollback goes to; BadInput where there is none."""
+    if len(history) < 2:
+        raise BadInput(f"alias '{alias}' has pointed at nothing but '{history[-1]}'; ship another name instead")
+    return history[-2]
+
+
+def _unmoved(alias: str, history: Sequence[str], wanted: Sequence[str] | None) -> None:
+    if wanted is not None and list(wanted) != list(history):
+        now = f"now points at '{history[-1]}'" if history else "is gone"
+        raise BadInput(f"alias '{alias}' was moved by somebody else meanwhile and {now}; look at it and ask again")
 
 
 def _now() -> str:

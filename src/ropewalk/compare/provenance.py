@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ropewalk.chat.template import Template
-from ropewalk.engine.models import Models
+from ropewalk.engine.models import Models, Target
 from ropewalk.files.local import is_id
 from ropewalk.files.store import Store
 from ropewalk.models.folder import read_config
@@ -105,9 +105,7 @@ def _read(models: Models, name: str) -> tuple[tuple[Any, str, str, str], Rows]:
         digest = hashlib.sha256(repr((remote.api, remote.url, model)).encode()).hexdigest()
         return ("remote", digest, family(model), ""), []
     kind = "alias" if name in models.registry.aliases() else "adapter" if target.adapter is not None else "base"
-    digest = weights_digest(target.base)
-    if target.adapter is not None:
-        digest = hashlib.sha256(f"{digest} {_adapter_digest(target.adapter)}".encode()).hexdigest()
+    digest = weights_of(target)
     config = read_config(target.base)
     # A name that says more than the type does not come with every folder; the type does.
     kin = family(str(config.get("model_type") or target.base.name))
@@ -117,6 +115,15 @@ def _read(models: Models, name: str) -> tuple[tuple[Any, str, str, str], Rows]:
     for folder in folders:
         rows += _of_run(folder.parent)
     return (kind, digest, kin, template), rows
+
+
+def weights_of(target: Target) -> str:
+    """The digest of a base of this machine, or of one with an adapter over it."""
+    assert target.base is not None
+    digest = weights_digest(target.base)
+    if target.adapter is None:
+        return digest
+    return hashlib.sha256(f"{digest} {_adapter_digest(target.adapter)}".encode()).hexdigest()
 
 
 def family(name: str) -> str:

@@ -140,6 +140,14 @@ class Models:
         adapter = await self._adapter(base, target.adapter)
         return replace(answerer, adapter=adapter.name, adapter_digest=adapter.digest, invocation=adapter.invocation)
 
+    async def load(self, target: Target) -> None:
+        """Makes what lies in these folders ready to answer, whatever name it will be asked by."""
+        if target.base is not None:
+            base = await self._base(target.base)
+            await self._started(target.base.name, base)
+            if target.adapter is not None:
+                await self._adapter(base, target.adapter)
+
     async def warm(self, caller: Caller, name: str, file_id: str) -> Usage:
         """Reads a file ahead of the first question about it."""
         picture = is_picture(await self.store.show(caller, file_id))

@@ -46,6 +46,8 @@ ACTIONS = frozenset(
         "workspace_deleted",
         "limits_changed",
         "root_rotated",
+        "alias_shipped",
+        "alias_rolled_back",
     }
 )
 
