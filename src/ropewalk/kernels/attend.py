@@ -133,7 +133,7 @@ def flash_on_cpu(
     wide = values.shape[-1]
     if wide < query.shape[-1]:
         values = F.pad(values, (0, query.shape[-1] - wide))
-    if isinstance(seen, Causal) and seen.new == keys.shape[2] and not seen.window:
+    if isinstance(seen, Causal) and seen.new == keys.shape[2] >= SPAN and not seen.window:
         # Group by group the kernel knows what is causal, and leaves out what nobody sees.
         groups = [kernel(q, keys, values, 0.0, True, scale=scale) for q in _grouped(query, seen.new).unbind(2)]
         out, lse = (torch.stack(parts, dim=2).flatten(2, 3) for parts in zip(*groups))
