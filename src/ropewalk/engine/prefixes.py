@@ -7,6 +7,7 @@ that is damaged, or of another version, is a miss and is erased.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer
 
 VERSION = "ropewalk segment 1"
 SALT = 16
+GIVE_BACK = 64 << 20  # bytes let go after which the allocator is asked to give memory back
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -77,7 +79,7 @@ class Prefixes:
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
         self.counts = Counts()
         self._memory: OrderedDict[str, Segment] = OrderedDict()
-        self._used = 0
+        self._used = self._let_go = 0
         self._paths: dict[str, str] = {}  # file -> key of the segment that lies there or will
         self._parents: dict[str, str] = {}
         self._files = _Files(folder, disk_bytes) if folder is not None and disk_bytes else None
@@ -149,11 +151,16 @@ class Prefixes:
         return self._used
 
     def _remember(self, segment: Segment) -> None:
+        before = self._memory.pop(segment.key, None)
         self._memory[segment.key] = segment
-        self._used += segment.nbytes
+        self._used += segment.nbytes - (before.nbytes if before else 0)
         while self._used > self.memory_bytes and len(self._memory) > 1:
             _, oldest = self._memory.popitem(last=False)
             self._used -= oldest.nbytes
+            self._let_go += oldest.nbytes
+        if self._let_go >= GIVE_BACK and self.device.type == "cpu":
+            self._let_go = 0
+            _give_back()
 
     def _read(self, key: str, keep: Keep) -> Segment | None:
         if self._files is None:
@@ -181,6 +188,13 @@ class Prefixes:
             log.warning("a segment could not be kept on disk: %s", error.strerror or error)
         finally:
             self._writing.discard(keep.path)
+
+
+def _give_back() -> None:
+    """Memory that was let go goes back to the system: the allocator keeps the holes between what is still in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 class _Files:
