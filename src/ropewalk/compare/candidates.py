@@ -171,7 +171,7 @@ async def card_claims(store: Store, caller: Caller, candidate_id: str) -> list[S
         return [_claim(row) for row in await connection.execute(query)]
 
 
-async def test_claim(
+async def measure_claim(
     store: Store, caller: Caller, claim_id: str, measurement_id: str, low: float | None, high: float | None
 ) -> StoredClaim:
     """Holds a claim against a measured interval, in the claim's unit."""
