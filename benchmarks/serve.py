@@ -10,7 +10,8 @@ For models shaped like Qwen3, Gemma 4 (sliding windows, experts) and Qwen3.5-MoE
                                   the other : ours together
 
 Correctness gates: the greedy ids of the second time are those of the first, and the first ids are those of transformers' own
-generation over its own cache (in bfloat16 only where ours are equal bit for bit; a difference there is told, not failed).
+generation over its own cache (in bfloat16 a difference is told, not failed). Each model is measured in float32, whose ids are exact, and
+in bfloat16, where a first question is two to three times cheaper and its ratio to the second is smaller for that.
 With --device cuda all seconds are those of the clock, once the GPU is done.
 """
 
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from ropewalk.engine.prefixes import Prefixes
 from ropewalk.engine.request import Event, Keep, Request, Sampling, Span
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
+from ropewalk.models.blocked import arrange
 from ropewalk.models.lora import LoraSpec, attach
 
 VOCABULARY = 32_000
@@ -53,6 +56,7 @@ INVOCATION = (7, 8, 9)
 NEW = 8  # ids that are compared
 GREEDY = Sampling(temperature=0)
 DEVICE = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Result:
     """What one architecture showed."""
 
     architecture: str
+    dtype: str = "float32"
     ttft_ratio_4k: float = 0.0
     ttft_ratio_16k: float = 0.0
     ttft_ratio_16k_restart: float = 0.0
@@ -124,7 +129,7 @@ def qwen3_5_moe(**size: Any) -> Any:
 ARCHITECTURES: dict[str, Callable[..., Any]] = {"qwen3": qwen3, "gemma4": gemma4, "qwen3_5_moe": qwen3_5_moe}
 
 
-def build(name: str, quick: bool) -> Any:
+def build(name: str, quick: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     torch.manual_seed(0)
     size = {
         "vocab_size": VOCABULARY,
@@ -137,7 +142,7 @@ def build(name: str, quick: bool) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return ARCHITECTURES[name](**size).to(DEVICE, torch.bfloat16).eval()
+    return ARCHITECTURES[name](**size).to(DEVICE, dtype).eval()
 
 
 def ids(count: int, seed: int) -> tuple[int, ...]:
@@ -178,11 +183,12 @@ def texts(events: list[Event]) -> list[int]:
     return [id for event in events for id in event.ids]
 
 
-def measure(name: str, quick: bool, folder: Path) -> Result:
-    result = Result(name)
-    model = build(name, quick)
+def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
+    result = Result(name, dtype)
+    model = build(name, quick, DTYPES[dtype])
     adapters = {n: save_adapter(name, quick, folder / f"adapter{n}", n) for n in (1, 2)}
     runner = Runner(model)
+    arrange(model)
     over = Adapters(model)
     for number, path in adapters.items():
         over.load(str(number), path)
@@ -226,7 +232,9 @@ def measure(name: str, quick: bool, folder: Path) -> Result:
             result.ttft_ratio_16k_other_adapter = cold / other
     result.ttft_ratio_4k, result.ttft_ratio_16k = ratios[4096], ratios[long]
     users(result, engine, asked, long)
-    sequential(result, model, long, texts(first))
+    sequential(result, build(name, quick, DTYPES[dtype]), long, texts(first))
+    if dtype == "float32" and not result.equal_to_generate:
+        raise SystemExit(f"{name}: in float32, other ids than transformers' own")
     return result
 
 
@@ -249,8 +257,6 @@ def users(result: Result, engine: Engine, asked: Callable[..., Request], length:
 def sequential(result: Result, model: Any, length: int, expected: list[int]) -> None:
     """transformers' own decoding of one user, over its own cache."""
     model.set_attn_implementation("sdpa")
-    for module in model.modules():
-        module.__dict__.pop("forward", None)  # as transformers made it
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     tail = ids(QUESTION, 101)
     tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
@@ -293,22 +299,36 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=sorted(ARCHITECTURES), help="one architecture")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="one of the two; otherwise both")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also what serve_peers.py measures over HTTP, beside other servers (they are installed)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.peers:
+        import serve_peers  # which imports this module
     global DEVICE
     DEVICE = torch.device(arguments.device)
     torch.set_num_threads(1)
     results = []
-    for name in [arguments.only] if arguments.only else ARCHITECTURES:
+    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
+    for name, dtype in product([arguments.only] if arguments.only else ARCHITECTURES, dtypes):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(name, arguments.quick, Path(folder)))
+            results.append(measure(name, dtype, arguments.quick, Path(folder)))
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(results[-1]).items()}), flush=True)
     names = [field for field in asdict(results[0]) if field != "architecture"]
     print(table(["", *(r.architecture for r in results)], [[n, *(_shown(getattr(r, n)) for r in results)] for n in names]))
     if arguments.json:
-        found = {"machine": machine() | {"device": _device()}, "quick": arguments.quick} | {
-            r.architecture: asdict(r) for r in results
-        }
+        found: dict[str, Any] = {"machine": machine() | {"device": _device()}, "quick": arguments.quick}
+        for result in results:  # the first dtype's figures under the architecture itself, the second's under its own name
+            entry = found.setdefault(result.architecture, asdict(result))
+            if entry["dtype"] != result.dtype:
+                entry[result.dtype] = asdict(result)
+        if arguments.peers:
+            for architecture, figures in serve_peers.peers(arguments.quick, arguments.only).items():
+                found.setdefault(architecture, {})["peers"] = figures
         write_json(arguments.json, found)
     return 0
 
