@@ -178,7 +178,9 @@ async def measure_claim(
     caller.needs("write")
     async with store.database.writing() as connection:
         query = select(claims, candidates.c.linked_to).join(candidates, candidates.c.id == claims.c.candidate_id)
-        row = (await connection.execute(query.where(claims.c.id == claim_id, visible(caller)))).first()
+        row = None
+        if ID.fullmatch(claim_id):
+            row = (await connection.execute(query.where(claims.c.id == claim_id, visible(caller)))).first()
         if row is None:
             raise NotFound(f"Claim `{claim_id[:128]}` not found.")
         mine = (measurements.c.id == measurement_id) & (measurements.c.candidate_id == row.linked_to)

@@ -197,7 +197,7 @@ async def list_comparisons(store: Store, caller: Caller, limit: int = 100, after
 
 async def of_candidate(store: Store, caller: Caller, candidate_id: str) -> list[Comparison]:
     """Every comparison that a candidate takes part in, newest first."""
-    caller.needs("read")
+    await known.get_candidate(store, caller, candidate_id)
     mine = select(comparison_items.c.comparison_id).where(comparison_items.c.candidate_id == candidate_id)
     query = select(*OWN).where(visible(caller), comparisons.c.id.in_(mine))
     async with store.database.reading() as connection:
@@ -273,9 +273,9 @@ async def save_verdicts(
     digest = hashlib.sha256(inputs.encode() if isinstance(inputs, str) else inputs).hexdigest()
     moment, stored = now(), list[StoredVerdict]()
     async with store.database.writing() as connection:
+        found = await _find(connection, caller, comparison_id)
         # The comparison's row is locked, so that of two editions one is the next of the other.
         await connection.execute(select(comparisons.c.id).where(comparisons.c.id == comparison_id).with_for_update())
-        found = await _find(connection, caller, comparison_id)
         assert {one.candidate for one in given} <= set(found.candidate_ids)
         last = select(func.max(verdicts.c.edition)).where(verdicts.c.comparison_id == comparison_id)
         edition = ((await connection.execute(last)).scalar() or 0) + 1
@@ -321,7 +321,7 @@ async def editions(store: Store, caller: Caller, comparison_id: str) -> list[Sto
 
 async def verdicts_of(store: Store, caller: Caller, candidate_id: str) -> list[StoredVerdict]:
     """Every verdict about a candidate, newest first."""
-    caller.needs("read")
+    await known.get_candidate(store, caller, candidate_id)
     query = select(verdicts).join(comparisons, comparisons.c.id == verdicts.c.comparison_id)
     query = query.where(verdicts.c.candidate_id == candidate_id, visible(caller))
     async with store.database.reading() as connection:
