@@ -25,7 +25,8 @@
     │   └── EngineDied                                                 the process of a model that ended while it was asked
     ├── UpstreamFailed            502 api_error               exit 1   another server that was asked and did not answer as it must
     │   ├── UpstreamTimedOut      504 timeout_error                    one that was silent for too long
-    │   └── UpstreamUnknown                                            one that has no such model, or no such address
+    │   ├── UpstreamUnknown                                            one that has no such model, or no such address
+    │   └── MailFailed                                                 a mail server that did not take a mail, or did not say so
     ├── DamagedContent            500 api_error               exit 1   stored bytes that are not those that were stored
     ├── TrainingStopped                                       exit 1   a run that cannot go on: a NaN, a dead worker
     └── VerificationFailed                                    exit 1   a result that differs from what it must equal
@@ -231,6 +232,14 @@ class UpstreamTimedOut(UpstreamFailed):
 
 class UpstreamUnknown(UpstreamFailed):
     """Another server that has no such model, or no such address."""
+
+
+class MailFailed(UpstreamFailed):
+    """A mail server that did not take a mail, or did not say so; `again` says whether trying later could help and do no harm."""
+
+    def __init__(self, message: str, again: bool) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class DamagedContent(RopewalkError):

@@ -14,17 +14,16 @@ models:
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from ropewalk.config.document import Document, Place, read_document
-from ropewalk.errors import ConfigError
+from ropewalk.config.section import made, mapping, only, wrong
 from ropewalk.tenants.prices import Price, is_day
 
 Api = Literal["anthropic", "openai"]
@@ -115,17 +114,17 @@ def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
     document = read_document(path)
     values = document.values
-    _only(document, (), values, ("models", "engine", "retrieval", "embeddings", "preload", "warm_at_upload", "fetch_urls"))
+    only(document, (), values, ("models", "engine", "retrieval", "embeddings", "preload", "warm_at_upload", "fetch_urls"))
     models: dict[str, ServedModel] | None = None
     if "models" in values:
-        named = _mapping(document, ("models",), values["models"])
+        named = mapping(document, ("models",), values["models"])
         models = {name: _served(document, ("models", name), found) for name, found in named.items()}
         if not models:
-            raise _wrong(document, ("models",), "no model is named; leave the key out to serve what the registry has published")
+            raise wrong(document, ("models",), "no model is named; leave the key out to serve what the registry has published")
     serving = Serving(
         models,
-        _made(EngineOptions, document, ("engine",), values.get("engine", {})),
-        _made(Retrieval, document, ("retrieval",), values.get("retrieval", {})),
+        made(EngineOptions, document, ("engine",), values.get("engine", {})),
+        made(Retrieval, document, ("retrieval",), values.get("retrieval", {})),
         _embeddings(document, values["embeddings"]) if "embeddings" in values else None,
         _names(document, "preload", models),
         _names(document, "warm_at_upload", models),
@@ -134,30 +133,30 @@ def read_serving(path: Path | str) -> Serving:
     )
     for name in ("memory_gb", "disk_gb", "longest", "threads"):
         if getattr(serving.engine, name) < 0:
-            raise _wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 0 or more")
+            raise wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 0 or more")
     for name in ("running", "waiting", "chunk"):
         if getattr(serving.engine, name) < 1:
-            raise _wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 1 or more")
+            raise wrong(document, ("engine", name), f"{name} is {getattr(serving.engine, name)}; expected 1 or more")
     for name, least in (("chunk", 100), ("tokens", 0)):
         if (value := getattr(serving.retrieval, name)) < least:
-            raise _wrong(document, ("retrieval", name), f"{name} is {value}; expected {least} or more")
+            raise wrong(document, ("retrieval", name), f"{name} is {value}; expected {least} or more")
     return serving
 
 
 def _served(document: Document, place: Place, found: Any) -> ServedModel:
-    values = _mapping(document, place, found)
+    values = mapping(document, place, found)
     own = [name.name for name in fields(Remote) if name.name != "api"] if "remote" in values else []
-    _only(document, place, values, ("base", "adapter", "remote", *own, "price"))
+    only(document, place, values, ("base", "adapter", "remote", *own, "price"))
     ways = [key for key in ("base", "adapter", "remote") if key in values]
     if not ways or ("remote" in ways and len(ways) > 1):
-        raise _wrong(
+        raise wrong(
             document,
             place,
             f"'{place[-1]}' is served by {' and '.join(ways) or 'nothing'}; name a base, an adapter, or a remote",
         )
     for key in ("base", "adapter"):
         if key in values and not isinstance(values[key], str):
-            raise _wrong(document, (*place, key), f"{key} is {values[key]!r}; expected a name of the registry or a folder")
+            raise wrong(document, (*place, key), f"{key} is {values[key]!r}; expected a name of the registry or a folder")
     remote = _remote(document, place, values) if "remote" in values else None
     price = _price(document, (*place, "price"), values["price"]) if "price" in values else None
     return ServedModel(values.get("base", ""), values.get("adapter", ""), remote, price)
@@ -165,46 +164,46 @@ def _served(document: Document, place: Place, found: Any) -> ServedModel:
 
 def _embeddings(document: Document, found: Any) -> Embeddings:
     place: Place = ("embeddings",)
-    values = _mapping(document, place, found)
+    values = mapping(document, place, found)
     own = ("url", "model", "key_env") if "remote" in values else ()
     plain = ("query", "passage", *(() if "remote" in values else ("pooling", "threads")))
-    _only(document, place, values, ("base", "remote", *own, *plain))
+    only(document, place, values, ("base", "remote", *own, *plain))
     if ("base" in values) == ("remote" in values):
-        raise _wrong(document, place, "embeddings need one of a base of this machine, or a remote")
+        raise wrong(document, place, "embeddings need one of a base of this machine, or a remote")
     if values.get("remote", "openai") != "openai":
-        raise _wrong(
+        raise wrong(
             document, (*place, "remote"), f"remote is {values['remote']!r}; expected openai, whose /v1/embeddings is asked"
         )
     told = {name: values[name] for name in ("base", *plain) if name in values}
-    made = _made(Embeddings, document, place, told)
-    if made.pooling not in POOLINGS:
-        raise _wrong(document, (*place, "pooling"), f"pooling is '{made.pooling}'; expected mean, cls or last")
-    if made.threads < 0:
-        raise _wrong(document, (*place, "threads"), f"threads is {made.threads}; expected 0 or more")
+    parsed = made(Embeddings, document, place, told)
+    if parsed.pooling not in POOLINGS:
+        raise wrong(document, (*place, "pooling"), f"pooling is '{parsed.pooling}'; expected mean, cls or last")
+    if parsed.threads < 0:
+        raise wrong(document, (*place, "threads"), f"threads is {parsed.threads}; expected 0 or more")
     remote = _remote(document, place, values) if "remote" in values else None
     if remote is not None and not remote.model:
-        raise _wrong(document, place, "embeddings of a remote need the name of its model")
-    return replace(made, remote=remote)
+        raise wrong(document, place, "embeddings of a remote need the name of its model")
+    return replace(parsed, remote=remote)
 
 
 def _price(document: Document, place: Place, found: Any) -> Price:
-    price = _made(Price, document, place, found)
+    price = made(Price, document, place, found)
     for name in ("input", "output", "cache_read", "cache_creation"):
         amount = getattr(price, name)
         if amount is not None and not 0 <= amount < math.inf:
-            raise _wrong(document, (*place, name), f"{name} is {amount}; expected 0 or more, for a million tokens")
+            raise wrong(document, (*place, name), f"{name} is {amount}; expected 0 or more, for a million tokens")
     if not CURRENCY.fullmatch(price.currency):
-        raise _wrong(document, (*place, "currency"), f"currency is '{price.currency}'; expected three letters, such as USD")
+        raise wrong(document, (*place, "currency"), f"currency is '{price.currency}'; expected three letters, such as USD")
     if price.as_of and not is_day(price.as_of):
-        raise _wrong(document, (*place, "as_of"), f"as_of is '{price.as_of}'; expected a day, such as 2026-11-22")
+        raise wrong(document, (*place, "as_of"), f"as_of is '{price.as_of}'; expected a day, such as 2026-11-22")
     return price
 
 
 def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remote:
     if values["remote"] not in get_args(Api):
-        raise _wrong(document, (*place, "remote"), f"remote is {values['remote']!r}; expected {' or '.join(get_args(Api))}")
+        raise wrong(document, (*place, "remote"), f"remote is {values['remote']!r}; expected {' or '.join(get_args(Api))}")
     own = {f.name: values[f.name] for f in fields(Remote) if f.name in values}
-    remote = _made(Remote, document, place, {**own, "api": values["remote"]}, required=("url",))
+    remote = made(Remote, document, place, {**own, "api": values["remote"]}, required=("url",))
     try:
         parts = urlsplit(remote.url)
         named = bool(parts.hostname) and parts.port != 0
@@ -212,72 +211,35 @@ def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remo
         named = False
     where = (*place, "url")
     if not named or parts.scheme not in ("http", "https"):
-        raise _wrong(document, where, f"url '{remote.url}' is no address; expected http://... or https://...")
+        raise wrong(document, where, f"url '{remote.url}' is no address; expected http://... or https://...")
     if parts.username is not None or parts.query or parts.fragment:
-        raise _wrong(
+        raise wrong(
             document, where, "url holds a user, a query or a fragment; a key is named by key_env, and stands in no file"
         )
     if remote.key_env and not KEY_ENV.fullmatch(remote.key_env):
         # Not repeated: it may be the key itself.
-        raise _wrong(document, (*place, "key_env"), "key_env is no name of an environment variable, such as UPSTREAM_KEY")
+        raise wrong(document, (*place, "key_env"), "key_env is no name of an environment variable, such as UPSTREAM_KEY")
     if remote.files not in ("inline", "upload"):
-        raise _wrong(document, (*place, "files"), f"files is {remote.files!r}; expected inline or upload")
+        raise wrong(document, (*place, "files"), f"files is {remote.files!r}; expected inline or upload")
     if remote.files == "upload" and remote.api != "anthropic":
-        raise _wrong(document, (*place, "files"), "files: upload needs remote: anthropic; chat completions know no files")
+        raise wrong(document, (*place, "files"), "files: upload needs remote: anthropic; chat completions know no files")
     if remote.longest < 0:
-        raise _wrong(document, (*place, "longest"), f"longest is {remote.longest}; expected 0 or more")
+        raise wrong(document, (*place, "longest"), f"longest is {remote.longest}; expected 0 or more")
     return remote
-
-
-def _made(kind: type[T], document: Document, place: Place, found: Any, required: Collection[str] = ()) -> T:
-    """A dataclass of plain values, from a mapping."""
-    values = dict(_mapping(document, place, found))
-    known = {f.name: f for f in fields(cast(Any, kind))}
-    _only(document, place, values, known)
-    for name in required:
-        if name not in values:
-            raise _wrong(document, place, f"{place[-1]} has no {name}, which it needs")
-    for name, value in values.items():
-        expected = str(known[name].type)
-        if "float" in expected and isinstance(value, int) and not isinstance(value, bool):
-            values[name] = value = float(value)
-        wanted: type = float if "float" in expected else int if expected == "int" else bool if expected == "bool" else str
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-            raise _wrong(document, (*place, name), f"{name} is {value!r}; expected {words[wanted]}")
-    return kind(**values)
 
 
 def _names(document: Document, key: str, models: Mapping[str, ServedModel] | None) -> tuple[str, ...]:
     found = document.values.get(key, [])
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise _wrong(document, (key,), f"{key} is {found!r}; expected a list of names of models")
+        raise wrong(document, (key,), f"{key} is {found!r}; expected a list of names of models")
     for name in found:
         if models is not None and name not in models:
-            raise _wrong(document, (key,), f"{key} names '{name}', which is not served; known: {', '.join(models)}")
+            raise wrong(document, (key,), f"{key} names '{name}', which is not served; known: {', '.join(models)}")
     return tuple(found)
 
 
 def _bool(document: Document, key: str, default: bool) -> bool:
     found = document.values.get(key, default)
     if not isinstance(found, bool):
-        raise _wrong(document, (key,), f"{key} is {found!r}; expected true or false")
+        raise wrong(document, (key,), f"{key} is {found!r}; expected true or false")
     return found
-
-
-def _mapping(document: Document, place: Place, found: Any) -> Mapping[str, Any]:
-    if not isinstance(found, dict):
-        raise _wrong(document, place, f"{place[-1]} is {found!r}; expected a mapping of keys to values")
-    return found
-
-
-def _only(document: Document, place: Place, values: Mapping[str, Any], known: Collection[str]) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise _wrong(document, (*place, key), f"unknown key '{key}'; {hint}")
-
-
-def _wrong(document: Document, place: Place, message: str) -> ConfigError:
-    return ConfigError(message, path=document.path, line=document.line(place))
