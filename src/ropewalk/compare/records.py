@@ -16,7 +16,7 @@ from ropewalk.compare.evidence import Limits
 from ropewalk.compare.rule import RULE_VERSION
 from ropewalk.compare.state import State
 from ropewalk.compare.suites import get_suite, one_line
-from ropewalk.compare.tables import comparison_items, comparisons, verdicts
+from ropewalk.compare.tables import candidates, comparison_items, comparisons, verdicts
 from ropewalk.compare.verdict import Interval, Reason, Slice, Verdict
 from ropewalk.database import now
 from ropewalk.errors import BadInput, NotFound
@@ -327,6 +327,16 @@ async def verdicts_of(store: Store, caller: Caller, candidate_id: str) -> list[S
     async with store.database.reading() as connection:
         rows = (await connection.execute(query.order_by(verdicts.c.created_at.desc(), verdicts.c.id))).all()
     return [_stored(row) for row in rows]
+
+
+async def badge_of(store: Store, candidate_id: str) -> tuple[str, StoredVerdict | None] | None:
+    """A candidate's name and the last verdict about it, for whoever was given the address of its badge; None for no candidate."""
+    name = select(candidates.c.name).where(candidates.c.id == candidate_id)
+    query = select(verdicts).where(verdicts.c.candidate_id == candidate_id).order_by(verdicts.c.created_at.desc(), verdicts.c.id)
+    async with store.database.reading() as connection:
+        known_as = (await connection.execute(name)).scalar()
+        row = (await connection.execute(query.limit(1))).first()
+    return None if known_as is None else (known_as, None if row is None else _stored(row))
 
 
 def restored(values: Mapping[str, Any]) -> Verdict:
