@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import queue
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -93,6 +94,12 @@ def _loaded(folder: Path, dtype: torch.dtype | str, device: str) -> tuple[Any, S
     return load_base(folder, dtype=dtype, device=device), None
 
 
+def _peak() -> int:
+    """Bytes that this process has held at most, on its device and beside it."""
+    device = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return device + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Server:
     """Commands in, events out, a step at a time."""
 
@@ -142,7 +149,7 @@ class Server:
                 self._prefixes().flush()
             case "stats":
                 counts, used = vars(self._prefixes().counts), self._prefixes().memory_used
-                return {"prefixes": counts, "memory_used": used, "requests": self.engine.requests}
+                return {"prefixes": counts, "memory_used": used, "requests": self.engine.requests, "peak_memory": _peak()}
         return {}
 
     def _adapters(self) -> Adapters:
