@@ -26,7 +26,7 @@ FOLDERS = {
     },
     "compare": {
         *("config", "jobs", "engine", "chat", "files", "models", "registry", "checks", "sandbox", "tenants"),
-        *("database", "vault", "ids", "failpoints"),
+        *("database", "vault", "ids", "failpoints", "folders"),
     },
     "jobs": {"config", "registry", "files", "database", "ids"},
     "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
@@ -68,6 +68,8 @@ LIGHT = [
     "ropewalk.compare.diff",
     "ropewalk.compare.intervals",
     "ropewalk.compare.badge",
+    "ropewalk.compare.vote_counts",
+    "ropewalk.compare.digest_sending",
     "ropewalk.files.local",
     "ropewalk.files.documents",
     "ropewalk.server.app",
