@@ -27,16 +27,18 @@ COUNTED = {
     "vote": ("waiting for your vote", "waiting for your vote"),
 }
 # Tables and styles in place: mail programs know no other way.
-FRAME = """<!doctype html>
+BEGIN = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{{ subject }}</title></head>
 <body style="margin:0;padding:24px 12px;font:16px/1.5 system-ui,sans-serif">
 <table role="presentation" align="center" width="100%" style="max-width:600px;border-collapse:collapse"><tr><td>
-%s
+"""
+END = """
 </td></tr></table></body></html>
 """
-BODY = FRAME % (
-    """<h1 style="font-size:22px;margin:0 0 4px">What changed, {{ span }}</h1>
+BODY = (
+    BEGIN
+    + """<h1 style="font-size:22px;margin:0 0 4px">What changed, {{ span }}</h1>
 <p style="margin:0 0 20px;opacity:.7">Workspace figures are measured; votes are opinions.</p>
 {% for heading, items in groups %}<h2 style="font-size:17px;margin:20px 0 6px">{{ heading }}</h2>
 <ul style="margin:0;padding-left:20px">{% for item in items %}
@@ -45,13 +47,16 @@ BODY = FRAME % (
 </ul>
 {% endfor %}<p style="margin:28px 0 0;font-size:13px;opacity:.7">You asked for this once a week. \
 <a href="{{ leave_url }}">Unsubscribe</a></p>"""
+    + END
 )
-QUESTION = FRAME % (
-    """<h1 style="font-size:22px;margin:0 0 12px">Do you want the weekly digest?</h1>
+QUESTION = (
+    BEGIN
+    + """<h1 style="font-size:22px;margin:0 0 12px">Do you want the weekly digest?</h1>
 <p>Somebody, perhaps you, asked for the digest of the workspace <b>{{ workspace }}</b> to come to this address once a week, \
 when something has changed.</p>
 <p><a href="{{ url }}" style="display:inline-block;padding:10px 18px;border:1px solid;border-radius:6px">Yes, send it</a></p>
 <p style="font-size:13px;opacity:.7">The link holds for two days. If you did not ask, do nothing: no other mail will come.</p>"""
+    + END
 )
 _environment = Environment(autoescape=True, undefined=StrictUndefined)
 
