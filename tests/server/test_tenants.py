@@ -240,6 +240,10 @@ WITHOUT_IDS = {
     ("POST", "/logout"): "ends the caller's own session",
     ("POST", "/workspace"): "takes a workspace's id; tested below",
     ("POST", "/files"): "makes files of the caller's own",
+    ("GET", "/digest/confirm"): "public: a question; the token in it is not looked at",
+    ("POST", "/digest/confirm"): "takes a token from a mail; tested in test_digest",
+    ("GET", "/digest/unsubscribe"): "public: a question; the token in it is not looked at",
+    ("POST", "/digest/unsubscribe"): "takes a token from a mail; tested in test_digest",
     ("GET", "/static"): "files of the package",
 }
 

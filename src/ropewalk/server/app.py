@@ -23,7 +23,21 @@ from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
 from ropewalk.registry import Registry
-from ropewalk.server import admin, batches, chat, extensions, files, logs, messages, models, openapi, operations, pages, usage
+from ropewalk.server import (
+    admin,
+    batches,
+    chat,
+    digest,
+    extensions,
+    files,
+    logs,
+    messages,
+    models,
+    openapi,
+    operations,
+    pages,
+    usage,
+)
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
@@ -48,6 +62,7 @@ ROUTES: list[BaseRoute] = [
     *openapi.routes,
     *chat.routes,
     *usage.routes,
+    *digest.routes,
     *pages.routes,
 ]
 
@@ -70,6 +85,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
     app.state.batches = batches.runner_of(app)
+    app.state.mailer = digest.mailer_of(settings)
     app.state.draining = False
     return app
 
@@ -78,6 +94,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
     working.append(asyncio.create_task(app.state.batches.run()))
+    working.append(asyncio.create_task(digest.send_digests(app)))
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ropewalk.config.mail import Mail
 from ropewalk.config.serving import Serving
 
 
@@ -27,6 +28,8 @@ class ServerSettings:
     batch_requests: int = 4  # of batches that are answered at once, while nobody else waits
     batch_lease_seconds: float = 20.0  # so long after a process has died, another takes up what it was answering
     connections: int = 1000  # at once; more are answered 503
+    mail: Mail | None = None  # how mail is sent; None: there is none
+    digest_seconds: float = 300.0  # between two looks whether a digest is due
     serving: Serving = field(default_factory=Serving)  # which models, and what their engines may use
 
     @property

@@ -18,6 +18,12 @@ def add_verbs(verbs: Verbs) -> None:
         "--models", type=Path, metavar="YAML", help="which models are served, and how (default: all that are published)"
     )
     serve.add_argument("--preload", nargs="+", default=[], metavar="NAME", help="models to load before the first question")
+    serve.add_argument(
+        "--mail",
+        type=Path,
+        metavar="YAML",
+        help="how mail is sent, for the weekly digest (default: $ROPEWALK_MAIL, else none is)",
+    )
     serve.add_argument("--max-file-mb", type=float, default=500, metavar="MB", help="largest file (default: %(default)s)")
     serve.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="of each workspace without a limit of its own (default: no limit)"
@@ -39,6 +45,7 @@ def add_verbs(verbs: Verbs) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from ropewalk.config.mail import configured_mail
     from ropewalk.config.serving import Serving, read_serving
     from ropewalk.server.serve import serve
     from ropewalk.server.settings import ServerSettings
@@ -54,6 +61,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             requests_per_minute=arguments.requests_per_minute,
             drain_seconds=arguments.drain_seconds,
             drain_notice_seconds=arguments.drain_notice_seconds,
+            mail=configured_mail(arguments.mail),
             serving=replace(serving, preload=(*serving.preload, *arguments.preload)),
         ),
     )
