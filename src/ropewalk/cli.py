@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ropewalk.compare import verbs as compare
 from ropewalk.config import verbs as config
 from ropewalk.engine import verbs as engine
 from ropewalk.errors import RopewalkError
@@ -19,7 +20,7 @@ from ropewalk.train import verbs as train
 from ropewalk.verbs import Verb, needs_verb
 
 # Each has a function add_verbs. In the order of --help; a new room needs an import and its place here.
-ROOMS = (quickstart, train, models, engine, server, files, tenants, config)
+ROOMS = (quickstart, train, models, compare, engine, server, files, tenants, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
