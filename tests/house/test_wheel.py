@@ -24,7 +24,7 @@ OPTIONAL = {
     "obstore",
     "asyncpg",
 }
-IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "python_docx": "docx", "python_pptx": "pptx"}
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "python_docx": "docx", "python_pptx": "pptx", "google_re2": "re2"}
 
 
 def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path):

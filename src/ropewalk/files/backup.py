@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import Table, delete, func, insert, select, update
+from sqlalchemy import Table, delete, func, insert, inspect, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.batches.tables import batch_items, batches
@@ -130,6 +130,8 @@ def read_mark(folder: Path) -> BackupReport:
 
 
 async def _copy_rows(rows: AsyncConnection, out: AsyncConnection) -> None:
+    there = set(await rows.run_sync(lambda connection: inspect(connection).get_table_names())) - {"alembic_version"}
+    assert there <= metadata.tables.keys(), f"tables that nobody has imported: {there - metadata.tables.keys()}"
     for table in metadata.sorted_tables:
         if table in LEFT_OUT:
             continue

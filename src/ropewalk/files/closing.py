@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
 
 from sqlalchemy import Select, Table, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.batches.ledger import forget as forget_batches
-from ropewalk.database import now
+from ropewalk.database import Database, now
 from ropewalk.errors import NotFound
 from ropewalk.files import resumable
 from ropewalk.files.receipts import Receipt
@@ -19,12 +19,17 @@ from ropewalk.files.tables import files, resumables, uploads
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import archive_workspace, destroy_workspace_key, find_workspace
 
+Forget: TypeAlias = Callable[[Database, str], Awaitable[None]]
+
 PAGE = 100
 LOOK_AGAIN_SECONDS = 0.2
 
 
-async def delete_workspace(store: Store, id_or_name: str) -> AsyncIterator[Receipt]:
-    """Archives a workspace, so that nobody adds to it, and erases all it has; may be cut short at any point and run again."""
+async def delete_workspace(store: Store, id_or_name: str, forget: Iterable[Forget] = ()) -> AsyncIterator[Receipt]:
+    """Archives a workspace, so that nobody adds to it, and erases all it has; may be cut short at any point and run again.
+
+    `forget` are those who drop what rooms above this one keep of a workspace.
+    """
     workspace = await archive_workspace(store.database, id_or_name)
     caller = Caller(workspace.organization_id, workspace.id, None)
     while True:
@@ -43,7 +48,8 @@ async def delete_workspace(store: Store, id_or_name: str) -> AsyncIterator[Recei
             if not busy:
                 break
             await asyncio.sleep(LOOK_AGAIN_SECONDS)  # admitted before the workspace was archived: they end, or their leases do
-    await forget_batches(store.database, workspace.id)
+    for drop in (forget_batches, *forget):
+        await drop(store.database, workspace.id)
     await destroy_workspace_key(store.database, workspace.id)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -105,7 +105,9 @@ def delete(files: LocalFiles, ids: Sequence[str], receipt_file: Path | None) -> 
     return 0
 
 
-def delete_workspace(files: LocalFiles, receipts_file: Path | None, certain: bool) -> int:
+def delete_workspace(
+    files: LocalFiles, receipts_file: Path | None, certain: bool, forget: Iterable[closing.Forget] = ()
+) -> int:
     """Erases a workspace and all in it; prints each receipt, or saves them, one a line."""
     count = files.run(lambda store, _: closing.files_of(store, files.workspace))
     if not certain:
@@ -115,7 +117,7 @@ def delete_workspace(files: LocalFiles, receipts_file: Path | None, certain: boo
 
     async def work(store: Store, _: Caller) -> None:
         with receipts_file.open("a", encoding="ascii") if receipts_file else nullcontext(sys.stdout) as out:
-            async for receipt in closing.delete_workspace(store, files.workspace):
+            async for receipt in closing.delete_workspace(store, files.workspace, forget):
                 print(json.dumps(receipt.as_dict()), file=out, flush=True)
 
     try:

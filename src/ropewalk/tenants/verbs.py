@@ -111,10 +111,11 @@ def _archive_workspace(arguments: argparse.Namespace) -> int:
 
 
 def _delete_workspace(arguments: argparse.Namespace) -> int:
+    from ropewalk.compare.closing import forget
     from ropewalk.files import commands
     from ropewalk.files.verbs import local_files
 
-    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes)
+    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, [forget])
 
 
 def _limit(arguments: argparse.Namespace) -> int:
