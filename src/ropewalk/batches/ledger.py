@@ -334,7 +334,7 @@ class Ledger:
 
     async def _find(self, connection: AsyncConnection, caller: Caller, id: str) -> Batch:
         row = None
-        if id.isascii() and len(id) <= 128:
+        if id.isascii() and id.isprintable() and len(id) <= 128:
             row = (await connection.execute(select(*COLUMNS).where(batches.c.id == id, _visible(caller)))).first()
         if row is None:
             raise NotFound(f"Message batch `{id[:200]}` not found.")
