@@ -11,13 +11,13 @@ from sqlalchemy import func, insert, select, update
 
 from ropewalk.checks import CheckSpec
 from ropewalk.compare.sealing import seal, unseal
+from ropewalk.compare.suite_reading import held_back
 from ropewalk.compare.suites import (
     DAY,
     add_suite,
     delete_suite,
     forget_unfinished,
     get_suite,
-    held_back,
     list_suites,
     prompt,
     prompts,
