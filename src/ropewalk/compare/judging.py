@@ -15,6 +15,7 @@ from ropewalk.compare.verdict import Interval
 
 FLIPS = 0.30  # of decided prompts: beyond this the order of the answers decides more than the answers
 LABELS = 50  # by people, on pairs of answers that the judge judged too: below it a judge is uncalibrated
+ONLY_LENGTH = 0.90  # siding with the longer answer more often than this, beyond chance, is no taste but a count, until labels say otherwise
 DECIDED = 0.05  # of prompts: a judge that calls nearly all the same has said nothing
 
 
@@ -124,7 +125,7 @@ def admission(
 ) -> JudgeRecord:
     """Whether one judge is admitted: few flips, and from 50 labels on, siding with people beyond chance and better than length does.
 
-    Labels are by prompt: 1 people hold the new answer better, 0.5 the same, 0 worse. Lengths are of the labelled answers.
+    Labels are by prompt: 1 people hold the new answer better, 0.5 the same, 0 worse. Lengths are of the judged answers, old first.
     """
     pairs = both_orders(judgements)
     scores = {prompt: mean(pair) for prompt, pair in pairs.items()}
@@ -140,6 +141,13 @@ def admission(
     if decided < DECIDED:
         return record(False, f"it decided {decided:.0%} of the prompts; it says the same of everything")
     if not calibrated:
+        counted = {prompt: side for prompt, side in longest(lengths).items() if prompt in scores and side != 0.5}
+        same = agreement(scores, counted)
+        if counted and lower_bound(same, len(counted)) > ONLY_LENGTH:
+            told = f"it sides with the longer answer in {same:.0%} of {len(counted)} pairs"
+            return record(
+                False, f"{told}; only labels ({LABELS}, there are {len(used)}) tell it from one that counts characters"
+            )
         return record(True, f"{flips:.0%} of its decisions flip with the order; {len(used)} of {LABELS} labels")
     right, dummy = agreement(scores, used), agreement(longest(lengths), used)
     told = f"it sides with people in {right:.0%} of {len(used)} labels, the longer answer does in {dummy:.0%}"

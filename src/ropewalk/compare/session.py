@@ -285,7 +285,7 @@ class Looking:
     others: Sequence[Subject]
     groups: Mapping[str, Sequence[Prompt]]  # in the order in which they are asked; prompts that checks score
     samples: int
-    passed: int = 0  # groups, since it last looked
+    passed: int = 1 << 30  # groups since it last looked: what was asked before may be enough
 
     def certain(self) -> bool:
         """Whether nothing more need be asked, as far as checks tell."""
