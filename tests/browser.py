@@ -47,7 +47,7 @@ class Visit:
     complaints: list[str] = field(default_factory=list)  # what the console said, what broke, what was asked of others
 
     def sign_in(self, key: str) -> Visit:
-        self.page.goto(self.origin + "/")
+        self.page.goto(self.origin + "/files")
         self.page.get_by_label("Key").fill(key)
         self.page.get_by_role("button", name="Sign in").click()
         self.page.wait_for_url("**/files")

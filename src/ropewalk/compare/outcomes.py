@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.compare.diff import Answers, Change, change
@@ -42,7 +42,9 @@ async def outcomes(store: Store, caller: Caller, comparison: Comparison, candida
         return []
     async with store.database.reading() as connection:
         columns = outputs.c.id, outputs.c.run_id, outputs.c.prompt_id, outputs.c.sample, outputs.c.text_hash, outputs.c.error
-        query = select(*columns).where(outputs.c.run_id.in_(runs)).order_by(outputs.c.sample)
+        # Beyond the samples that were planned lie questions that were asked again.
+        counted = outputs.c.run_id.in_(runs) & (outputs.c.sample < comparison.plan.samples)
+        query = select(*columns).where(counted).order_by(outputs.c.sample)
         rows = (await connection.execute(query)).all()
         results = select(check_results.c.output_id, check_results.c.passed).join(
             outputs, outputs.c.id == check_results.c.output_id
@@ -62,12 +64,12 @@ def counts(found: Iterable[Outcome]) -> dict[Change, int]:
 
 def _outcomes(
     asked: Sequence[Prompt],
-    rows: Sequence[Row[Any]],
+    rows: Sequence[Any],
     runs: Sequence[str | None],
     passes: Mapping[str, bool],
     preferences: Mapping[str, float],
 ) -> list[Outcome]:
-    by_place: dict[tuple[str | None, str], list[Row[Any]]] = {}
+    by_place: dict[tuple[str | None, str], list[Any]] = {}
     for row in rows:
         by_place.setdefault((row.run_id, row.prompt_id), []).append(row)
     found = []
@@ -88,7 +90,7 @@ def _outcomes(
     return sorted(found, key=lambda one: order.index(one.change))
 
 
-def _passed(samples: Sequence[Row[Any]], passes: Mapping[str, bool]) -> bool | None:
+def _passed(samples: Sequence[Any], passes: Mapping[str, bool]) -> bool | None:
     """Whether most of the samples passed; an answer that ended in an error did not."""
     known = [passes.get(row.id, False) for row in samples if row.id in passes or row.error]
     return 2 * sum(known) > len(known) if known else None

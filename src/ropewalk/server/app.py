@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropewalk.compare.runner import ComparisonRunner
 from ropewalk.engine.models import Models
 from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
@@ -26,19 +27,27 @@ from ropewalk.registry import Registry
 from ropewalk.server import (
     admin,
     batches,
+    candidate_pages,
     chat,
+    compare_pages,
+    comparisons,
     digest,
     extensions,
+    facts,
     files,
+    home_page,
     logs,
     messages,
     models,
     openapi,
     operations,
     pages,
+    ship_pages,
     usage,
+    vote_pages,
 )
 from ropewalk.server.auth import admit, allowance_of
+from ropewalk.server.comparison_runs import ComparisonRuns
 from ropewalk.server.denied import write_down
 from ropewalk.server.operations import Metrics
 from ropewalk.server.settings import ServerSettings
@@ -57,11 +66,18 @@ ROUTES: list[BaseRoute] = [
     *messages.routes,
     *batches.routes,
     *models.routes,
+    *comparisons.routes,
     *admin.routes,
     *operations.routes,
     *openapi.routes,
     *chat.routes,
     *usage.routes,
+    *home_page.routes,
+    *vote_pages.routes,
+    *ship_pages.routes,
+    *compare_pages.routes,
+    *candidate_pages.routes,
+    *facts.routes,
     *digest.routes,
     *pages.routes,
 ]
@@ -86,6 +102,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.metrics = Metrics()
     app.state.batches = batches.runner_of(app)
     app.state.mailer = digest.mailer_of(settings)
+    app.state.comparisons = ComparisonRuns(store, ComparisonRunner(store, app.state.models))
     app.state.draining = False
     return app
 
@@ -94,6 +111,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
     working.append(asyncio.create_task(app.state.batches.run()))
+    working.append(asyncio.create_task(app.state.comparisons.run()))
     working.append(asyncio.create_task(digest.send_digests(app)))
     try:
         yield

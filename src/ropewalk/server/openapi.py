@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 
+from ropewalk.compare.state import EXIT_CODES
 from ropewalk.server.wire import EXTENSIONS, FILES_BETA, JSON, VERSIONS
 
 Schema = Mapping[str, Any]
@@ -154,6 +155,45 @@ COMPONENTS: dict[str, Schema] = {
     "BatchList": record(
         {
             "data": {"type": "array", "items": named("Batch")},
+            "has_more": {"type": "boolean"},
+            "first_id": nullable(STRING),
+            "last_id": nullable(STRING),
+        }
+    ),
+    "Candidate": record(
+        {"id": STRING, "type": {"const": "candidate"}, "kind": STRING, "name": STRING, "lineage": {"type": "object"}}
+    ),
+    "Suite": record({"id": STRING, "type": {"const": "suite"}, "name": STRING, "n_prompts": {"type": "integer"}}),
+    "Comparison": record(
+        {
+            "id": STRING,
+            "type": {"const": "comparison"},
+            "title": STRING,
+            "state": {"enum": ["new", "running", "done", "failed"]},
+            "baseline": STRING,
+            "candidates": {"type": "array", "items": {"type": "object"}},
+            "verdicts": {"type": "array", "items": named("Verdict")},
+        }
+    ),
+    "Verdict": record(
+        {
+            "id": STRING,
+            "type": {"const": "verdict"},
+            "candidate": STRING,
+            "state": {"enum": list(EXIT_CODES)},
+            "effect": nullable({"type": "number", "description": "a share: 0.05 is five points"}),
+            "low": nullable({"type": "number"}),
+            "high": nullable({"type": "number"}),
+            "reasons": {"type": "array", "items": {"type": "object"}},
+            "exit_code": {"type": "integer"},
+        }
+    ),
+    "Promotion": record({"id": STRING, "alias": STRING, "to_name": STRING, "override_reason": nullable(STRING)}),
+    "Ticket": record({"type": {"const": "vote_ticket"}, "ticket": STRING, "prompt": STRING, "left": STRING, "right": STRING}),
+    "Vote": record({"type": {"const": "vote"}, "choice": STRING, "left": STRING, "right": STRING}),
+    "CompareList": record(
+        {
+            "data": {"type": "array", "items": {"type": "object"}},
             "has_more": {"type": "boolean"},
             "first_id": nullable(STRING),
             "last_id": nullable(STRING),

@@ -44,12 +44,8 @@ ROWS = 50  # of a list
 # -- signing in and out
 
 
-async def home(request: Request) -> Response:
-    return RedirectResponse("/files", 303)
-
-
 async def login_form(request: Request) -> Response:
-    session, target = sessions.read(request, store_of(request).vault), _inside(request.query_params.get("next"))
+    session, target = sessions.read(request, store_of(request).vault), inside(request.query_params.get("next"))
     if session is None or session.key_id is not None:
         if session is not None and await visitor_of(request, session) is not None:
             return RedirectResponse(target, 303)
@@ -63,10 +59,10 @@ async def login(request: Request) -> Response:
     session = sessions.read(request, store.vault)
     if session is None:
         return await _login_page(
-            request, sessions.begin(), "/files", "The page had been open for too long, or cookies are off. Again:"
+            request, sessions.begin(), "/", "The page had been open for too long, or cookies are off. Again:"
         )
     form = await read_form(request, session)
-    target = _inside(form.get("next"))
+    target = inside(form.get("next"))
     async with store.database.reading() as connection:
         key = await authenticate(connection, store.pepper, form.get("key", "").strip())
     if key is None:
@@ -237,10 +233,10 @@ async def _login_page(request: Request, session: Session, target: str, problem: 
     return response
 
 
-def _inside(target: str | None) -> str:
+def inside(target: str | None) -> str:
     """A path of this server: a link from elsewhere must not lead elsewhere."""
     ours = target is not None and target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable()
-    return target if ours and target is not None else "/files"
+    return target if ours and target is not None else "/"
 
 
 async def _listed(request: Request, visitor: Visitor, name: str) -> tuple[Listing, str | None, str | None]:
@@ -295,7 +291,6 @@ class Static(StaticFiles):
 _ID = "/files/{id:str}"
 
 routes: list[BaseRoute] = [
-    Route("/", anyone(home)),
     Route("/login", anyone(login_form), methods=["GET"]),
     Route("/login", anyone(login), methods=["POST"]),
     Route("/logout", signed_in(logout), methods=["POST"]),

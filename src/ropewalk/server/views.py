@@ -13,7 +13,8 @@ from ropewalk.server.previews import Preview
 from ropewalk.server.words import Moment, Part, estimate, exactly, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
-LINKS = (("/files", "Files"), ("/chat", "Chat"), ("/usage", "Usage"))
+LINKS = (("/", "Home"), ("/files", "Files"), ("/chat", "Chat"), ("/compare", "Compare"), ("/usage", "Usage"))
+BELOW = {"/candidates": "/compare", "/method": "/compare", "/digest": "/", "/rollback": "/"}  # pages under another’s link
 KEEP = (
     (None, "until deleted"),
     (3600, "1 hour"),
@@ -67,7 +68,8 @@ class Frame:
 
     @property
     def links(self) -> list[Link]:
-        return [Link(href, label, self.path.startswith(href)) for href, label in LINKS]
+        first = "/" + self.path.split("/")[1]
+        return [Link(href, label, BELOW.get(first, first) == href) for href, label in LINKS]
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,20 @@ def anyone(page: Endpoint) -> Endpoint:
     return endpoint
 
 
+def signed_in_or_not(page: Callable[[Request, Visitor | None], Awaitable[Response]]) -> Endpoint:
+    """A page for everybody, which knows who is signed in."""
+
+    async def endpoint(request: Request) -> Response:
+        session = sessions.read(request, store_of(request).vault)
+        visitor = await visitor_of(request, session) if session is not None else None
+        try:
+            return _guarded(await page(request, visitor))
+        except RopewalkError as error:
+            return _guarded(await _refusal(request, visitor, error))
+
+    return endpoint
+
+
 async def visitor_of(request: Request, session: Session) -> Visitor | None:
     """The key of a session as it is now; None when it opens nothing any more."""
     if session.key_id is None:
@@ -121,6 +135,17 @@ async def read_form(request: Request, session: Session) -> dict[str, str]:
 
 async def read_fields(request: Request, session: Session, most_bytes: int, most_fields: int) -> list[tuple[str, str]]:
     """The same, where a field may come several times."""
+    fields = await _read_fields(request, most_bytes, most_fields)
+    sessions.check_token(session, dict(fields).get("csrf"))
+    return fields
+
+
+async def read_open_form(request: Request) -> dict[str, str]:
+    """The fields of a form of somebody who is not signed in: it must carry a secret of its own."""
+    return dict(await _read_fields(request, FORM_BYTES, FORM_FIELDS))
+
+
+async def _read_fields(request: Request, most_bytes: int, most_fields: int) -> list[tuple[str, str]]:
     sessions.check_origin(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
         raise BadInput("this form is expected as application/x-www-form-urlencoded, as browsers send it")
@@ -130,11 +155,9 @@ async def read_fields(request: Request, session: Session, most_bytes: int, most_
         if len(content) > most_bytes:
             raise TooLarge(f"this form has more than {most_bytes:,} bytes")
     try:
-        fields = parse_qsl(content.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=most_fields)
+        return parse_qsl(content.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=most_fields)
     except ValueError as error:
         raise BadInput(f"this form cannot be read: {error}") from error
-    sessions.check_token(session, dict(fields).get("csrf"))
-    return fields
 
 
 def store_of(request: Request) -> Store:
