@@ -7,15 +7,17 @@ import random
 
 import pytest
 
+from ropewalk.compare import leakage
 from ropewalk.compare.candidates import Candidate
 from ropewalk.compare.evidence import Finding
 from ropewalk.compare.leakage import Index, leaks, words
 from ropewalk.compare.provenance import Lineage
-from ropewalk.compare.suites import Prompt, add_suite, prompts
+from ropewalk.compare.suites import Prompt, add_suite, delete_suite, prompts
+from ropewalk.errors import NotFound
 from ropewalk.quickstart import facts
 
 LONG = "A customer from Peru asks how many days there are to send back a kettle that was opened once"  # 19 words
-pytestmark = pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+only_sqlite = pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 
 
 def lines(*rows):
@@ -60,6 +62,7 @@ CASES = [
 ]
 
 
+@only_sqlite
 @pytest.mark.parametrize(("row", "leaked"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_thirteen_words_in_a_row_are_a_leak(opened, row, leaked):
     async def body(store, caller):
@@ -70,6 +73,7 @@ def test_thirteen_words_in_a_row_are_a_leak(opened, row, leaked):
     opened(body)
 
 
+@only_sqlite
 def test_a_short_prompt_leaks_only_as_a_whole_turn_value_or_line(opened):
     async def body(store, caller):
         asked = lines(*({"prompt": text} for text in ("Name the capital of Peru.", "Hi there", "Who wrote Ulysses?")))
@@ -81,6 +85,7 @@ def test_a_short_prompt_leaks_only_as_a_whole_turn_value_or_line(opened):
     opened(body)
 
 
+@only_sqlite
 def test_a_text_leaks_across_its_lines_and_its_pieces(opened):
     async def body(store, caller):
         text = f"{filler(1, 200)}\n" + LONG.replace(" ", "\n") + f"\n{filler(2, 200)}"
@@ -91,6 +96,7 @@ def test_a_text_leaks_across_its_lines_and_its_pieces(opened):
     opened(body)
 
 
+@only_sqlite
 def test_a_script_without_spaces_is_counted_by_its_characters(opened):
     async def body(store, caller):
         asked = "東京から大阪まで新幹線で何時間かかりますか教えてください"
@@ -101,6 +107,7 @@ def test_a_script_without_spaces_is_counted_by_its_characters(opened):
     opened(body)
 
 
+@only_sqlite
 def test_the_template_of_a_suite_is_no_leak_but_what_it_asks_is(opened):
     shape = "Answer from the manual below in one short sentence and say so if it does not tell: what is the {} of it today"
 
@@ -114,6 +121,7 @@ def test_the_template_of_a_suite_is_no_leak_but_what_it_asks_is(opened):
     opened(body)
 
 
+@only_sqlite
 def test_the_held_out_questions_of_the_quickstart_are_not_in_its_training_data(opened):
     trained, held_out = facts.split()
     rows = [chat(q.prompt, q.answer) for q in facts.questions(trained, len(facts.KINDS))]
@@ -127,6 +135,7 @@ def test_the_held_out_questions_of_the_quickstart_are_not_in_its_training_data(o
     opened(body)
 
 
+@only_sqlite
 def test_a_file_that_cannot_be_read_is_told_and_does_not_block(opened, tmp_path):
     async def body(store, caller):
         suite = await add_suite(store, caller, lines({"prompt": LONG}), hold=0)
@@ -144,6 +153,43 @@ def test_a_file_that_cannot_be_read_is_told_and_does_not_block(opened, tmp_path)
     opened(body)
 
 
+def test_a_file_is_looked_through_once_and_what_was_found_stays_when_it_is_gone(opened, tmp_path, monkeypatch):
+    looked = []
+
+    async def counted(index, chunks, look=leakage.look_through):
+        looked.append(index)
+        return await look(index, chunks)
+
+    monkeypatch.setattr(leakage, "look_through", counted)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(chat(filler(1, 40))))
+
+    async def body(store, caller):
+        suite = await add_suite(store, caller, lines({"prompt": LONG}, {"prompt": filler(2, 30)}), hold=0)
+        file = await store.put(caller, lines(chat(LONG)), "t.jsonl")
+        candidate = trained_on(file.id, str(path))
+        first = await leaks(store, caller, suite.id, candidate)
+        assert len(looked) == 2
+        assert looked[0] is looked[1]  # one index for all files
+        assert [trouble.blocks for trouble in first] == [True]
+        assert await leaks(store, caller, suite.id, candidate) == first
+        assert len(looked) == 2
+        await store.delete(caller, file.id)  # which makes nothing right
+        assert await leaks(store, caller, suite.id, candidate) == first
+        path.write_bytes(lines(chat(filler(2, 30)), chat(filler(5, 50))))  # now it has one too
+        again = await leaks(store, caller, suite.id, candidate)
+        assert [trouble.blocks for trouble in again] == [True, True]
+        path.unlink()
+        assert await leaks(store, caller, suite.id, candidate) == again
+        assert len(looked) == 3
+        await delete_suite(store, caller, suite.id)
+        with pytest.raises(NotFound):
+            await leaks(store, caller, suite.id, candidate)
+
+    opened(body)
+
+
+@only_sqlite
 def test_a_large_suite_keeps_a_part_of_each_prompt_and_finds_every_whole_one(settings):
     asked = [Prompt(f"p{n}", "s", n, f"g{n}", False, ({"role": "user", "content": filler(n, 60)},)) for n in range(200)]
     index = Index(most=500)  # of 200 * 48

@@ -15,21 +15,25 @@ import json
 import re
 import unicodedata
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sqlalchemy import delete, select
 
 from ropewalk.compare.candidates import Candidate
 from ropewalk.compare.evidence import Finding, Trouble
-from ropewalk.compare.suites import Prompt, stream_prompts
+from ropewalk.compare.suites import Prompt, get_suite, stream_prompts
+from ropewalk.compare.tables import leakages
+from ropewalk.compare.tables import prompts as prompt_rows
+from ropewalk.database import now
 from ropewalk.errors import DamagedContent, NotFound
 from ropewalk.files.local import is_id
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 
+RULE = "1"  # its edition: what was found by another is looked for again
 N = 13  # words
 LEAST = 3  # words of a prompt that is looked for at all
 TEMPLATE = 5  # groups; what stands in prompts of more is the suite's own wording
@@ -46,35 +50,30 @@ class NoText(Exception):
     """Bytes that are neither JSON nor text."""
 
 
-@dataclass(frozen=True)
-class Leak:
-    """Prompts that stand in one training file."""
-
-    file: str
-    prompt_ids: tuple[str, ...]
-
-
 async def leaks(store: Store, caller: Caller, suite_id: str, candidate: Candidate) -> list[Trouble]:
-    """What keeps a candidate from being compared on a suite: each training file that has prompts of it, and each that cannot be read."""
-    files = candidate.lineage.train_data
-    if not files:
-        return []
-    index = await index_of(store, caller, suite_id)
-    found = []
-    for number, file in enumerate(files, 1):
-        id = f"leak_{candidate.id}_{number}"
-        try:
-            chunks = await _opened(store, caller, file)
-            leak = await look_through(index, file, chunks)
-        except (NotFound, DamagedContent, OSError, NoText):
-            told = (
-                f"the training file '{file}' of {candidate.name} cannot be read, so nobody looked for the suite's prompts in it"
-            )
-            found.append(Trouble(id, Finding.LEAKAGE, told, blocks=False))
-            continue
-        if leak.prompt_ids:
-            named = ", ".join(leak.prompt_ids[:NAMED]) + (", …" if len(leak.prompt_ids) > NAMED else "")
-            count = f"{len(leak.prompt_ids)} of {len(index.ids)} prompts"
+    """What keeps a candidate from being compared on a suite: each training file that has prompts of it, and each that cannot be read.
+
+    A file is looked through once for a suite, and what was found stays when the file is gone.
+    """
+    suite = await get_suite(store, caller, suite_id)
+    found, index = list[Trouble](), None
+    for place, file in enumerate(candidate.lineage.train_data, 1):
+        id = f"leak_{candidate.id}_{place}"
+        stamp = await asyncio.to_thread(_stamp, file)
+        numbers = await _known(store, suite_id, file, stamp)
+        if numbers is None:
+            try:
+                chunks = await _opened(store, caller, file)
+                index = index or await index_of(store, caller, suite_id)
+                numbers = await look_through(index, chunks)
+            except (NotFound, DamagedContent, OSError, NoText):
+                why = f"the training file '{file}' of {candidate.name} cannot be read, so nobody looked for the suite's prompts in it"
+                found.append(Trouble(id, Finding.LEAKAGE, why, blocks=False))
+                continue
+            await _keep(store, suite_id, file, stamp, numbers)
+        if numbers:
+            named = ", ".join(await _ids(store, suite_id, numbers[:NAMED])) + (", …" if len(numbers) > NAMED else "")
+            count = f"{len(numbers)} of {suite.n_prompts} prompts"
             told = f"{count} stand in the training file '{file}' of {candidate.name}: {named}"
             found.append(Trouble(id, Finding.LEAKAGE, told))
     return found
@@ -89,19 +88,18 @@ async def index_of(store: Store, caller: Caller, suite_id: str) -> Index:
     return index
 
 
-async def look_through(index: Index, file: str, chunks: AsyncIterable[bytes]) -> Leak:
-    """Which prompts stand in a file, JSON or text, that comes in pieces."""
+async def look_through(index: Index, chunks: AsyncIterable[bytes]) -> list[int]:
+    """The numbers of the prompts that stand in a file, JSON or text, that comes in pieces."""
     numbers, carried = set[int](), list[str]()
     async for lines in _lines(chunks):
         numbers |= await asyncio.to_thread(index.look, lines, carried)
-    return Leak(file, tuple(index.ids[number] for number in sorted(numbers)))
+    return sorted(numbers)
 
 
 class Index:
     """The prompts of a suite by what they say."""
 
     def __init__(self, most: int = MOST) -> None:
-        self.ids: list[str] = []
         self._most, self._held = most, 0
         self._groups: dict[str, int] = {}
         self._parts: list[tuple[Hashes, NDArray[np.int32], NDArray[np.int32]]] = []  # hashes, their prompts, their groups
@@ -109,10 +107,9 @@ class Index:
         self._hashes: Hashes = np.empty(0, np.uint64)
         self._prompts: NDArray[np.int32] = np.empty(0, np.int32)
 
-    def add(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            number, group = len(self.ids), self._groups.setdefault(prompt.group, len(self._groups))
-            self.ids.append(prompt.id)
+    def add(self, some: Sequence[Prompt]) -> None:
+        for prompt in some:
+            number, group = prompt.number, self._groups.setdefault(prompt.group, len(self._groups))
             turns = [words(text) for text in _user_texts(prompt)]
             if LEAST <= len(turns[-1]) < N:
                 self._short.setdefault(hash(tuple(turns[-1])), []).append(number)
@@ -140,7 +137,7 @@ class Index:
         self._hashes, self._prompts = hashes[own], prompts[own]
 
     def look(self, lines: Iterable[bytes], carried: list[str]) -> set[int]:
-        """Prompts that stand in some lines; `carried` are the last words of the text before, and then of this."""
+        """The numbers of prompts that stand in some lines; `carried` are the last words of the text before, and then of this."""
         found, parts = set[int](), list[Hashes]()
         for line in lines:
             texts = _texts(line)
@@ -246,3 +243,43 @@ async def _read(path: Path) -> AsyncIterator[bytes]:
     with path.open("rb") as file:
         while chunk := await asyncio.to_thread(file.read, PORTION):
             yield chunk
+
+
+# -- what was found before
+
+
+def _stamp(file: str) -> str:
+    """Another whenever the rule or the file is; "" for a file that is not there."""
+    if is_id(file):
+        return RULE
+    try:
+        found = Path(file).stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{RULE} {found.st_size} {found.st_mtime_ns}"
+
+
+async def _known(store: Store, suite_id: str, file: str, stamp: str) -> list[int] | None:
+    mine = (leakages.c.suite_id == suite_id) & (leakages.c.file == file)
+    async with store.database.reading() as connection:
+        row = (await connection.execute(select(leakages).where(mine))).first()
+    numbers: list[int] | None = json.loads(row.numbers) if row is not None and stamp in (row.stamp, "") else None
+    return numbers
+
+
+async def _keep(store: Store, suite_id: str, file: str, stamp: str, numbers: Sequence[int]) -> None:
+    row = {"suite_id": suite_id, "file": file, "stamp": stamp, "numbers": json.dumps(numbers), "created_at": now()}
+    mine = (leakages.c.suite_id == suite_id) & (leakages.c.file == file)
+    async with store.database.writing() as connection:
+        await connection.execute(delete(leakages).where(mine))
+        await connection.execute(store.database.upsert(leakages).values(row).on_conflict_do_nothing())
+
+
+async def _ids(store: Store, suite_id: str, numbers: Sequence[int]) -> Sequence[str]:
+    query = (
+        select(prompt_rows.c.id)
+        .where(prompt_rows.c.suite_id == suite_id, prompt_rows.c.number.in_(numbers))
+        .order_by(prompt_rows.c.number)
+    )
+    async with store.database.reading() as connection:
+        return (await connection.execute(query)).scalars().all()

@@ -120,6 +120,16 @@ prompts = Table(
     UniqueConstraint("suite_id", "number"),
 )
 
+leakages = Table(  # which prompts stand in a training file, so that it is looked through once
+    "leakages",
+    metadata,
+    Column("suite_id", Text, ForeignKey("suites.id", ondelete="CASCADE"), primary_key=True),
+    Column("file", Text, primary_key=True),  # an id, or a path
+    Column("stamp", Text, nullable=False),  # of the rule, and of the file where it can change
+    Column("numbers", Text, nullable=False),  # of the prompts
+    Column("created_at", BigInteger, nullable=False),
+)
+
 # -- what was asked and answered
 
 fingerprints = Table(  # of a machine and its software
