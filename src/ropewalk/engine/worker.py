@@ -63,9 +63,7 @@ def build(settings: EngineSettings) -> Engine:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.base)
     template = Template.load(ensure_tokenizer(folder))
-    on_gpu = torch.cuda.is_available() and settings.device != "cpu"
-    dtype = settings.dtype if settings.dtype != "auto" or on_gpu else torch.float32
-    model, sight = _loaded(folder, dtype, settings.device)
+    model, sight = _loaded(folder, _precision(settings, folder), settings.device)
     runner = Runner(model)
     arrange(runner.model)
     adapters = Adapters(runner.model)
@@ -81,6 +79,17 @@ def build(settings: EngineSettings) -> Engine:
     grammars = Grammars(ensure_tokenizer(folder) / "tokenizer.json", stop_ids(template))
     limits = Limits(settings.running, settings.waiting, settings.chunk)
     return Engine(runner, prefixes, adapters, grammars, limits, settings.longest, sight)
+
+
+def _precision(settings: EngineSettings, folder: Path) -> torch.dtype | str:
+    """As asked for; otherwise the weights' own, except on a CPU that computes it slowly or not at all."""
+    if settings.dtype != "auto" or (torch.cuda.is_available() and settings.device != "cpu"):
+        return settings.dtype
+    kinds = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    quick = any(known is not None and known() for known in kinds)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = config.get("dtype") or config.get("torch_dtype")
+    return "auto" if own == "bfloat16" and quick else torch.float32
 
 
 def _loaded(folder: Path, dtype: torch.dtype | str, device: str) -> tuple[Any, Sight | None]:

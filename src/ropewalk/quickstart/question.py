@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ropewalk.chat.messages import (
     Block,
@@ -31,8 +31,10 @@ from ropewalk.engine.models import Models
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.registry import Registry
+from ropewalk.tenants.caller import Caller
 
 MAX_TOKENS = 48
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,13 @@ class Asking:
         self._store = await Store.open(Settings())
         self._exits.push_async_callback(self._store.close)
         self._caller = await self._store.local_caller()
-        self._models = Models(self._store, self._registry, Serving(engine=EngineOptions(memory_gb=0.25, disk_gb=1)))
+        options = EngineOptions(memory_gb=0.25, disk_gb=1, dtype="float32")  # the same answers on every machine
+        self._models = Models(self._store, self._registry, Serving(engine=options))
         self._exits.push_async_callback(self._models.close)
+
+    def run(self, work: Callable[[Store, Models, Caller], Coroutine[Any, Any, T]]) -> T:
+        """Does other work with the same store and models."""
+        return self._runner.run(work(self._store, self._models, self._caller))
 
     def answers(self, name: str, questions: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[str]:
         """What the model of this name says to each of these questions, asked side by side."""
