@@ -63,6 +63,8 @@ LIGHT = [
     "ropewalk.checks",
     "ropewalk.compare.rule",
     "ropewalk.compare.runner",
+    "ropewalk.compare.records",
+    "ropewalk.compare.leakage",
     "ropewalk.compare.page_text",
     "ropewalk.compare.panel",
     "ropewalk.compare.diff",
