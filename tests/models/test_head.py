@@ -103,6 +103,25 @@ def test_the_packed_loss_and_gradients_are_those_of_every_sample_alone(name):
             assert (got - twin).norm() <= 1e-4 * twin.norm() + 1e-5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_token_has_the_log_probability_it_has_in_its_sample_alone(name):
+    model = build(name)
+    head = output_head(model)
+    ids, labels, positions = packed()
+    logp = head.log_probs(model, ids, labels, positions)
+    assert torch.equal(logp == 0, labels == -100)
+    for row, start, stop in ((0, 0, 6), (0, 6, 11), (0, 11, 15), (1, 0, 16)):
+        logits = model(input_ids=ids[row : row + 1, start:stop], use_cache=False).logits[0, :-1].float()
+        alone = logits.log_softmax(-1).gather(1, ids[row, start + 1 : stop, None])[:, 0]
+        kept = labels[row, start + 1 : stop] != -100
+        torch.testing.assert_close(logp[row, start + 1 : stop][kept], alone[kept], rtol=1e-4, atol=1e-5)
+    wanted = list(model.parameters())
+    ours, twin = (torch.autograd.grad(loss, wanted, allow_unused=True) for loss in (-logp.sum(), sum_of_rows_alone(model)))
+    for got, expected in zip(ours, twin):
+        if got is not None:
+            assert (got - expected).norm() <= 1e-4 * expected.norm() + 1e-5
+
+
 def test_the_probe_leaves_the_model_as_it_was():
     model = build("llama").train()
     output_head(model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from ropewalk.kernels.log_probs import linear_log_probs, of_logits
 
 Isolation = Literal["positions", "one row", "unpacked"]
 """How samples packed into a row are kept apart: the model reads it from position ids; it does so if all rows are laid end to
@@ -72,6 +73,40 @@ class Head:
         scale, softcap = self.after.scale, self.after.softcap
         loss = linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
         return loss + count * _balance(model, out), count
+
+    def log_probs(
+        self, model: nn.Module, ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **extra: Any
+    ) -> Tensor:
+        """log p of the token at t given those before it, [B, T] float32; 0 where labels[b, t] is -100. Labels are not shifted."""
+        if position_ids is not None and self.isolation == "unpacked":
+            # Where each token of the rows that are made comes from: numbers take the place of ids.
+            places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+            found = torch.zeros(ids.numel(), device=ids.device)
+            for place, target, positions in unpack(places, labels, position_ids):
+                part = self._log_probs(model, ids.flatten()[place], target, positions, extra)
+                kept = target != IGNORED
+                found = found.index_add(0, place[kept], part[kept])
+            return found.view_as(ids)
+        if position_ids is not None and self.isolation == "one row":
+            ((flat, targets, positions),) = self._apart(ids, labels, position_ids)
+            return self._log_probs(model, flat, targets, positions, extra).view_as(ids)
+        return self._log_probs(model, ids, labels, position_ids, extra)
+
+    def _log_probs(
+        self, model: nn.Module, ids: Tensor, labels: Tensor, position_ids: Tensor | None, extra: dict[str, Any]
+    ) -> Tensor:
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        if self.after is None or not _only_multiplies(output_module(model)):
+            logits = run(model, ids, position_ids, **extra).logits
+            found = of_logits(logits.flatten(0, 1).float(), targets)
+        else:
+            head = output_module(model)
+            with instead_of(head, nothing) as seen:
+                run(model, ids, position_ids, **extra)
+            scale, softcap = self.after.scale, self.after.softcap
+            hidden = seen[0].flatten(0, 1)
+            found = linear_log_probs(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
+        return torch.nn.functional.pad(found.view_as(ids)[:, :-1], (1, 0))
 
     def _apart(self, ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         if position_ids is None or self.isolation == "positions":

@@ -48,7 +48,8 @@ METHODS: dict[str, Method] = {
     "cispo": Method(clip="cispo"),  # arXiv 2506.13585
     "rloo": Method("leave_one_out"),  # arXiv 2402.14740
     "reinforce++": Method("batch"),  # arXiv 2501.03262
-    "reinforce++_baseline": Method("group_mean_batch"),
+    "reinforce++-baseline": Method("group_mean_batch"),
+    "bnpo": Method(),  # as dapo with GRPO's bounds
     "dppo": Method("group_mean", clip="dppo", anchor=1e-3),  # Divergence PPO: the mask is a bound on |pi - mu|
 }
 DEFAULT = "dapo"
