@@ -19,6 +19,17 @@ from ropewalk.compare.suites import add_suite, prompts
 from ropewalk.compare.tables import candidates as rows
 from ropewalk.compare.tables import lineage as lineages
 from ropewalk.errors import UpstreamFailed
+from ropewalk.files.settings import Settings
+
+BOTH = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
+def settings(request, tmp_path):
+    """SQLite, and PostgreSQL for tests that ask for both."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return Settings(data=tmp_path / "data")
+    return Settings(data=tmp_path / "data", database_url=request.getfixturevalue("postgres_url"))
 
 
 def poems(count):
@@ -61,6 +72,7 @@ async def judged(store, caller, models, source, *judge_names, names=("old", "new
     return found
 
 
+@BOTH
 def test_a_fair_judge_sees_both_orders_and_its_preference_decides(opened, tmp_path):
     async def body(store, caller):
         judge = preferring(fair, "the rhyme", ("a good poem", "never said"))
@@ -123,6 +135,7 @@ def test_a_judge_that_prefers_what_stands_first_is_not_admitted(opened, tmp_path
     opened(body)
 
 
+@BOTH
 def test_a_judge_that_counts_characters_is_not_admitted_against_labels(opened, tmp_path):
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=good, new=bad, judge=preferring(longest))

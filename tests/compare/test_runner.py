@@ -15,8 +15,21 @@ from ropewalk.compare.records import Plan, create, get_comparison, latest, unfin
 from ropewalk.compare.runner import ComparisonRunner, cancel
 from ropewalk.compare.runs import outputs, runs_of
 from ropewalk.compare.state import State
-from ropewalk.compare.suites import add_suite, prompts
+from ropewalk.compare.suites import add_suite, delete_suite, prompts
 from ropewalk.errors import BadInput, NotFound, UpstreamFailed
+from ropewalk.files.settings import Settings
+from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.workspaces import create_workspace
+
+BOTH = pytest.mark.parametrize("settings", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
+def settings(request, tmp_path):
+    """SQLite, and PostgreSQL for tests that ask for both."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return Settings(data=tmp_path / "data")
+    return Settings(data=tmp_path / "data", database_url=request.getfixturevalue("postgres_url"))
 
 
 def lines(*rows):
@@ -53,6 +66,7 @@ async def compared(store, caller, models, source, *names, plan=None, hold=0.0, c
     )
 
 
+@BOTH
 def test_a_better_candidate_ships_and_a_worse_one_is_skipped(opened, tmp_path):
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=knowing(0.5), better=knowing(0.9), worse=knowing(0.1))
@@ -110,6 +124,7 @@ def test_so_many_are_asked_at_once_as_the_plan_says(opened, tmp_path):
     opened(body)
 
 
+@BOTH
 def test_what_was_cut_off_goes_on_and_asks_nothing_twice(opened, tmp_path):
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9))
@@ -142,6 +157,7 @@ def test_what_was_cut_off_goes_on_and_asks_nothing_twice(opened, tmp_path):
     opened(body)
 
 
+@BOTH
 def test_a_second_comparison_on_the_suite_asks_only_what_is_new(opened, tmp_path):
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9), third=knowing(0.7))
@@ -374,9 +390,6 @@ def test_what_is_served_with_other_weights_is_not_asked(opened, tmp_path):
 
 
 def test_another_workspace_neither_runs_nor_cancels(opened, tmp_path):
-    from ropewalk.tenants.caller import Caller
-    from ropewalk.tenants.workspaces import create_workspace
-
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9))
         comparison = await compared(store, caller, models, suite_of(10), "old", "new")
@@ -386,5 +399,37 @@ def test_another_workspace_neither_runs_nor_cancels(opened, tmp_path):
             with pytest.raises(NotFound):
                 await attempt
         assert models.asked == []
+
+    opened(body)
+
+
+def test_a_suite_that_is_deleted_meanwhile_ends_the_run(opened, tmp_path):
+    async def body(store, caller):
+        models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9))
+        comparison = await compared(store, caller, models, suite_of(30), "old", "new")
+        gone = []
+
+        def deletes(progress):
+            if progress.done == 11 and not gone:
+                gone.append(asyncio.ensure_future(delete_suite(store, caller, comparison.suite_id)))
+
+        with pytest.raises(NotFound):
+            await ComparisonRunner(store, models).run(caller, comparison.id, deletes)
+        await gone[0]
+        after = await get_comparison(store, caller, comparison.id)
+        assert after.state == "failed"
+
+    opened(body)
+
+
+def test_two_processes_do_not_run_one_comparison(opened, tmp_path):
+    async def body(store, caller):
+        models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9))
+        comparison = await compared(store, caller, models, suite_of(20), "old", "new")
+        runner = ComparisonRunner(store, models)
+        both = await asyncio.gather(*(runner.run(caller, comparison.id) for _ in range(2)), return_exceptions=True)
+        assert sorted(type(one).__name__ for one in both) == ["Overloaded", "list"]
+        assert len(models.asked) == 40
+        assert (await get_comparison(store, caller, comparison.id)).state == "done"
 
     opened(body)

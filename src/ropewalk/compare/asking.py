@@ -77,6 +77,8 @@ async def loaded(models: Models, name: str) -> Answers:
     while True:
         try:
             return await models.answerer(name)
+        except EngineDied:  # it does not start, and will not if it is told to again and again
+            raise
         except Overloaded as error:
             if time.monotonic() >= late:
                 raise

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from sqlalchemy.exc import IntegrityError
+
 from ropewalk.compare.records import Comparison, StoredVerdict, claim, get_comparison, release, set_state
 from ropewalk.compare.runs import runs_of, set_run_state
 from ropewalk.compare.session import Session
 from ropewalk.engine.models import Models
-from ropewalk.errors import BadInput, Overloaded
+from ropewalk.errors import BadInput, NotFound, Overloaded
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 
@@ -72,6 +74,10 @@ class ComparisonRunner:
             verdicts = await working
             await set_state(self.store, caller, comparison.id, "failed" if session.failed else "done", session.failed)
             return verdicts
+        except IntegrityError as error:
+            deleted = NotFound("the suite was deleted while the comparison ran")
+            await set_state(self.store, caller, comparison.id, "failed", str(deleted))
+            raise deleted from error
         except asyncio.CancelledError:  # this process ends: the state stays, and another goes on
             raise
         except Exception as error:

@@ -39,7 +39,7 @@ class Run:
     workspace_id: str
     candidate_id: str
     suite_id: str
-    params: Mapping[str, Any]  # sampling, samples, at_once; stopped: why not all was asked
+    params: Mapping[str, Any]  # sampling, samples, at_once; stopped: why not all was asked; since: when it came to this machine
     seed: int | None
     path: str
     digest: str  # of the candidate as it ran
@@ -167,6 +167,8 @@ async def set_run_state(
     values: dict[str, Any] = {"state": state, "error": error, "params": json.dumps(params)}
     if fingerprint_id is not None:
         values["fingerprint_id"] = fingerprint_id
+        if run.fingerprint_id not in (None, fingerprint_id):  # it goes on elsewhere: earlier times were not taken here
+            values["params"] = json.dumps({**params, "since": now()})
     values |= {"started_at": run.started_at or now()} if state == "running" else {"finished_at": now()}
     async with store.database.writing() as connection:
         await connection.execute(update(runs).where(runs.c.id == run.id, visible(caller)).values(values))

@@ -60,6 +60,8 @@ class Session:
         plan, suite = self.comparison.plan, self.comparison.suite_id
         if suite is None:
             return await self._decided()
+        if plan.samples < 1:
+            raise BadInput(f"samples is {plan.samples}; expected 1 or more")
         sampling, self.at_once = sampling_of(plan.sampling), _at_once(plan.more.get("at_once", AT_ONCE))
         self.key = await suite_key(self.store, self.caller, suite)
         every = ordered(await prompts(self.store, self.caller, suite))

@@ -82,11 +82,14 @@ async def close_subject(
     assert run.fingerprint_id is not None
     counted = [one for (_, sample), one in subject.outputs.items() if sample < samples]
     taken = await origins(store, [one.cached_from for one in counted if one.cached_from is not None])
-    here = run.fingerprint_id, at_once
-    timed = [
-        one if one.cached_from is None or taken.get(one.cached_from) == here else replace(one, ttft_ms=None, total_ms=None)
-        for one in counted
-    ]
+    since = int(run.params.get("since", 0))
+
+    def here(one: Output) -> bool:
+        if one.cached_from is not None:
+            return taken.get(one.cached_from) == (run.fingerprint_id, at_once)
+        return one.created_at >= since
+
+    timed = [one if here(one) else replace(one, ttft_ms=None, total_ms=None) for one in counted]
     found = measures.figures(timed, subject.tariff, at_once, peak_bytes)
     if found and (subject.asked or not await measures.measurements(store, caller, run.id)):
         await measures.save(store, caller, run, found, at_once, run.fingerprint_id)
