@@ -9,11 +9,14 @@ import secrets
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import select
 from starlette.routing import Mount, Route
 
+from ropewalk.compare.tables import prompts
 from ropewalk.server.app import ROUTES
 from ropewalk.tenants.quotas import set_limit
 
@@ -21,6 +24,9 @@ BYTES = "application/offset+octet-stream"
 TUS = {"tus-resumable": "1.0.0"}
 OLD = {"anthropic-beta": "files-api-2025-04-14"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
+
+
+COMPARED = ("candidate", "card", "suite", "prompt", "comparison")
 
 
 @dataclass
@@ -35,6 +41,11 @@ class Things:
     key: str = ""
     user: str = "nobody"
     batch: str = ""  # a batch that has ended, and is not the only one
+    candidate: str = ""
+    card: str = ""
+    suite: str = ""
+    prompt: str = ""
+    comparison: str = ""
 
     def absent(self):
         """The same, of what never was: each id as long as it was, so that answers can be equal to the byte."""
@@ -43,11 +54,12 @@ class Things:
             *map(other, (self.file, self.upload, self.deleted)),
             self.sequence,
             *map(other, (self.workspace, self.key)),
-            batch=other(self.batch),
+            **{name: other(getattr(self, name)) for name in ("batch", *COMPARED)},
         )
 
     def words(self):
-        return [self.file, self.upload, self.deleted, self.workspace, self.key, self.batch]
+        compared = [getattr(self, name) for name in COMPARED]
+        return [self.file, self.upload, self.deleted, self.workspace, self.key, self.batch, *compared]
 
 
 @dataclass
@@ -169,6 +181,76 @@ BATCHES = {
     ("DELETE", "/v1/messages/batches/{batch_id}"): [(ask("DELETE", "/v1/messages/batches/{things.batch}"), 200, 404)],
 }
 
+ONE = "/v1/comparisons/{things.comparison}"
+COMPARE = {
+    ("GET", "/v1/candidates"): [(ask("GET", "/v1/candidates?after_id={things.candidate}"), 200, 404)],
+    ("GET", "/v1/candidates/{candidate_id}"): [
+        (ask("GET", "/v1/candidates/{things.candidate}"), 200, 404),
+        (ask("GET", "/v1/candidates/{things.card}"), 200, 404),
+    ],
+    ("POST", "/v1/candidates/{candidate_id}/link"): [
+        (ask_json("POST", "/v1/candidates/{things.card}/link", lambda things: {"candidate": things.candidate}), 200, 404)
+    ],
+    ("POST", "/v1/suites"): [(ask_json("POST", "/v1/suites", lambda things: {"file_id": things.file}), 400, 404)],
+    ("GET", "/v1/suites"): [(ask("GET", "/v1/suites?after_id={things.suite}"), 200, 404)],
+    ("GET", "/v1/suites/{suite_id}"): [(ask("GET", "/v1/suites/{things.suite}"), 200, 404)],
+    ("DELETE", "/v1/suites/{suite_id}"): [(ask("DELETE", "/v1/suites/{things.suite}"), 200, 404)],
+    ("POST", "/v1/comparisons"): [
+        (
+            ask_json(
+                "POST",
+                "/v1/comparisons",
+                lambda things: {
+                    "baseline": things.candidate,
+                    "candidates": [things.candidate],
+                    "suite": things.suite,
+                    "run": False,
+                },
+            ),
+            200,
+            404,
+        )
+    ],
+    ("GET", "/v1/comparisons"): [(ask("GET", "/v1/comparisons?after_id={things.comparison}"), 200, 404)],
+    ("GET", "/v1/comparisons/{comparison_id}"): [(ask("GET", ONE), 200, 404)],
+    ("GET", "/v1/comparisons/{comparison_id}/prompts"): [(ask("GET", ONE + "/prompts"), 200, 404)],
+    ("POST", "/v1/comparisons/{comparison_id}/run"): [(ask("POST", ONE + "/run"), 200, 404)],
+    ("POST", "/v1/comparisons/{comparison_id}/cancel"): [(ask("POST", ONE + "/cancel"), 400, 404)],
+    ("POST", "/v1/comparisons/{comparison_id}/tickets"): [(ask("POST", ONE + "/tickets"), None, 404)],
+    ("POST", "/v1/comparisons/{comparison_id}/votes"): [
+        (ask_json("POST", ONE + "/votes", lambda things: {"ticket": "none", "choice": "left"}), 404, 404)
+    ],
+}
+AT = "/compare/{things.comparison}"
+COMPARE_PAGES = {
+    ("GET", "/compare"): [(ask("GET", "/compare?after={things.comparison}"), 200, 404)],
+    ("POST", "/compare"): [
+        (ask_form("/compare", baseline="{things.candidate}", candidate="{things.card}", suite="{things.suite}"), 303, 404)
+    ],
+    ("GET", "/compare/{id}"): [(ask("GET", AT), 200, 404)],
+    ("GET", "/compare/{id}/json"): [(ask("GET", AT + "/json"), 200, 404)],
+    ("POST", "/compare/{id}/run"): [(ask_form(AT + "/run"), 303, 404)],
+    ("POST", "/compare/{id}/cancel"): [(ask_form(AT + "/cancel"), 400, 404)],
+    ("GET", "/compare/{id}/prompts/{prompt_id}"): [(ask("GET", AT + "/prompts/{things.prompt}"), 200, 404)],
+    ("GET", "/compare/{id}/vote"): [(ask("GET", AT + "/vote"), None, 404)],
+    ("POST", "/compare/{id}/vote"): [(ask_form(AT + "/vote", ticket="none", choice="left"), 404, 404)],
+    ("POST", "/compare/{id}/invite"): [(ask_form(AT + "/invite"), 200, 404)],
+    ("POST", "/bookmarks"): [(ask_form("/bookmarks", target="{things.comparison}"), 303, 404)],
+    ("GET", "/candidates/{id}"): [(ask("GET", "/candidates/{things.candidate}"), 200, 404)],
+    ("POST", "/candidates/{id}/link"): [(ask_form("/candidates/{things.card}/link", candidate="{things.candidate}"), 303, 404)],
+}
+# What moves an alias is refused before an id is looked at.
+SHIP = {
+    ("POST", "/v1/comparisons/{comparison_id}/ship"): ask_json(
+        "POST", ONE + "/ship", lambda things: {"candidate": things.candidate, "alias": "answers"}
+    ),
+    ("POST", "/v1/aliases/{alias}/rollback"): ask("POST", "/v1/aliases/{things.file}/rollback"),
+    ("GET", "/compare/{id}/ship"): ask("GET", AT + "/ship?candidate={things.candidate}"),
+    ("POST", "/compare/{id}/ship"): ask_form(AT + "/ship", candidate="{things.candidate}", alias="answers"),
+    ("GET", "/rollback"): ask("GET", "/rollback?alias={things.file}"),
+    ("POST", "/rollback"): ask_form("/rollback", alias="{things.file}"),
+}
+
 PAGES = {
     ("GET", "/files"): [(ask("GET", "/files?stored={things.file}"), 200, 200)],
     ("GET", "/files/{id}"): [
@@ -231,7 +313,21 @@ WITHOUT_IDS = {
     ("GET", "/ready"): "public",
     ("GET", "/metrics"): "public; labels are routes and numbers",
     ("GET", "/openapi.json"): "public",
-    ("GET", "/"): "leads to /files",
+    ("GET", "/"): "of the caller's own; tested below",
+    ("GET", "/facts.json"): "of the caller's own; tested below",
+    ("GET", "/llms.txt"): "public",
+    ("GET", "/method"): "public",
+    ("GET", "/badge/{id}.svg"): "public to who was given its address; tested in test_comparisons",
+    ("GET", "/digest"): "of the caller's own; tested below",
+    ("POST", "/digest/subscribe"): "an address of the caller's own",
+    ("POST", "/v1/candidates"): "takes a served name or a page's text; makes candidates of the caller's own",
+    ("GET", "/compare/new"): "offers what is the caller's own; tested below",
+    ("POST", "/compare/cards"): "takes a page's text",
+    (
+        "GET",
+        "/vote/{token}",
+    ): "public to who was sent it; a forged one is told what an old one is, tested in test_compare_pages",
+    ("POST", "/vote/{token}"): "the same",
     ("GET", "/login"): "public",
     ("POST", "/login"): "takes a key; a wrong one and a revoked one are told the same, tested in test_pages",
     ("GET", "/usage"): "of the caller's own workspace, or of all for who administers; tested in test_usage",
@@ -259,7 +355,7 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *MESSAGES, *BATCHES, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {*API, *MESSAGES, *BATCHES, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -419,6 +515,63 @@ def test_pages_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_an
     asker, owner = asker_and_owner
     for probe, theirs, others in PAGES[route]:
         check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
+
+
+CARDS = (Path(__file__).parents[1] / "compare" / "pages" / "two_tools.txt").read_text()
+
+
+@pytest.fixture
+def comparing(asked, asker_and_owner):
+    """Who asks for whose comparisons; none of them runs."""
+    for party in asker_and_owner:
+        post = lambda path, body, api=party.api: api.post(path, json=body).json()
+        things = party.things
+        things.candidate = post("/v1/candidates", {"name": MODEL})["data"][0]["id"]
+        things.card = post("/v1/candidates", {"page_text": CARDS})["data"][0]["id"]
+        things.suite = post("/v1/suites", {"jsonl": '{"prompt": "Due?", "reference": "May"}', "hold": 0})["id"]
+        body = {"baseline": things.candidate, "candidates": [things.card], "suite": things.suite, "run": False}
+        things.comparison = [post("/v1/comparisons", body)["id"] for _ in range(2)][1]
+        things.prompt = asked.run(only_prompt(asked.store, things.suite))
+    return asker_and_owner
+
+
+async def only_prompt(store, suite_id):
+    async with store.database.reading() as connection:
+        return (await connection.execute(select(prompts.c.id).where(prompts.c.suite_id == suite_id))).scalar_one()
+
+
+@pytest.mark.parametrize("route", COMPARE, ids=" ".join)
+def test_comparisons_answer_alike_for_what_is_anothers_and_for_what_never_was(comparing, route):
+    asker, owner = comparing
+    for probe, theirs, others in COMPARE[route]:
+        check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
+
+
+@pytest.mark.parametrize("route", COMPARE_PAGES, ids=" ".join)
+def test_pages_of_compare_answer_alike_for_what_is_anothers_and_for_what_never_was(comparing, route):
+    asker, owner = comparing
+    for probe, theirs, others in COMPARE_PAGES[route]:
+        check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
+
+
+@pytest.mark.parametrize("route", SHIP, ids=" ".join)
+def test_who_may_not_move_an_alias_learns_nothing_of_what_there_is(comparing, route):
+    asker, owner = comparing
+    client = asker.api if "/v1/" in route[1] else asker.browser
+    foreign, missing = beside(client, owner.things, SHIP[route], asker.token)
+    assert foreign == missing
+    assert foreign[0] == 403
+
+
+def test_facts_home_and_forms_hold_only_what_is_the_callers(comparing):
+    asker, owner = comparing
+    theirs = {getattr(owner.things, name) for name in COMPARED}
+    for told in (
+        asker.api.get("/facts.json").text,
+        *(asker.browser.get(path).text for path in ("/", "/compare", "/compare/new", "/digest", "/facts.json")),
+    ):
+        assert not [id for id in theirs if id in told]
+    assert owner.things.comparison in owner.api.get("/facts.json").text
 
 
 @pytest.mark.parametrize("route", ADMIN, ids=" ".join)

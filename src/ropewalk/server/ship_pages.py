@@ -108,6 +108,7 @@ async def rollback_form(request: Request, visitor: Visitor) -> Response:
 
 async def roll_back(request: Request, visitor: Visitor) -> Response:
     form = await read_form(request, visitor.session)
+    visitor.caller.needs("admin")
     state, alias = request.app.state, form.get("alias", "")
     if alias not in state.registry.aliases():
         raise NotFound(f"no alias '{alias[:200]}'")
