@@ -28,7 +28,7 @@ from ropewalk.compare.tables import outputs, runs, suites
 from ropewalk.compare.tables import prompts as prompt_rows
 from ropewalk.database import now
 from ropewalk.errors import BadInput, DamagedContent, DataError, FileExpired, NotFound, PermissionDenied
-from ropewalk.files.lifecycle import expire
+from ropewalk.files.lifecycle import expire, sweep
 from ropewalk.files.tables import derived, erasures, files
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import create_workspace
@@ -338,6 +338,28 @@ def test_a_suite_dies_with_its_file_and_the_receipt_says_so(opened):
             await suite_key(store, caller, suite.id)
         assert len(await prompts(store, caller, kept.id)) == 10
         assert (await store.delete(caller, twin.id)).derived == ()
+
+    opened(body)
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_after_the_sweep_no_byte_of_a_suite_of_a_deleted_file_is_left(opened, settings):
+    async def body(store, caller):
+        file = await store.put(caller, many(700), "canary-name.jsonl")
+        suite = await add_suite(store, caller, file.id)
+        async with store.database.reading() as connection:
+            wrapped = (await connection.execute(select(suites.c.sealed_key))).scalar_one()
+            sealed = (await connection.execute(select(prompt_rows.c.content).limit(1))).scalar_one()
+        canaries = (wrapped, sealed, b"canary-name", suite.id.encode())
+
+        def seen():
+            data = b"".join(path.read_bytes() for path in Path(settings.data).rglob("*") if path.is_file())
+            return [canary in data for canary in canaries]
+
+        assert seen() == [True] * 4
+        await store.delete(caller, file.id)
+        await sweep(store)
+        assert seen() == [False] * 4
 
     opened(body)
 

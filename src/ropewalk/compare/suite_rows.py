@@ -157,7 +157,7 @@ def _message(message: Any, number: int, key: str) -> tuple[str, Any]:
         raise DataError(f"message {number} is {type(message).__name__}; expected an object with role and content", key=key)
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"message {number} has the role {json.dumps(role)[:60]}; expected user, assistant or system", key=key)
     if isinstance(content, list):
         for block in content:
@@ -213,7 +213,7 @@ def _tags(value: Any) -> tuple[str, ...]:
 
 
 def _flag(row: Mapping[str, Any], key: str) -> bool:
-    value = row.get(key, False)
+    value = False if row.get(key) is None else row[key]  # a column that has nothing for this row is null
     if not isinstance(value, bool):
         raise DataError(f"expected true or false, found {json.dumps(value)[:60]}", key=key)
     return value
