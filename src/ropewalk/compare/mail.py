@@ -20,6 +20,9 @@ from ropewalk.folders import make_folder
 
 LONGEST = 254  # characters of an address (RFC 5321, section 4.5.3.1.3)
 POLICY = SMTP.clone(cte_type="7bit")  # what every server takes
+WHOLE = POLICY.clone(
+    max_line_length=998
+)  # of headers: an address that is folded is written in a way that mail programs do not follow
 
 
 class Mailer:
@@ -70,7 +73,7 @@ def _spool(settings: Mail, message: EmailMessage) -> None:
         make_folder(folder)
         part = folder / f".{name}.part"
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(message.as_bytes())
+            file.write(message.as_bytes(policy=WHOLE))
             file.flush()
             os.fsync(file.fileno())
         part.rename(folder / name)
@@ -90,7 +93,7 @@ def _deliver(settings: Mail, message: EmailMessage) -> None:
             if code >= 400:
                 raise MailFailed(f"{where} refused a mail: {code} {_words(reply)}", again=code < 500)
         try:
-            code, reply = server.data(message.as_bytes())
+            code, reply = server.data(message.as_bytes(policy=WHOLE))
         except smtplib.SMTPDataError as error:
             code, reply = error.smtp_code, _words(error.smtp_error).encode()
         except (OSError, smtplib.SMTPException) as error:
