@@ -63,12 +63,12 @@ CASES = [
 
 
 @only_sqlite
-@pytest.mark.parametrize(("row", "leaked"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_thirteen_words_in_a_row_are_a_leak(opened, row, leaked):
+def test_thirteen_words_in_a_row_are_a_leak(opened):
     async def body(store, caller):
         asked = lines({"prompt": filler(8, 30)}, {"prompt": LONG}, {"prompt": filler(9, 30)})
-        training = lines(*(chat(filler(n, 20)) for n in range(20, 40)), row)
-        assert await found(store, caller, asked, training) == ({2} if leaked else set())
+        for name, row, leaked in CASES:
+            training = lines(*(chat(filler(n, 20)) for n in range(20, 40)), row)
+            assert await found(store, caller, asked, training) == ({2} if leaked else set()), name
 
     opened(body)
 
@@ -90,7 +90,7 @@ def test_a_text_leaks_across_its_lines_and_its_pieces(opened):
     async def body(store, caller):
         text = f"{filler(1, 200)}\n" + LONG.replace(" ", "\n") + f"\n{filler(2, 200)}"
         assert await found(store, caller, lines({"prompt": LONG}), text.encode(), "book.txt") == {1}
-        big = "\n".join(filler(n, 40) for n in range(9000)) + "\n" + LONG + "\n"  # 2.5 MB: several portions
+        big = "\n".join(filler(n, 40) for n in range(4500)) + "\n" + LONG + "\n"  # more than a portion
         assert await found(store, caller, lines({"prompt": LONG}), big.encode(), "big.txt") == {1}
 
     opened(body)
