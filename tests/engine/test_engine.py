@@ -248,6 +248,20 @@ def test_what_is_forgotten_is_gone_with_all_that_was_read_after_it(tmp_path):
     assert run(server, Request("b", both, ids(3, 3), 1))["b", 0][0].read == 0
 
 
+def test_names_that_nothing_came_of_are_let_go_of_and_the_forgetting_still_finds_what_was_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.engine.prefixes.NAMES", 50)
+    server = engine(disk_bytes=1 << 30, folder=tmp_path)
+    one, two = Keep(str(tmp_path / "1"), b"k" * 32), Keep(str(tmp_path / "2"), b"k" * 32)
+    both = (Span(ids(30, 1), one), Span(ids(30, 2), two))
+    run(server, Request("a", both, ids(3, 3), 1))
+    for number in range(1000):
+        server.prefixes.key("", "", "", [number])
+    assert len(server.prefixes._parents) <= 50
+    server.prefixes.forget([one.path])
+    assert list(tmp_path.iterdir()) == []
+    assert run(server, Request("b", both, ids(3, 3), 1))["b", 0][0].read == 0
+
+
 def test_a_full_disk_budget_drops_what_was_used_least_recently(tmp_path):
     server = engine(disk_bytes=100_000, folder=tmp_path, memory_bytes=1)
     for n in range(4):  # about 66 kB each

@@ -35,6 +35,7 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer
 
 VERSION = "ropewalk segment 1"
 SALT = 16
+NAMES = 50_000  # of prompts' beginnings that are remembered before they are looked through
 GIVE_BACK = 64 << 20  # bytes let go after which the allocator is asked to give memory back
 DTYPES = {
     "F64": torch.float64,
@@ -82,6 +83,7 @@ class Prefixes:
         self._used = self._let_go = 0
         self._paths: dict[str, str] = {}  # file -> key of the segment that lies there or will
         self._parents: dict[str, str] = {}
+        self._crowded = NAMES
         self._files = _Files(folder, disk_bytes) if folder is not None and disk_bytes else None
         self._writer = ThreadPoolExecutor(1, "segments")
         self._writing: set[str] = set()
@@ -91,7 +93,10 @@ class Prefixes:
         parts = [VERSION, self.context, adapter, scope, parent, list(ids), *([picture] if picture else [])]
         text = json.dumps(parts, separators=(",", ":"))
         key = hashlib.sha256(text.encode()).hexdigest()
-        self._parents[key] = parent
+        if len(self._parents) >= self._crowded:
+            self._forget_ends()
+        self._parents.pop(key, None)
+        self._parents[key] = parent  # the last of them: somebody is about to use it
         return key
 
     def find(self, key: str, keep: Keep | None) -> Segment | None:
@@ -162,6 +167,18 @@ class Prefixes:
             self._let_go = 0
             _give_back()
 
+    def _forget_ends(self) -> None:
+        """Keeps the ancestors of what there is and of what was named lately, and lets go of names that nothing came of."""
+        files = self._files
+        held = {path for path in self._paths if path in self._writing or (files is not None and files.holds(path))}
+        self._paths = {path: key for path, key in self._paths.items() if path in held or key in self._memory}
+        known: dict[str, str] = {}
+        for key in (*self._memory, *self._paths.values(), *list(self._parents)[-NAMES // 5 :]):
+            while key in self._parents and key not in known:
+                known[key] = key = self._parents[key]
+        self._parents = known
+        self._crowded = max(NAMES, 2 * len(known))
+
     def _read(self, key: str, keep: Keep) -> Segment | None:
         if self._files is None:
             return None
@@ -213,6 +230,10 @@ class _Files:
                 found.append((about.st_mtime_ns, str(path), about.st_size))
         self._sizes: OrderedDict[str, int] = OrderedDict((path, size) for _, path, size in sorted(found))
         self._make_room(0)  # the budget may have been larger
+
+    def holds(self, path: str) -> bool:
+        with self._lock:
+            return path in self._sizes
 
     def touch(self, path: str) -> None:
         with self._lock:
