@@ -42,8 +42,8 @@ def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> Non
 @pytest.mark.parametrize(
     ("more", "way_out"),
     [
-        ("rl: dpo\n", "key 'rl': preference and reinforcement training are not supported yet"),
-        ("rl: grpo\ntrl: {num_generations: 4}\n", "key 'rl'"),
+        ("rl: dpo\n", "key 'rl': preference training is not supported yet"),
+        ("rl: grpo\ntrl: {num_generations: 4}\n", "rl: grpo needs a reward; add trl.reward_funcs"),
         ("processor_type: AutoProcessor\n", "train the text part"),
         ("qat: {weight_dtype: int4}\n", "adapter: qlora"),
         ("gptq: true\n", "name the original checkpoint"),

@@ -29,7 +29,20 @@ FOLDERS = {
         *("database", "vault", "ids", "failpoints", "folders"),
     },
     "jobs": {"config", "registry", "files", "database", "ids"},
-    "train": {"config", "data", "engine", "models", "kernels", "chat", "files", "registry", "checks", "sandbox"},
+    "train": {
+        "config",
+        "data",
+        "engine",
+        "models",
+        "kernels",
+        "chat",
+        "files",
+        "registry",
+        "checks",
+        "sandbox",
+        "confinement",
+        "home",
+    },
     "data": {"config", "chat", "files", "folders", "home"},
     "config": {"chat", "tenants"},
     "engine": {"config", "models", "kernels", "chat", "files", "tenants", "registry", "vault", "database", "ids"},
@@ -88,6 +101,8 @@ LIGHT = [
     "ropewalk.config.axolotl",
     "ropewalk.data.dataset",
     "ropewalk.train.prepare",
+    "ropewalk.train.rewards",
+    "ropewalk.train.reward_worker",
 ]
 
 

@@ -28,7 +28,14 @@ def sort_keys(document: Document, model: type[BaseModel]) -> tuple[dict[str, Any
     inside: list[Problem] = []
     for name in dict.fromkeys([*document.values, *(str(place[0]) for place in document.blank)]):
         value = document.values.get(name)
+        if reason := axolotl.refused_value(name, value):
+            refused.setdefault(reason, []).append(name)
+            continue
         if name in names_of(model):
+            if name == "trl":
+                value, skipped, cannot = axolotl.sort_trl(value)
+                ignored |= {f"trl.{key}": reason for key, reason in skipped.items()}
+                inside += [((name, key), f"key 'trl.{key}': {reason}") for key, reason in cannot.items()]
             unknown += _unknown_inside(value, model, (name,))
             inside += _refused_inside(name, value)
             if value is not None:

@@ -19,6 +19,7 @@ from ropewalk.config.keys import (
     SpecialTokens,
     TrainingKeys,
 )
+from ropewalk.config.reinforcement import ReinforcementKeys, TrlKeys
 from ropewalk.config.run import Run
 
 _HEAD = """# Configuration
@@ -36,6 +37,8 @@ _SECTIONS: tuple[tuple[type[BaseModel], str], ...] = (
     (PromptFormat, "Data: `type` as a mapping"),
     (SpecialTokens, "Data: `special_tokens`"),
     (TrainingKeys, "Training"),
+    (ReinforcementKeys, "Training by rewards"),
+    (TrlKeys, "Training by rewards: the block `trl`"),
     (OutputKeys, "Evaluation, saving and logging"),
 )
 
@@ -57,6 +60,8 @@ def reference_page() -> str:
     parts = [_HEAD]
     parts += [_section(group, title) for group, title in _SECTIONS]
     parts.append(_others("Axolotl's keys that are not needed", "They are accepted and listed in the plan.", axolotl.IGNORED))
+    parts.append(_others("Axolotl's keys of `trl` that are not needed", "They are accepted too.", axolotl.IGNORED_IN_TRL))
+    parts.append(_others("Axolotl's keys of `trl` that are not supported", "They stop the run.", axolotl.REFUSED_IN_TRL))
     parts.append(_others("Axolotl's keys that are not supported", "They stop the run, unless switched off.", axolotl.REFUSED))
     return "\n".join(parts)
 

@@ -22,6 +22,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from _adapter(run)
     yield from _data(run)
     yield from _training(run)
+    yield from _reinforcement(run)
     yield from _output(run)
 
 
@@ -127,6 +128,35 @@ def _training(run: Run) -> Iterator[tuple[Place, str]]:
             ("warmup_steps",),
             f"key 'warmup_steps': {run.warmup_steps} is neither a whole number of steps nor a share below 1",
         )
+
+
+def _reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
+    if not run.by_rewards:
+        return
+    trl = run.trl
+    if trl is None or not trl.reward_funcs:
+        yield (
+            ("rl",),
+            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}]",
+        )
+        return
+    if trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
+        yield (
+            ("trl", "reward_weights"),
+            f"trl.reward_weights has {len(trl.reward_weights)} weights for {len(trl.reward_funcs)} rewards; give one for each",
+        )
+    if run.rl == "gdpo" and trl.multi_objective_aggregation == "sum_then_normalize":
+        yield (
+            ("trl", "multi_objective_aggregation"),
+            "rl: gdpo standardises each reward by itself; remove trl.multi_objective_aggregation, or write rl: grpo",
+        )
+    if trl.generation_batch_size and trl.generation_batch_size % trl.num_generations:
+        yield (
+            ("trl", "generation_batch_size"),
+            f"trl.generation_batch_size {trl.generation_batch_size} is no multiple of trl.num_generations {trl.num_generations}",
+        )
+    if run.pretraining_dataset:
+        yield ("pretraining_dataset",), f"rl: {run.rl} needs prompts; name them under datasets, not pretraining_dataset"
 
 
 def _output(run: Run) -> Iterator[tuple[Place, str]]:

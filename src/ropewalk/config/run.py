@@ -1,6 +1,7 @@
 """YAML -> one frozen Run. Derived values are properties, and nothing rewrites what was written. No torch.
 
 document.py   the YAML and its lines        keys.py    every key that has an effect: type, default, sentence
+reinforcement.py   those of training by rewards
 axolotl.py    every other key of Axolotl's  rules.py   what cannot go together
 faults.py     what is wrong, in words         reference.py  the page and the schema made from keys.py
 """
@@ -17,6 +18,7 @@ from pydantic import PrivateAttr, ValidationError
 from ropewalk.config.document import Document, dump, parse_document, read_document
 from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
+from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rules import conflicts
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
@@ -30,8 +32,8 @@ ATTENTION_SWITCHES = {
 }
 
 
-class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
-    """One training, as asked for: the keys of the five groups and what follows from them."""
+class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, OutputKeys):
+    """One training, as asked for: the keys of the six groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)
@@ -162,6 +164,22 @@ class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, OutputKeys):
         asked = {"wandb": wandb, "tensorboard": self.use_tensorboard, "mlflow": mlflow}
         return tuple(name for name, on in asked.items() if on or name in (self.report_to or ()))
 
+    @property
+    def by_rewards(self) -> bool:
+        """Whether it is rewards that are learnt from."""
+        return self.rl in ("grpo", "gdpo")
+
+    @property
+    def normalises_rewards_apart(self) -> bool:
+        """Whether each reward is standardised by itself before they are added up, as GDPO does."""
+        asked = self.trl.multi_objective_aggregation if self.trl else None
+        return asked == "normalize_then_sum" if asked else self.rl == "gdpo"
+
+    @property
+    def folder(self) -> str:
+        """Where the configuration lies: code of the user's own that it names is looked for there first."""
+        return str(self._document.path.parent) if self._document and self._document.path else "."
+
     def where(self, *place: str | int) -> str:
         """`file.yml:12: ` for a key, to stand before a message about its value."""
         return self._document.where(place) if self._document else ""
@@ -234,6 +252,8 @@ def ignored_keys(run: Run) -> dict[str, str]:
         ignored["lisa_n_layers"] = "LISA is for full fine-tuning; under an adapter the base stays frozen"
     if run.adapter and run.unfrozen_parameters:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
+    if run.trl is not None and not run.by_rewards:
+        ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
     if run.optimizer.startswith("paged_"):
         ignored["optimizer"] = "its state is not paged to the host; see the memory estimate"
     if run.experts_implementation not in (None, run.experts):

@@ -10,6 +10,7 @@ from pathlib import Path
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
 from ropewalk.data.dataset import Data, open_data
+from ropewalk.errors import ConfigError
 from ropewalk.models.hub import ensure_tokenizer, resolve_base
 from ropewalk.train.folder import RunFolder, join_folder, open_folder
 
@@ -26,8 +27,18 @@ class Prepared:
     trusted: bool = False  # whether code that comes with the base may run; said on the command line only
 
 
+def refuse_rewards(run: Run) -> None:
+    """Training by rewards is understood and not done yet."""
+    if run.by_rewards:
+        raise ConfigError(
+            f"{run.where('rl')}training by rewards (rl: {run.rl}) is not supported yet; `ropewalk rewards check CONFIG` tries its "
+            "rewards on completions of the base already"
+        )
+
+
 def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
+    refuse_rewards(run)
     path = Path(run.output_dir)
     folder = (
         open_folder(path, run.model_dump(mode="json"), restart=restart or not run.resumes) if leads() else join_folder(path)

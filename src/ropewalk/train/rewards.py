@@ -1,0 +1,142 @@
+"""The rewards of a run: from its configuration to one number for each completion.
+
+reward_functions.py  what a function is, and its form    reward_builtins.py  those that need no code; judge and model beside it
+reward_worker.py     the process that computes them      reward_pool.py      processes, limits of time
+reward_check.py      `ropewalk rewards check`            environment.py      replies over several turns
+
+`combine` and `advantages` are the arithmetic, on [B, K] arrays of B samples and K rewards, where NaN says "does not apply".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropewalk.config.run import Run
+from ropewalk.errors import BadInput, ConfigError, TrainingStopped
+from ropewalk.train.reward_builtins import SECONDS, RewardSpec, read_spec
+from ropewalk.train.reward_functions import Sample, Score
+from ropewalk.train.reward_pool import RewardPool, Scores
+
+Array = NDArray[np.float64]
+Scale = Literal["group", "batch", "none"]
+EPSILON = 1e-4  # beside a standard deviation
+MOST_FAILURES = 64  # of one reward in a row, until it is taken for broken
+
+
+def specs_of(run: Run) -> tuple[RewardSpec, ...]:
+    """The rewards that a configuration names; no code of a user's is run for it."""
+    trl = run.trl
+    if trl is None or not trl.reward_funcs:
+        raise ConfigError(
+            f"{run.where('trl')}no reward is named; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}]"
+        )
+    folders = tuple(dict.fromkeys([run.folder, "."]))
+    seconds = trl.reward_seconds or SECONDS
+    specs: list[RewardSpec] = []
+    for number, entry in enumerate(trl.reward_funcs):
+        try:
+            spec = read_spec(entry, folders, seconds)
+        except BadInput as error:
+            raise ConfigError(f"{run.where('trl', 'reward_funcs', number)}key 'trl.reward_funcs': {error}") from None
+        name = spec.name
+        again = sum(one.name.rpartition("#")[0] == name or one.name == name for one in specs)
+        weight = trl.reward_weights[number] if trl.reward_weights else spec.weight
+        specs.append(RewardSpec(f"{name}#{again + 1}" if again else name, spec.kind, spec.params, float(weight), spec.seconds))
+    return tuple(specs)
+
+
+class Rewards:
+    """The rewards of a run, computed by processes of their own; use as a context."""
+
+    def __init__(self, specs: Sequence[RewardSpec], workers: int = 1) -> None:
+        self.specs = tuple(specs)
+        self.weights: Array = np.array([spec.weight for spec in self.specs])
+        self.pool = RewardPool(self.specs, workers)
+        self.failures = [0] * len(self.specs)  # of each reward, in all
+        self._in_a_row = [0] * len(self.specs)
+
+    def __enter__(self) -> Rewards:
+        self.pool.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """All rewards of all samples, in their order, waited for."""
+        return self.seen(self.pool.score(samples))
+
+    def seen(self, scores: Scores) -> Scores:
+        """Counts failures, of scores that `pool.submit` gave too; a reward that does nothing but fail stops the run with its error."""
+        for row in scores:
+            for number, score in enumerate(row):
+                self.failures[number] += bool(score.error)
+                self._in_a_row[number] = self._in_a_row[number] + 1 if score.error else 0
+                if self._in_a_row[number] >= MOST_FAILURES:
+                    raise TrainingStopped(
+                        f"reward '{self.specs[number].name}' failed {MOST_FAILURES} times in a row; the last time: {score.error}"
+                    )
+        return scores
+
+
+def as_array(scores: Scores) -> Array:
+    """[B, K]"""
+    return np.array([[np.nan if one.value is None else one.value for one in row] for row in scores], dtype=np.float64)
+
+
+def combine(values: Array, weights: Array) -> Array:
+    """[B, K] -> [B]: the weighted sum of the rewards that apply; NaN where none does."""
+    applies = ~np.isnan(values)
+    total: Array = np.where(applies, values, 0.0) @ weights
+    return np.where(applies.any(axis=1), total, np.nan)
+
+
+def standardise(values: Array, group: int, scale: Scale = "group") -> Array:
+    """[B] or [B, K], less the mean of each group of `group` consecutive samples, over a standard deviation; NaN stays apart from both."""
+    grouped = values.reshape(-1, group, *values.shape[1:])
+    centred: Array = (grouped - _mean(grouped)).reshape(values.shape)
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        centred /= (_std(values[None]) + EPSILON)[0]
+        return centred
+    scaled: Array = (grouped - _mean(grouped)) / (_std(grouped) + EPSILON)
+    return scaled.reshape(values.shape)
+
+
+def advantages(values: Array, weights: Array, group: int, *, scale: Scale = "group", separately: bool = False) -> Array:
+    """[B, K] -> [B]: how much better each sample is than those of its group; 0 where no reward applies.
+
+    Together, the rewards are added up and the sum is standardised. Separately (GDPO), each reward is standardised in its group before
+    they are added up, so that a reward of small spread is not drowned by one of large; the sum is then standardised over the batch.
+    """
+    if len(values) % group:
+        raise ValueError(f"{len(values)} samples are no whole number of groups of {group}")
+    if separately:
+        total = combine(standardise(values, group), weights)
+        found = standardise(total, len(total), "batch") if len(total) else total
+    else:
+        found = standardise(combine(values, weights), group, scale)
+    return np.where(np.isnan(found), 0.0, found)
+
+
+def _mean(values: Array) -> Array:
+    """Over axis 1, kept; of what is not NaN."""
+    applies = ~np.isnan(values)
+    found: Array = np.where(applies, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(applies.sum(axis=1, keepdims=True), 1)
+    return found
+
+
+def _std(values: Array) -> Array:
+    """Over axis 1, kept; with n - 1, and 0 for a single value."""
+    applies = ~np.isnan(values)
+    squares = np.where(applies, (values - _mean(values)) ** 2, 0.0).sum(axis=1, keepdims=True)
+    found: Array = np.sqrt(squares / np.maximum(applies.sum(axis=1, keepdims=True) - 1, 1))
+    return found
+
+
+__all__ = ["RewardSpec", "Rewards", "Sample", "Score", "Scores", "advantages", "as_array", "combine", "specs_of", "standardise"]
