@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-pytest_plugins = ["report", "services"]
+pytest_plugins = ["report", "services", "trained"]
 
 SPECIALS = [
     *(

@@ -241,7 +241,8 @@ def digest(place: Place, send: bool, mail: Path | None, as_json: bool) -> int:
     if not send:
         found = place.run(lambda desk: preview(desk.store, desk.caller))
         values = {"week": found.week, "subject": subject_of(found), "items": [asdict(item) for item in found.items]}
-        _tell(as_json, values, f"{subject_of(found)}\n\n{text_of(found, SERVED_AT, '')}")
+        told = text_of(found, SERVED_AT, "(a link of the reader's own)")
+        _tell(as_json, values, f"{subject_of(found)}\n\n{told}")
         return 0
     settings = configured_mail(mail)
     if settings is None:

@@ -45,7 +45,7 @@ def vote(place: Place, comparison_id: str) -> int:
             told = run(partial(voted, token=ticket.token, choice=choice, ms=ms))
             count += 1
             console.print(f"A was {told.left}, B was {told.right}\n", style="dim", markup=False)
-    console.print(f"{count} votes" + ("" if ticket else "; no pair is left"))
+    console.print(f"{count} vote{'s' if count != 1 else ''}" + ("" if ticket else "; no pair is left"))
     return 0
 
 

@@ -151,6 +151,13 @@ def write_rows(asked: Sequence[Question], path: Path, turns: int = 1) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def write_suite(asked: Sequence[Question], path: Path) -> None:
+    """The questions as a suite: one country is a group, one kind of fact a tag, by which the worst slice is named."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": q.prompt, "reference": q.answer, "group": q.country, "tags": [q.kind]} for q in asked]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def conversation(asked: Sequence[Question]) -> list[dict[str, str]]:
     """Questions about one passage as one chat; the passage comes with the first."""
     said = [text for i, q in enumerate(asked) for text in (q.question if i else q.prompt, q.answer)]

@@ -8,8 +8,8 @@ from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ropewalk.compare.verdict import Verdict
 from ropewalk.files.catalog import File
+from ropewalk.quickstart.comparison import Compared
 from ropewalk.quickstart.question import Dialogue
 
 
@@ -43,7 +43,7 @@ class Page:
     """All that the page shows."""
 
     scores: list[Score]
-    verdict: Verdict
+    compared: Compared
     samples: list[Sample]
     plot: str  # SVG, ours
     training: str

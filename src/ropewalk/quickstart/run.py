@@ -22,15 +22,13 @@ from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ropewalk.checks import contains, exact_match
-from ropewalk.compare.evidence import Evidence, Row
-from ropewalk.compare.rule import decide
-from ropewalk.compare.verdict import Verdict
 from ropewalk.config.run import load_run
 from ropewalk.errors import OutputError
 from ropewalk.files.catalog import File
 from ropewalk.files.local import LocalFiles, open_local
 from ropewalk.home import home
 from ropewalk.quickstart import facts
+from ropewalk.quickstart.comparison import Compared, compare, ship_it
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.quickstart.question import Asking, Dialogue
@@ -84,7 +82,6 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     began, size, console = time.monotonic(), FAST if fast else FULL, Console(highlight=False)
     trained_on, held_out = facts.split()
     rows, asked = facts.questions(trained_on, len(facts.KINDS)), facts.questions(held_out, size.per_country)
-    prompts = [q.prompt for q in asked]
     files, registry = open_local(), Registry(home() / "registry")
 
     console.rule("1  file -> store")
@@ -95,24 +92,24 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     )
 
     with Asking(registry) as asking:
-        console.rule("2  the base, before")
+        console.rule("2  run")
         registry.publish_base(BASE_NAME, BASE, {"origin": "shipped with Ropewalk, see base.json"})
         registry.ship(ALIAS, BASE_NAME)
-        before = asking.answers(BASE_NAME, prompts)
-        console.print(f"exact match {exact(before, asked):.0%}, for want of the house format")
-
-        console.rule("3  run")
         result = fine_tune(folder / "train.yml", BASE, file, folder / "run", size.steps)
         registry.publish_adapter(ADAPTER_NAME, result.adapter, BASE_NAME, {"file": file.id, "run": str(result.folder)})
 
-        console.rule("4  compare, ship, ask")
-        after = asking.answers(ADAPTER_NAME, prompts)
-        verdict = compare(asked, before, after)
+        console.rule("3  compare")
+        compared = compare(asking, keep(files, folder / "held-out.jsonl").id, BASE_NAME, ADAPTER_NAME)
+        before, after, verdict = compared.before, compared.after, compared.verdict
+        console.print(f"{verdict.state}: {compared.headline}", markup=False)
+
+        console.rule("4  ship, ask")
         if verdict.may_ship:
-            registry.ship(ALIAS, ADAPTER_NAME)
+            replay = ship_it(asking, compared, ALIAS).replay
+            console.print(f"{replay.equal} of {replay.asked} recorded questions asked again are answered letter for letter")
         question = asked[0]
         (said,) = asking.answers(ALIAS, [question.prompt])
-        console.print(f"{verdict.state}: alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
+        console.print(f"alias '{ALIAS}' points at {registry.resolve(ALIAS).name}")
         console.print(
             f"asked: {question.question}  (about {question.country}, never seen in training)\nsays:  {said}", markup=False
         )
@@ -129,10 +126,10 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     tell(console, dialogue)
     seconds = time.monotonic() - began
     page = write_page(
-        make_page(scores, verdict, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
+        make_page(scores, compared, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
     )
-    write_summary(folder / "summary.json", scores, verdict, result, dialogue, len(asked), seconds, fast)
-    show(console, scores, verdict, page, folder, seconds)
+    write_summary(folder / "summary.json", scores, compared, result, dialogue, len(asked), seconds, fast)
+    show(console, scores, compared, page, folder, seconds)
     return page
 
 
@@ -141,7 +138,7 @@ def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question],
     try:
         facts.write_documents(about, folder / "documents")
         facts.write_rows(rows, folder / "train.jsonl", turns=3)
-        facts.write_rows(asked, folder / "held-out.jsonl")
+        facts.write_suite(asked, folder / "held-out.jsonl")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; name another folder with --dir") from error
 
@@ -191,13 +188,6 @@ def passes(answers: Sequence[str], asked: Sequence[Question]) -> list[bool]:
     return [exact_match(a, q.answer) for a, q in zip(answers, asked)]
 
 
-def compare(asked: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> Verdict:
-    """The verdict on the adapter against the base: questions about one country are a group, those of one kind a slice."""
-    pairs = zip(asked, passes(before, asked), passes(after, asked))
-    rows = [Row(f"{q.country}: {q.kind}", q.country, float(old), float(new), slices=(q.kind,)) for q, old, new in pairs]
-    return decide([Evidence(ADAPTER_NAME, BASE_NAME, rows)])[0]
-
-
 def mark(text: str, question: Question) -> Mark:
     """How the page marks one answer."""
     if exact_match(text, question.answer):
@@ -244,7 +234,7 @@ def random_control(
 
 
 def make_page(
-    scores: list[Score], verdict: Verdict, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
+    scores: list[Score], compared: Compared, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
     result: Result, file: File, dialogue: Dialogue, seconds: float, fast: bool,
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
@@ -254,26 +244,26 @@ def make_page(
     ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
     steps = f"loss {result.first_loss:.2f} to {result.last_loss:.2f} in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s"
-    return Page(scores, verdict, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
+    return Page(scores, compared, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
 
 
 def write_summary(
-    path: Path, scores: list[Score], verdict: Verdict, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
+    path: Path, scores: list[Score], compared: Compared, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
 ) -> None:  # fmt: skip
     """The numbers as JSON."""
-    values = {s.key: round(s.value, 4) for s in scores}
+    values, verdict = {s.key: round(s.value, 4) for s in scores}, compared.verdict
     summary = {
         "before": values.pop("before"), "after": values.pop("after"), "seconds": round(seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1), "train_seconds": round(result.seconds, 1), "held_out_questions": asked,
         "second_question": dialogue.as_dict(), "controls": values, "comparison": verdict.as_dict(),
-        "verdict": {"state": verdict.state, "low": verdict.low, "high": verdict.high},
+        "verdict": {"state": verdict.state, "low": verdict.low, "high": verdict.high, "url": compared.url},
         "first_loss": result.first_loss, "last_loss": result.last_loss,
         "threads": torch.get_num_threads(), "fast": fast,
     }  # fmt: skip
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def show(console: Console, scores: list[Score], verdict: Verdict, page: Path, folder: Path, seconds: float) -> None:
+def show(console: Console, scores: list[Score], compared: Compared, page: Path, folder: Path, seconds: float) -> None:
     """The table, where things are and, for a person at a terminal, what to do next."""
     table = Table(title="held-out countries, never seen in training", title_justify="left")
     table.add_column("who answers")
@@ -282,9 +272,11 @@ def show(console: Console, scores: list[Score], verdict: Verdict, page: Path, fo
         table.add_row(s.label, f"{s.value:.0%}", style="bold" if s.key in ("before", "after") else None)
     console.print()
     console.print(table)
+    verdict = compared.verdict
     console.print(
-        f"{verdict.state}: {verdict.reasons[0].sentence}; {len(verdict.fixed)} questions gained, {len(verdict.regressions)} lost"
+        f"{verdict.state}: {compared.headline}; {len(verdict.fixed)} questions gained, {len(verdict.regressions)} lost"
     )
+    console.print(f"Its page: {compared.url}, once `ropewalk serve` runs, which prints where", soft_wrap=True)
     console.print(
         f"{seconds:.0f} s in all. Page: {page}; adapter, events, plots: {folder / 'run'}; numbers: {folder / 'summary.json'}",
         soft_wrap=True,
