@@ -331,8 +331,12 @@ async def verdicts_of(store: Store, caller: Caller, candidate_id: str) -> list[S
 
 async def badge_of(store: Store, candidate_id: str) -> tuple[str, StoredVerdict | None] | None:
     """A candidate's name and the last verdict about it, for whoever was given the address of its badge; None for no candidate."""
+    if not ID.fullmatch(candidate_id):
+        return None
     name = select(candidates.c.name).where(candidates.c.id == candidate_id)
-    query = select(verdicts).where(verdicts.c.candidate_id == candidate_id).order_by(verdicts.c.created_at.desc(), verdicts.c.id)
+    query = (
+        select(verdicts).where(verdicts.c.candidate_id == candidate_id).order_by(verdicts.c.created_at.desc(), verdicts.c.id)
+    )
     async with store.database.reading() as connection:
         known_as = (await connection.execute(name)).scalar()
         row = (await connection.execute(query.limit(1))).first()
