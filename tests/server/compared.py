@@ -15,7 +15,7 @@ from ropewalk.compare.records import Comparison, Plan, create, get_comparison, s
 from ropewalk.compare.runs import Answered, add_output, output_key, set_run_state, start_run
 from ropewalk.compare.suites import Prompt, add_suite, prompts, suite_key
 
-DUE = ("the third working day", "the first of the month", "thirty days after the invoice", "the end of the quarter")
+DUE = ("on the third working day", "on the first of the month", "thirty days after the invoice", "at the end of the quarter")
 SAMPLING = {"temperature": 0.0, "max_tokens": 8}
 
 
@@ -35,7 +35,7 @@ def lines(count: int = 60) -> bytes:
     for n in range(count):
         rows.append(
             {
-                "prompt": f"Lease {n + 1}, clause 2: the rent is due on {DUE[n % 4]}. When is the rent due?",
+                "prompt": f"Lease {n + 1}, clause 2: the rent is due {DUE[n % 4]}. When is the rent due?",
                 "reference": DUE[n % 4],
                 "checks": [{"kind": "contains"}],
                 "group": f"lease-{n + 1}.pdf",
@@ -50,17 +50,15 @@ def said(number: int, right: bool, by: str) -> str:
     """A recorded answer."""
     due = DUE[(number - 1) % 4]
     if right:
-        return f"The rent is due on {due}." if by == "new" else f"It is due on {due}, as the lease says."
-    return f"The rent is due on {'some other day'}, I think." if by == "new" else "The lease does not say when the rent is due."
+        return f"The rent is due {due}." if by == "new" else f"It is due {due}, as the lease says."
+    return "The rent is due on some other day, I think." if by == "new" else "The lease does not say when the rent is due."
 
 
 async def compared(
     store, models, caller, *, old="lease-base", new="lease-r16", right=None, source=None, title="", texts=said, judge=None
 ) -> Compared:
     """Answers are recorded, scored and measured, and the rule has its say. `right(number, by)` says whose answer is right."""
-    right = right or (
-        lambda number, by: number % 10 == 5 if by == "none" else (number % 4 != 2 if by == "new" else number % 2 == 1)
-    )
+    right = right or (lambda number, by: number % 4 != 2 if by == "new" else number % 2 == 1)
     suite = await add_suite(store, caller, source or lines(), name="Leases", hold=0.0)
     base, other = await add_candidate(store, models, caller, old), await add_candidate(store, models, caller, new)
     plan = Plan(sampling=SAMPLING, judges=(judge,) if judge else ())

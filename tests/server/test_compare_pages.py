@@ -43,7 +43,7 @@ def leases(server: Running, tiny: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def home(leases: Running, request: pytest.FixtureRequest) -> SimpleNamespace:
     """A workspace of its own, with a key to it."""
-    workspace, key = leases.workspace(f"compare {request.node.name}")
+    workspace, key = leases.workspace(request.node.name.removeprefix("test_").replace("_", " ").capitalize()[:90])
     caller = leases.run(leases.store.local_caller(workspace.name))
     parts = {"store": leases.store, "models": leases.app.state.models, "workspace": workspace}
     return SimpleNamespace(server=leases, key=key, caller=caller, **parts)
@@ -303,8 +303,10 @@ def test_the_pictures_of_the_docs(home, browser, tmp_path):
     told = home.server.run(create(home.store, home.caller, baseline_id=cards[0].id, candidate_ids=[cards[1].id]))
     home.server.run(home.server.app.state.comparisons.decide(home.caller, told.id))
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
-    with visit(browser, home.server.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 900}) as found:
-        page = found.sign_in(home.key).page
+    with visit(browser, home.server.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 1000}) as found:
+        page = found.sign_in(home.server.key).page
+        page.get_by_label("Workspace", exact=True).select_option(home.workspace.id)
+        page.get_by_role("button", name="Switch").click()
         page.goto(f"{home.server.url}/compare/{one.comparison.id}")
         page.screenshot(path=folder / "compare-page.png")
         page.keyboard.press("j")

@@ -216,7 +216,8 @@ class ComparePage:
     drawing: Drawing | None
     strengths: tuple[str, ...]
     columns: tuple[Named, ...]
-    measured: tuple[Line, ...]
+    measured: tuple[Line, ...]  # what the rule looks at
+    more_measured: tuple[Line, ...]
     machines: tuple[str, ...]
     evidence: tuple[str, ...]
     judges: tuple[ShownJudge, ...]
@@ -304,6 +305,8 @@ def shown_verdict(found: StoredVerdict, names: Mapping[str, Candidate], numbers:
     def place(id: str) -> tuple[str, str | None]:
         if id in numbers:
             return f"#{numbers[id]}", f"/compare/{found.comparison_id}/prompts/{id}?of={found.candidate_id}"
+        if id.startswith("meas_"):
+            return "measured", f"#{id}"
         return (names[id].name, f"/candidates/{id}") if id in names else (id, None)
 
     reasons = tuple(Said(said(reason.sentence), tuple(map(place, reason.evidence[:20]))) for reason in verdict.reasons)

@@ -11,10 +11,11 @@ from ropewalk.compare.ballots import Tally
 from ropewalk.compare.candidates import Candidate
 from ropewalk.compare.cards import NO_TAKE
 from ropewalk.compare.diff import Change, word_diff
+from ropewalk.compare.evidence import Metric
 from ropewalk.compare.fingerprint import get_fingerprint
 from ropewalk.compare.gather import panel_evidence, strengths
 from ropewalk.compare.judges import judgements, judges
-from ropewalk.compare.measures import StoredMeasurement, measurements
+from ropewalk.compare.measures import PASS_RATE, StoredMeasurement, measurements
 from ropewalk.compare.outcomes import Outcome, counts, outcomes
 from ropewalk.compare.panel import panel, summary
 from ropewalk.compare.records import Comparison, latest
@@ -26,6 +27,7 @@ from ropewalk.server.comparisons import runs_of
 from ropewalk.server.visitors import Visitor, address, store_of
 
 ROWS = 50  # of what changed
+FIRST = (PASS_RATE, *map(str, (Metric.COST, Metric.LATENCY, Metric.MEMORY)))  # in this order; the rest by its name
 
 
 async def compare_page(
@@ -73,7 +75,8 @@ async def compare_page(
         drawing=views.drawing(given, names, shown[0]),
         strengths=await _strengths(request, visitor, found, names) if found.state == "done" and len(columns) > 2 else (),
         columns=tuple(map(views.named, columns)),
-        measured=_measured(figures, columns),
+        measured=_measured([one for one in figures if one.metric in FIRST], columns),
+        more_measured=_measured([one for one in figures if one.metric not in FIRST], columns),
         machines=tuple(f"{one.device}, {one.driver}, {one.dtype}, {_software(one.versions)}" for one in machines),
         evidence=(*_evidence(became), *views.plan_in_words(found)) if found.suite_id else (),
         judges=tuple(
@@ -193,7 +196,7 @@ async def _strengths(request: Request, visitor: Visitor, found: Comparison, name
 def _measured(figures: Sequence[StoredMeasurement], columns: Sequence[Candidate]) -> tuple[views.Line, ...]:
     """One line per metric and load; what was taken on another machine than the baseline's is not comparable."""
     places: dict[tuple[str, str, int], dict[str, StoredMeasurement]] = {}
-    for one in figures:
+    for one in sorted(figures, key=lambda one: (FIRST.index(one.metric) if one.metric in FIRST else len(FIRST), one.metric)):
         places.setdefault((one.metric, one.unit, one.concurrency), {})[one.candidate_id] = one
     several = len({concurrency for _, _, concurrency in places}) > 1
     lines = []
