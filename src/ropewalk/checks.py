@@ -256,7 +256,10 @@ def _code(params: Params, answer: str, reference: str) -> CheckOutcome:
 
 
 def run_code(code: str, tests: str) -> None:
-    """In the confined process: the code, and then its tests among its names. Code that ends the process has not passed."""
+    """In the confined process: the code, and then its tests among its names. Code that ends the process has not passed.
+
+    The two share a process: code written to deceive its tests can. This scores honest answers, and keeps the others from doing harm.
+    """
     names: dict[str, Any] = {"__name__": "answer"}
     exec(compile(code, "answer", "exec"), names)
     exec(compile(tests, "tests", "exec"), names)
