@@ -10,6 +10,7 @@ import pytest
 
 from ropewalk.compare import planted
 from ropewalk.compare.anytime import confidence, p_value, stops
+from ropewalk.compare.last_selftest import last
 from ropewalk.compare.selftest import DIFFERENT, Entry, Selftest, run_selftest, selftest
 from ropewalk.errors import BadInput
 
@@ -46,9 +47,12 @@ def test_what_is_beyond_its_bound_is_told() -> None:
 def test_the_command_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Selftest(10, 7, "1", 0.0, 0.0, 1.0, 1.0, {"position": Entry("p", 0.02, 0.05)})
     monkeypatch.setattr("ropewalk.compare.selftest.selftest", lambda runs, seed, progress: good)
-    run_selftest(Namespace(json=tmp_path / "s.json", runs=10, seed=7))
+    run_selftest(Namespace(json=tmp_path / "s.json", runs=10, seed=7, data=tmp_path))
     written = json.loads((tmp_path / "s.json").read_text())
     assert (written["plus8_shipped"], written["position"]["held"]) == (1.0, True)
+    kept = last(tmp_path)
+    assert kept is not None
+    assert kept.found == written
 
 
 def test_a_bet_against_no_difference_wins_only_where_there_is_one() -> None:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ropewalk.compare import planted
+from ropewalk.compare.last_selftest import keep
 from ropewalk.compare.planted import PROMPTS, Rng
 from ropewalk.compare.rule import RULE_VERSION, SHIP_LEVEL
 from ropewalk.compare.state import State
@@ -143,7 +144,7 @@ def selftest(runs: int, seed: int = 7, progress: Callable[[float], None] = lambd
 
 
 def run_selftest(arguments: Namespace) -> None:
-    """`ropewalk compare selftest`: a bar, a table, JSON, and an error where a bound does not hold."""
+    """`ropewalk compare selftest`: a bar, a table, JSON, and an error where a bound does not hold; kept for the method page."""
     console = Console(highlight=False)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"{arguments.runs} runs of each", total=1.0)
@@ -154,6 +155,8 @@ def run_selftest(arguments: Namespace) -> None:
             arguments.json.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write {arguments.json}: {error.strerror or error}; name another file") from error
+    if arguments.data is not None:
+        keep(arguments.data, found.as_dict())
     if found.failures:
         raise VerificationFailed(f"beyond its bound in {found.runs} runs: {', '.join(found.failures)}")
 

@@ -153,6 +153,11 @@ def _selftest(inner: Verbs) -> None:
     selftest.add_argument("--runs", type=int, default=2000, metavar="N", help="of each (default: %(default)s)")
     selftest.add_argument("--seed", type=int, default=7, metavar="N", help="(default: %(default)s)")
     selftest.add_argument("--json", type=Path, metavar="FILE", help="write the rates there")
+    selftest.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the state, where it is kept for the method page (default: $ROPEWALK_HOME, else ~/.ropewalk)",
+    )
 
 
 def _verb(inner: Verbs, name: str, summary: str, example: str, run: Verb, models: bool = False) -> argparse.ArgumentParser:
@@ -265,5 +270,6 @@ def _digest(arguments: argparse.Namespace) -> int:
 def _selftested(arguments: argparse.Namespace) -> int:
     from ropewalk.compare.selftest import run_selftest
 
+    arguments.data = settings_of(arguments).data.expanduser()
     run_selftest(arguments)
     return 0
