@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import time_machine
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, insert, literal, select, update
 
 from compare.votable import keyed, votable
 from ropewalk.compare import vote_pairs
@@ -397,12 +397,22 @@ def test_votes_become_labels_for_judges(here):
     here(body)
 
 
+ADDED = {"id": literal("vote_stuffed"), "number": literal(6), "ticket": literal(b"none")}
 TAMPERINGS = {
     "changed": (
         lambda id: update(votes).where(votes.c.comparison_id == id, votes.c.number == 2).values(choice="right"),
         "vote 2 was changed",
     ),
     "removed": (lambda id: delete(votes).where(votes.c.comparison_id == id, votes.c.number == 2), "vote 2 is missing"),
+    "put in": (
+        lambda id: insert(votes).from_select(
+            [column.name for column in votes.c],
+            select(*(ADDED.get(column.name, column) for column in votes.c)).where(
+                votes.c.comparison_id == id, votes.c.number == 5
+            ),
+        ),
+        "vote 6 was added beside the log",
+    ),
     "cut off": (lambda id: delete(votes).where(votes.c.comparison_id == id, votes.c.number == 5), "ends with vote 4"),
     "another voter": (
         lambda id: update(votes).where(votes.c.comparison_id == id, votes.c.number == 5).values(ms=7),

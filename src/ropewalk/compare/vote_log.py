@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.compare.records import get_comparison
@@ -46,13 +46,13 @@ async def append_vote(connection: AsyncConnection, store: Store, vote: Mapping[s
     comparison_id = vote["comparison_id"]
     # The comparison's row is locked first, so that of two first votes one makes the head and the other finds it.
     await connection.execute(select(comparisons.c.id).where(comparisons.c.id == comparison_id).with_for_update())
-    head = (await connection.execute(select(chains.c.seq, chains.c.head).where(_chain(comparison_id)))).first()
-    number, previous = (head.seq + 1, bytes(head.head).hex()) if head is not None else (1, FIRST)
+    last, previous = await _head(connection, comparison_id)
+    number = last + 1
     row = {**vote, "number": number, "previous": previous}
     row["hash"] = vote_digest(row)
     await connection.execute(insert(votes).values(row))
     moved = {"seq": number, "head": bytes.fromhex(row["hash"])}
-    if head is None:
+    if not last:
         await connection.execute(insert(chains).values(name=_name(comparison_id), **moved))
     else:
         await connection.execute(update(chains).where(_chain(comparison_id)).values(moved))
@@ -61,10 +61,11 @@ async def append_vote(connection: AsyncConnection, store: Store, vote: Mapping[s
 async def verify_votes(store: Store, caller: Caller, comparison_id: str) -> VoteLog:
     """Recomputes the chain of a comparison's votes from its first to its last."""
     found = await get_comparison(store, caller, comparison_id)
-    faults, last, previous, count = list[str](), 0, FIRST, 0
+    faults, last, previous = list[str](), 0, FIRST
     async with store.database.reading() as connection:
-        while True:
-            mine = (votes.c.comparison_id == found.id) & (votes.c.number > last)
+        head = await _head(connection, found.id)
+        while last < head[0]:  # votes that are cast meanwhile come after it
+            mine = (votes.c.comparison_id == found.id) & (votes.c.number > last) & (votes.c.number <= head[0])
             rows = (await connection.execute(select(votes).where(mine).order_by(votes.c.number).limit(BATCH))).mappings().all()
             for row in rows:
                 if row["number"] != last + 1:
@@ -73,14 +74,25 @@ async def verify_votes(store: Store, caller: Caller, comparison_id: str) -> Vote
                     faults.append(f"vote {row['number']} does not name the vote before it")
                 if vote_digest(dict(row)) != row["hash"]:
                     faults.append(f"vote {row['number']} was changed")
-                last, previous, count = row["number"], row["hash"], count + 1
-            if len(rows) < BATCH:
+                last, previous = row["number"], row["hash"]
+            if not rows:
                 break
-        head = (await connection.execute(select(chains.c.seq, chains.c.head).where(_chain(found.id)))).first()
-    expected = (head.seq, bytes(head.head).hex()) if head is not None else (0, FIRST)
-    if (last, previous) != expected:
-        faults.append(f"the log ends with vote {last}, and vote {expected[0]} was the last that was written")
-    return VoteLog(count, previous, tuple(faults[:FAULTS]))
+        count = select(func.count()).select_from(votes).where(votes.c.comparison_id == found.id)
+        number = int(await connection.scalar(count.where(votes.c.number <= head[0])) or 0)
+        beyond = select(func.max(votes.c.number)).where(votes.c.comparison_id == found.id)
+        newest = int(await connection.scalar(beyond) or 0)
+        final = await _head(connection, found.id)
+    if (last, previous) != head:
+        faults.append(f"the log ends with vote {last}, and vote {head[0]} was the last that was written")
+    if newest > final[0]:
+        faults.append(f"vote {newest} was added beside the log, whose last is vote {final[0]}")
+    return VoteLog(number, previous, tuple(faults[:FAULTS]))
+
+
+async def _head(connection: AsyncConnection, comparison_id: str) -> tuple[int, str]:
+    """The number and the digest of the last vote."""
+    row = (await connection.execute(select(chains.c.seq, chains.c.head).where(_chain(comparison_id)))).first()
+    return (row.seq, bytes(row.head).hex()) if row is not None else (0, FIRST)
 
 
 def vote_digest(row: Mapping[str, Any]) -> str:

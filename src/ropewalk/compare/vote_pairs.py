@@ -26,6 +26,7 @@ REPEATS = 0.05  # of tickets show a pair once more, its sides swapped
 AFTER = 3  # votes between a pair and the same again
 PORTION = 40  # pairs looked at in one step
 CHANCE = secrets.SystemRandom()
+OLD, NEW = outputs.alias("old"), outputs.alias("new")
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ async def _unseen(
     for lowest, highest in ((start, None), ("", start)):
         last, inclusive = lowest, True
         while True:
-            some = query.where(prompts.c.id >= last if inclusive else prompts.c.id > last)
+            place = OLD.c.prompt_id  # the key of outputs has them in this order
+            some = query.where(place >= last if inclusive else place > last)
             if highest is not None:
-                some = some.where(prompts.c.id < highest)
+                some = some.where(place < highest)
             async with store.database.reading() as connection:
-                rows = (await connection.execute(some.order_by(prompts.c.id).limit(PORTION))).all()
+                rows = (await connection.execute(some.order_by(place).limit(PORTION))).all()
             if not rows:
                 break
             if words is None:
@@ -113,7 +115,7 @@ def _pairs(baseline: Item, other: Item, voter_id: str | None, only_used: bool = 
     """First samples of both runs on prompts that are not held back, that differ and that this voter has no ticket for."""
     if baseline.run_id is None or other.run_id is None:
         return None
-    old, new, tickets = outputs.alias("old"), outputs.alias("new"), vote_tickets
+    old, new, tickets = OLD, NEW, vote_tickets
     query = (
         select(
             prompts.c.id,
