@@ -23,7 +23,6 @@ from ropewalk.compare.records import Comparison, Plan, create, get_comparison, l
 from ropewalk.compare.runner import ComparisonRunner, Progress
 from ropewalk.compare.ship import rollback, ship
 from ropewalk.compare.suites import Suite, add_suite, list_suites
-from ropewalk.compare.verbs import SERVED_AT
 from ropewalk.config.mail import configured_mail
 from ropewalk.config.serving import Serving
 from ropewalk.engine.models import Models
@@ -241,7 +240,7 @@ def digest(place: Place, send: bool, mail: Path | None, as_json: bool) -> int:
     if not send:
         found = place.run(lambda desk: preview(desk.store, desk.caller))
         values = {"week": found.week, "subject": subject_of(found), "items": [asdict(item) for item in found.items]}
-        told = text_of(found, SERVED_AT, "(a link of the reader's own)")
+        told = text_of(found, report.SERVED_AT, "(a link of the reader's own)")
         _tell(as_json, values, f"{subject_of(found)}\n\n{told}")
         return 0
     settings = configured_mail(mail)

@@ -13,6 +13,7 @@ from ropewalk.compare.records import Comparison, StoredVerdict
 from ropewalk.compare.suites import Suite
 from ropewalk.database import timestamp
 
+SERVED_AT = "http://127.0.0.1:8700"  # where `ropewalk serve` is without other arguments
 SHOWN = 80  # characters of a prompt
 
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from ropewalk.compare.commands import Place
 
 
-SERVED_AT = "http://127.0.0.1:8700"  # where `ropewalk serve` is without other arguments
-
-
 def add_verbs(verbs: Verbs) -> None:
     """`compare ...`."""
     compare = add_verb(
@@ -125,7 +122,7 @@ def _after(inner: Verbs) -> None:
     vote = _verb(inner, "vote", summary, "cmp_abc", _vote)
     vote.add_argument("comparison")
     vote.add_argument("--invite", type=int, metavar="N", help="print links for so many people instead; one link is one voter")
-    vote.add_argument("--url", default=SERVED_AT, help="the server that the links go to (default: %(default)s)")
+    vote.add_argument("--url", help="the server that the links go to (default: http://127.0.0.1:8700)")
     json_argument(vote)
     summary = "move an alias to a candidate: verdict, hashes, loading, replay, then the swap"
     ship = _verb(inner, "ship", summary, "cmp_abc --alias answers", _ship, models=True)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ropewalk.compare.commands import Desk, Place
 from ropewalk.compare.invites import invite
+from ropewalk.compare.report import SERVED_AT
 from ropewalk.compare.voters import who
 from ropewalk.compare.votes import Revealed, Ticket, cast, next_ticket
 
@@ -49,13 +50,13 @@ def vote(place: Place, comparison_id: str) -> int:
     return 0
 
 
-def invite_voters(place: Place, comparison_id: str, count: int, url: str, as_json: bool) -> int:
+def invite_voters(place: Place, comparison_id: str, count: int, url: str | None, as_json: bool) -> int:
     """Prints links for people without a key: one link is one voter."""
 
     async def work(desk: Desk) -> list[str]:
         return [await invite(desk.store, desk.caller, comparison_id) for _ in range(count)]
 
-    links = [f"{url.rstrip('/')}/vote/{token}" for token in place.run(work)]
+    links = [f"{(url or SERVED_AT).rstrip('/')}/vote/{token}" for token in place.run(work)]
     print(json.dumps(links) if as_json else "\n".join(links))
     return 0
 

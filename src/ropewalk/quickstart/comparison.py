@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from ropewalk.compare.candidates import add_candidate
 from ropewalk.compare.promotions import Promotion
 from ropewalk.compare.records import Plan, create, get_comparison
-from ropewalk.compare.report import page
+from ropewalk.compare.report import SERVED_AT, page
 from ropewalk.compare.runner import ComparisonRunner
 from ropewalk.compare.runs import outputs, runs_of
 from ropewalk.compare.ship import ship
 from ropewalk.compare.suites import add_suite, list_suites, prompts
-from ropewalk.compare.verbs import SERVED_AT
 from ropewalk.compare.verdict import Verdict
 from ropewalk.engine.models import Models
 from ropewalk.files.store import Store
