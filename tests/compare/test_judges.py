@@ -11,7 +11,8 @@ from sqlalchemy import update
 from compare.asked import FakeModels, candidates, preferring
 from ropewalk.compare import judge_prompt
 from ropewalk.compare.candidates import get_candidate
-from ropewalk.compare.judges import add_labels, judgements, judges
+from ropewalk.compare.judges import judgements, judges
+from ropewalk.compare.labels import add_labels
 from ropewalk.compare.records import Plan, create, get_comparison
 from ropewalk.compare.runner import ComparisonRunner
 from ropewalk.compare.state import State

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from sqlalchemy import insert, update
 
 from compare.asked import FakeModels, candidates
 from ropewalk.compare.asking import TRIES
+from ropewalk.compare.candidates import add_cards, card_claims, link
+from ropewalk.compare.claims import Claim, ClaimStatus
 from ropewalk.compare.gather import panel_evidence, strengths
 from ropewalk.compare.measures import measurements
 from ropewalk.compare.records import Plan, create, get_comparison, latest, unfinished
@@ -16,7 +24,8 @@ from ropewalk.compare.runner import ComparisonRunner, cancel
 from ropewalk.compare.runs import outputs, runs_of
 from ropewalk.compare.state import State
 from ropewalk.compare.suites import add_suite, delete_suite, prompts
-from ropewalk.errors import BadInput, NotFound, UpstreamFailed
+from ropewalk.compare.tables import claims, comparisons
+from ropewalk.errors import BadInput, NotFound, Overloaded, UpstreamFailed
 from ropewalk.files.settings import Settings
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import create_workspace
@@ -422,14 +431,106 @@ def test_a_suite_that_is_deleted_meanwhile_ends_the_run(opened, tmp_path):
     opened(body)
 
 
-def test_two_processes_do_not_run_one_comparison(opened, tmp_path):
+def test_two_processes_do_not_run_one_comparison(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.compare.runner.LEASE_SECONDS", 0.2)
+    monkeypatch.setattr("ropewalk.compare.runner.LOOK_SECONDS", 0.02)
+
     async def body(store, caller):
         models = FakeModels.of(store, tmp_path, old=knowing(0.5), new=knowing(0.9))
         comparison = await compared(store, caller, models, suite_of(20), "old", "new")
         runner = ComparisonRunner(store, models)
-        both = await asyncio.gather(*(runner.run(caller, comparison.id) for _ in range(2)), return_exceptions=True)
-        assert sorted(type(one).__name__ for one in both) == ["Overloaded", "list"]
+        hold, real = asyncio.Event(), models.answerer
+
+        async def slow(name, *, loaded=True):
+            await hold.wait()
+            return await real(name)
+
+        monkeypatch.setattr(models, "answerer", slow)
+        first = asyncio.create_task(runner.run(caller, comparison.id))
+        await asyncio.sleep(0.1)
+        with pytest.raises(Overloaded, match="is being run by another process"):
+            await runner.run(caller, comparison.id)
+        hold.set()
+        await first
         assert len(models.asked) == 40
+        assert (await get_comparison(store, caller, comparison.id)).state == "done"
+
+    opened(body)
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from compare.asked import FakeModels
+from compare.test_runner import knowing
+from ropewalk.compare.runner import ComparisonRunner
+from ropewalk.files.settings import Settings
+from ropewalk.files.store import Store
+
+async def main(data, comparison):
+    store = await Store.open(Settings(data=Path(data)))
+    models = FakeModels.of(store, Path(data) / "registry", old=knowing(0.1), new=knowing(0.3))
+    await ComparisonRunner(store, models).run(await store.local_caller(), comparison)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_what_a_killed_process_wrote_is_there_and_the_rest_is_asked(opened, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.compare.runner.LEASE_SECONDS", 0.5)
+
+    async def body(store, caller):
+        models = FakeModels.of(store, tmp_path / "data" / "registry", old=knowing(0.1), new=knowing(0.3))
+        comparison = await compared(store, caller, models, suite_of(40), "old", "new")
+        environment = {**os.environ, "ROPEWALK_FAILPOINT": "compare.output:33", "PYTHONPATH": str(Path(__file__).parents[1])}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", KILLED, str(settings.data), comparison.id, env=environment
+        )
+        assert await process.wait() == -signal.SIGKILL
+        cut = await get_comparison(store, caller, comparison.id)
+        assert cut.state == "running"
+        kept = [one for run in (await runs_of(store, caller, cut)).values() for one in await outputs(store, caller, run.id)]
+        assert len(kept) == 33
+        async with store.database.writing() as connection:  # the killed one's lease, which would be waited for
+            await connection.execute(update(comparisons).values(lease_until=0))
+        (found,) = await ComparisonRunner(store, models).run(caller, comparison.id)
+        assert len(models.asked) == 80 - 33
+        assert found.verdict.n_prompts == 40
+        assert found.verdict.state is State.SHIP
+
+    opened(body)
+
+
+def test_a_card_that_is_linked_has_its_claims_tested_by_the_run(opened, tmp_path):
+    async def body(store, caller):
+        models = FakeModels.of(store, tmp_path, old=knowing(0.4), new=knowing(0.9))
+        comparison = await compared(store, caller, models, suite_of(30), "old", "new")
+        page = (Path(__file__).parent / "pages" / "one_tool.txt").read_text()
+        (card, *_) = await add_cards(store, caller, page)
+        claim = Claim("x", "2x cheaper", "cost", 2.0, "x", "cheaper")
+        async with store.database.writing() as connection:
+            row = {"id": "claim_x", "candidate_id": card.id, "number": 99, "content": json.dumps(asdict(claim))}
+            await connection.execute(insert(claims).values(**row, metric="cost", status="untested"))
+        await link(store, caller, card.id, comparison.candidate_ids[0])
+        await ComparisonRunner(store, models).run(caller, comparison.id)
+        found = {one.id: one for one in await card_claims(store, caller, card.id)}
+        tested = found.pop("claim_x")
+        # all thirty are answered by the second, and by the first too, whose numbers stay below 40: the same cost
+        assert tested.status is ClaimStatus.CONTRADICTED
+        assert tested.low == tested.high == 1.0
+        assert tested.measurement_id
+        assert {one.status for one in found.values()} == {ClaimStatus.UNTESTED}
+
+    opened(body)
+
+
+def test_cards_alone_are_opinion_only(opened, tmp_path):
+    async def body(store, caller):
+        page = (Path(__file__).parent / "pages" / "two_tools.txt").read_text()
+        one, two = await add_cards(store, caller, page)
+        comparison = await create(store, caller, baseline_id=one.id, candidate_ids=[two.id])
+        (found,) = await ComparisonRunner(store, FakeModels.of(store, tmp_path)).run(caller, comparison.id)
+        assert found.verdict.state is State.OPINION_ONLY
         assert (await get_comparison(store, caller, comparison.id)).state == "done"
 
     opened(body)

@@ -14,6 +14,7 @@ from ropewalk.compare import judges
 from ropewalk.compare.bradley_terry import Match, Strength, bradley_terry
 from ropewalk.compare.candidates import Candidate, get_candidate
 from ropewalk.compare.evidence import Evidence, Finding, Guardrail, Kind, Limits, Measurement, Metric, Row, Trouble
+from ropewalk.compare.labels import Pair
 from ropewalk.compare.leakage import leaks
 from ropewalk.compare.measures import PASS_RATE, StoredMeasurement, measurements
 from ropewalk.compare.panel import Exhibit, PanelEvidence
@@ -71,7 +72,7 @@ class Gathered:
     bench: judges.Bench
     limits: Limits
     names: Mapping[str, str]  # of candidates
-    lengths: Mapping[judges.Pair, tuple[int, int]]  # of the answers that are left to judges, the baseline's first
+    lengths: Mapping[Pair, tuple[int, int]]  # of the answers that are left to judges, the baseline's first
 
 
 async def gathered(store: Store, caller: Caller, comparison: Comparison) -> Gathered:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ropewalk.errors import BadInput, NotFound, Overloaded
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 
-LEASE_SECONDS = 30.0
+LEASE_SECONDS = 15.0  # after which a process that was killed is no longer waited for
 LOOK_SECONDS = 2.0  # whether it was cancelled meanwhile; the lease is renewed as often
 CANCELLED = "cancelled"
 
@@ -49,8 +50,13 @@ class ComparisonRunner:
         caller.needs("write")
         comparison = await get_comparison(self.store, caller, comparison_id)
         holder = secrets.token_hex(8)
-        if not await claim(self.store, comparison.id, holder, LEASE_SECONDS):
-            raise Overloaded(f"comparison {comparison.id} is being run by another process; it goes on there")
+        late = time.monotonic() + LEASE_SECONDS + LOOK_SECONDS
+        while not await claim(self.store, comparison.id, holder, LEASE_SECONDS):
+            if time.monotonic() >= late:  # somebody renewed it meanwhile
+                raise Overloaded(f"comparison {comparison.id} is being run by another process; it goes on there")
+            if progress is not None:
+                progress(Progress(0, 0, "waiting for the process that ran it"))
+            await asyncio.sleep(LOOK_SECONDS / 4)
         try:
             comparison = await set_state(self.store, caller, comparison.id, "running")
 

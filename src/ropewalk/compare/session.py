@@ -6,21 +6,20 @@ reuse -> warm up -> ask A-B-B-A -> ask failures again -> judge -> decide -> (hel
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import mean
 
 from ropewalk.chat.messages import MessagesRequest, Text, Turn
 from ropewalk.checks import CheckOutcome, score
-from ropewalk.compare import anytime, gather, judges, rule
+from ropewalk.compare import gather, judges
 from ropewalk.compare.asking import ask, loaded, request_for, sampling_of
+from ropewalk.compare.claim_measures import measure_claims
+from ropewalk.compare.early import Job, Looking, interleaved, ordered
 from ropewalk.compare.fingerprint import fingerprint, save_fingerprint
 from ropewalk.compare.hearing import Hearing
 from ropewalk.compare.measures import costs
 from ropewalk.compare.records import Comparison, StoredVerdict, get_comparison, save_verdicts
 from ropewalk.compare.runs import Answered, add_output, reuse
-from ropewalk.compare.statistics import LEVEL
 from ropewalk.compare.subjects import Subject, close_subject, open_subject
 from ropewalk.compare.suites import Prompt, prompts, suite_key
 from ropewalk.engine.models import Models
@@ -31,10 +30,8 @@ from ropewalk.tenants.caller import Caller
 AT_ONCE = 4  # questions side by side; a plan may say otherwise
 MOST_AT_ONCE = 64
 GIVE_UP = 3  # questions in a row without an answer: then it is the candidate that cannot be reached
-LOOKS = 50  # times at which a run that may stop early looks whether it can
 CERTAIN = "the verdict was certain enough"
 WARM_UP = "Say yes."
-Job = tuple[Prompt, Subject, int]  # the sample last
 
 
 @dataclass
@@ -255,6 +252,7 @@ class Session:
         found = await gather.gathered(self.store, self.caller, await self._now())
         evidence = await gather.evidence_of(self.store, self.caller, found)
         await judges.save_admission(self.store, self.caller, self.comparison, found.bench, found.lengths)
+        await measure_claims(self.store, self.caller, found)
         said = await asyncio.to_thread(gather.verdicts, evidence, found.names, found.limits)
         inputs = gather.inputs(evidence, found.limits)
         return await save_verdicts(self.store, self.caller, self.comparison.id, said, inputs)
@@ -277,53 +275,6 @@ class Session:
     def _tell(self, done: int, doing: str) -> None:
         self.done += done
         self.progress(self.done, self.total, doing)
-
-
-@dataclass
-class Looking:
-    """Looks from time to time whether a run may stop: whether every candidate's verdict is certain on the groups that are whole."""
-
-    base: Subject
-    others: Sequence[Subject]
-    groups: Mapping[str, Sequence[Prompt]]  # in the order in which they are asked; prompts that checks score
-    samples: int
-    passed: int = 1 << 30  # groups since it last looked: what was asked before may be enough
-
-    def certain(self) -> bool:
-        """Whether nothing more need be asked, as far as checks tell."""
-        self.passed += 1
-        if self.passed < max(1, len(self.groups) // LOOKS):
-            return False
-        self.passed = 0
-        levels = rule.SHIP_LEVEL / len(self.others), LEVEL / len(self.others)
-        return all(one.failed is not None or self._stops(one, *levels) for one in self.others)
-
-    def _stops(self, one: Subject, better: float, worse: float) -> bool:
-        means = []
-        for asked in self.groups.values():
-            told = [(self.base.passed(prompt, self.samples), one.passed(prompt, self.samples)) for prompt in asked]
-            if all(old is not None and new is not None for old, new in told):
-                means.append(mean(bool(new) - bool(old) for old, new in told))
-        return bool(means) and anytime.stops(means, better, worse) is not None
-
-
-def ordered(asked: Sequence[Prompt]) -> list[Prompt]:
-    """Whole groups, in an order that has nothing to do with what they say and is the same for every comparison on the suite."""
-
-    def place(prompt: Prompt) -> tuple[bytes, int]:
-        return hashlib.sha256(f"{prompt.suite_id} {prompt.group}".encode()).digest(), prompt.number
-
-    return sorted(asked, key=place)
-
-
-def interleaved(asked: Sequence[Prompt], subjects: Sequence[Subject], samples: int) -> Iterator[Job]:
-    """A-B-B-A: what drifts meanwhile, drifts for all."""
-    turn = 0
-    for prompt in asked:
-        for sample in range(samples):
-            for subject in subjects if turn % 2 == 0 else reversed(subjects):
-                yield prompt, subject, sample
-            turn += 1
 
 
 def _checked(prompt: Prompt, answered: Answered) -> Answered:
