@@ -1,4 +1,4 @@
-"""The arguments of `check` and `train`."""
+"""The arguments of `check`, `train` and `rewards`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ropewalk.verbs import Verbs, add_verb, json_argument
 
 
 def add_verbs(verbs: Verbs) -> None:
-    """`check` and `train`."""
+    """`check`, `train` and `rewards check`."""
     check = add_verb(
         verbs,
         "check",
@@ -32,6 +32,22 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--restart", action="store_true", help="move a run that the output folder holds aside and begin anew")
     train.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes on this machine")
     train.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base run")
+    rewards = add_verb(verbs, "rewards", "try the rewards of a configuration", "ropewalk rewards check grpo.yml")
+    tried = add_verb(
+        rewards.add_subparsers(metavar="VERB"),
+        "check",
+        "sample completions of real rows and show what every reward says of them, before anything is trained",
+        "ropewalk rewards check grpo.yml --completions completions.jsonl",
+        _check_rewards,
+    )
+    _config_argument(tried)
+    tried.add_argument(
+        "--prompts", type=int, default=16, metavar="N", help="sample completions of N rows (default: %(default)s)"
+    )
+    tried.add_argument(
+        "--completions", type=Path, metavar="FILE", help="take them from a JSONL file: rows with a column `completions` each"
+    )
+    json_argument(tried)
 
 
 def _config_argument(verb: argparse.ArgumentParser) -> None:
@@ -45,6 +61,14 @@ def _check(arguments: argparse.Namespace) -> int:
     from ropewalk.train.plan import check_command
 
     return check_command(arguments.config, arguments.overrides, offline=arguments.offline, as_json=arguments.json)
+
+
+def _check_rewards(arguments: argparse.Namespace) -> int:
+    from ropewalk.train.reward_check import check_command
+
+    return check_command(
+        arguments.config, arguments.overrides, arguments.completions, max(1, arguments.prompts), arguments.json
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,192 @@
+"""`ropewalk rewards check`: what the rewards of a run say of real completions, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ropewalk.config.run import load_run
+from ropewalk.models.hub import resolve_base
+from ropewalk.train.prepare import load_template, tell
+from ropewalk.train.reward_functions import Sample, check_columns
+from ropewalk.train.reward_samples import Groups, given, sampled
+from ropewalk.train.rewards import Array, Rewards, Scores, as_array, combine, specs_of
+
+SHOWN = 160  # characters of a text in the report
+FLAT = 0.9  # a share of groups without spread that is worth a warning
+
+
+@dataclass(frozen=True)
+class Example:
+    """One completion and what it was given."""
+
+    prompt: str
+    completion: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What one reward, or their sum, said of all samples; None: it said nothing."""
+
+    name: str
+    weight: float
+    samples: int
+    scored: int
+    failed: int
+    mean: float | None
+    std: float | None
+    least: float | None
+    most: float | None
+    flat_groups: float | None  # the share of groups in which it is the same for all, and so teaches nothing
+    slowest: float  # seconds
+    error: str = ""  # the first
+    examples: list[Example] = field(default_factory=list)  # the best and the worst
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rewards, their weighted sum, and what is wrong with them."""
+
+    groups: int
+    samples: int
+    rewards: list[Distribution]
+    total: Distribution
+    warnings: list[str]
+    replaced: list[str]
+
+    @property
+    def usable(self) -> bool:
+        """Whether every reward could say something."""
+        return all(one.failed < one.samples for one in self.rewards)
+
+    def text(self) -> str:
+        """For a terminal."""
+        width = max(6, *(len(one.name) for one in self.rewards))
+        head = f"{'reward':<{width}}  weight  scored  failed     mean      std      min      max  flat groups  slowest"
+        lines = [f"{self.samples} completions of {self.groups} prompts", "", head]
+        lines += [_line(one, width) for one in (*self.rewards, self.total)]
+        for one in self.rewards:
+            for example in one.examples:
+                lines += ["", f"{one.name} {example.value:g}: {example.prompt!r}", f"  {example.completion!r}"]
+            if one.error:
+                lines += ["", f"{one.name}, the first failure:", *(f"  {line}" for line in one.error.splitlines())]
+        if self.warnings:
+            lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
+        return "\n".join(lines)
+
+
+def check_command(config: Path, overrides: Sequence[str], completions: Path | None, prompts: int, as_json: bool) -> int:
+    """`ropewalk rewards check CONFIG`; 1 where a reward could say nothing of any completion."""
+    run = load_run(config, overrides)
+    rewards = Rewards(specs_of(run), run.trl.reward_num_workers if run.trl else 1)
+    if completions is not None:
+        groups = given(completions)
+    else:
+        base = resolve_base(run.base_model, run.revision_of_model, tell=tell)
+        tell(f"sampling {run.trl.num_generations if run.trl else 1} completions each of {prompts} prompts")
+        groups = sampled(run, base, load_template(run, base), prompts)
+    with rewards:
+        report = measure(rewards, groups)
+    print(json.dumps(asdict(report), indent=2) if as_json else report.text())
+    return 0 if report.usable else 1
+
+
+def measure(rewards: Rewards, groups: Groups) -> Report:
+    """Scores all groups and describes what comes."""
+    columns = dict.fromkeys(name for group in groups for sample in group for name in sample.row)
+    for number, spec in enumerate(rewards.specs):
+        check_columns(spec.name, rewards.pool.forms[number], columns)
+    # All are handed out before the first is waited for: nothing stands idle.
+    coming = [rewards.pool.submit(group) for group in groups]
+    bound = rewards.pool.bound(sum(map(len, groups)) * len(rewards.specs))
+    scores: Scores = [row for future in coming for row in future.result(bound)]
+    samples = [sample for group in groups for sample in group]
+    values = as_array(scores)
+    sizes = [len(group) for group in groups]
+    found = []
+    for number, spec in enumerate(rewards.specs):
+        column = [row[number] for row in scores]
+        errors = [one.error for one in column if one.error]
+        found.append(
+            _described(
+                spec.name,
+                spec.weight,
+                values[:, number],
+                sizes,
+                failed=len(errors),
+                error=errors[0] if errors else "",
+                slowest=max(one.seconds for one in column),
+                examples=_examples(samples, values[:, number]),
+            )
+        )
+    total = _described("total", 1.0, combine(values, rewards.weights), sizes, failed=0, error="", slowest=0.0, examples=[])
+    return Report(len(groups), len(samples), found, total, _warnings(found, total), rewards.pool.replaced)
+
+
+def _described(name: str, weight: float, values: Array, sizes: Sequence[int], **more: Any) -> Distribution:
+    scored = values[~np.isnan(values)]
+    groups = np.split(values, np.cumsum(sizes)[:-1])
+    told = [group[~np.isnan(group)] for group in groups if not np.isnan(group).all() and len(group) > 1]
+    return Distribution(
+        name=name,
+        weight=weight,
+        samples=len(values),
+        scored=len(scored),
+        mean=float(scored.mean()) if len(scored) else None,
+        std=float(scored.std(ddof=1)) if len(scored) > 1 else None,
+        least=float(scored.min()) if len(scored) else None,
+        most=float(scored.max()) if len(scored) else None,
+        flat_groups=sum(bool(np.ptp(group) == 0) for group in told) / len(told) if told else None,
+        **more,
+    )
+
+
+def _examples(samples: Sequence[Sample], values: Array) -> list[Example]:
+    scored = [number for number in range(len(values)) if not math.isnan(values[number])]
+    if not scored:
+        return []
+    best, worst = max(scored, key=lambda number: values[number]), min(scored, key=lambda number: values[number])
+    return [_example(samples[number], float(values[number])) for number in dict.fromkeys((best, worst))]
+
+
+def _example(sample: Sample, value: float) -> Example:
+    last = sample.prompt if isinstance(sample.prompt, str) else str(sample.prompt[-1].get("content")) if sample.prompt else ""
+    return Example(_short(last), _short(sample.completion), value)
+
+
+def _warnings(found: Sequence[Distribution], total: Distribution) -> list[str]:
+    said = []
+    for one in found:
+        if one.failed:
+            said.append(f"{one.name} failed on {one.failed} of {one.samples} completions")
+        if one.samples and not one.scored:
+            said.append(f"{one.name} says nothing of any completion")
+        elif one.flat_groups is not None and one.flat_groups >= FLAT:
+            same = f"is {one.least:g} for every completion" if one.least == one.most else "is mostly the same within a group"
+            said.append(f"{one.name} {same}, so {one.flat_groups:.0%} of the groups teach nothing by it")
+    if total.flat_groups is not None and total.flat_groups >= FLAT:
+        said.append(
+            f"{total.flat_groups:.0%} of the groups have one total reward for all their completions and would teach nothing; "
+            "take easier or harder prompts, more num_generations, or a reward that tells more apart"
+        )
+    if total.scored and total.flat_groups is None:
+        said.append("no prompt has two completions, so nothing can be told about groups")
+    return said
+
+
+def _line(one: Distribution, width: int) -> str:
+    flat = "" if one.flat_groups is None else f"{one.flat_groups:.0%}"
+    numbers = "".join(f"{'' if value is None else f'{value:.3f}':>9}" for value in (one.mean, one.std, one.least, one.most))
+    slowest = f"{one.slowest:>7.2f}s" if one.slowest else ""
+    return f"{one.name:<{width}}  {one.weight:>6g}  {one.scored:>6}  {one.failed:>6}{numbers}  {flat:>11}  {slowest}".rstrip()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
