@@ -294,3 +294,20 @@ def test_answers_are_fenced_by_marks_that_they_cannot_know(opened, tmp_path):
         assert one.schema == judge_prompt.SCHEMA
 
     opened(body)
+
+
+def test_a_refused_judge_is_told_also_where_checks_score_everything(opened, tmp_path):
+    source = "\n".join(
+        json.dumps({"prompt": f"Write poem {n}.", "checks": [{"kind": "contains", "value": "good poem"}]}) for n in range(30)
+    ).encode()
+
+    async def body(store, caller):
+        models = FakeModels.of(store, tmp_path, old=bad, new=good, judge=preferring(fair))
+        comparison = await judged(store, caller, models, source, "judge", rewards=("judge",))
+        (found,) = await ComparisonRunner(store, models).run(caller, comparison.id)
+        assert found.verdict.state is State.SHIP
+        told = [reason.sentence for reason in found.verdict.reasons]
+        assert "judge refused: judge was the reward that new was trained for" in told
+        assert not any(name == "judge" for name, _ in models.asked)
+
+    opened(body)

@@ -534,3 +534,43 @@ def test_cards_alone_are_opinion_only(opened, tmp_path):
         assert (await get_comparison(store, caller, comparison.id)).state == "done"
 
     opened(body)
+
+
+def test_of_several_samples_the_share_that_passes_counts(opened, tmp_path):
+    async def body(store, caller):
+        turns = {}
+
+        def every_other(question):
+            turns[question] = turns.get(question, 0) + 1
+            return knowing(1)(question) if turns[question] % 2 else "no"
+
+        models = FakeModels.of(store, tmp_path, old=knowing(1), new=every_other)
+        plan = Plan(sampling={"temperature": 0.7, "max_tokens": 8}, samples=2)
+        comparison = await compared(store, caller, models, suite_of(30), "old", "new", plan=plan)
+        (found,) = await ComparisonRunner(store, models).run(caller, comparison.id)
+        assert len(models.asked) == 120
+        assert found.verdict.effect == -0.5
+        assert found.verdict.state is State.SKIP
+
+    opened(body)
+
+
+def test_an_early_stop_still_asks_what_must_pass_and_asks_failures_again(opened, tmp_path):
+    rows = [{"prompt": f"question {n}", "reference": f"answer {n}", "group": f"g{n}", "must_pass": n >= 97} for n in range(100)]
+
+    async def body(store, caller):
+        def new(question):
+            return "no" if question == "question 99" else knowing(1)(question)
+
+        def old(question):
+            return knowing(1)(question) if question == "question 99" else "no"
+
+        models = FakeModels.of(store, tmp_path, old=old, new=new)
+        comparison = await compared(store, caller, models, lines(*rows), "old", "new", plan=Plan(stop_early=True))
+        (found,) = await ComparisonRunner(store, models).run(caller, comparison.id)
+        assert len(models.asked) < 100
+        assert models.asked.count(("new", "question 99")) == 2
+        assert found.verdict.state is State.SKIP
+        assert "fails 1 of 3 must-pass prompts" in found.verdict.reasons[0].sentence
+
+    opened(body)

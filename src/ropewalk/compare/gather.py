@@ -152,7 +152,8 @@ async def of_candidate(store: Store, caller: Caller, found: Gathered, id: str) -
         rows=rows,
         measurements=figures(old, new),
         guardrails=guardrails(found.prompts, old, new),
-        troubles=[*troubles, *(found.bench.troubles if judged else ())],
+        # Where checks score everything, a judge that was refused is told, and nothing hangs on it.
+        troubles=[*troubles, *(replace(one, blocks=one.blocks and judged) for one in found.bench.troubles)],
         judges=found.bench.records if judged else (),
         anytime=comparison.plan.stop_early,
         same_artifact=new.run.digest == old.run.digest and new.candidate.template_digest == old.candidate.template_digest,

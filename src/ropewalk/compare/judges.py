@@ -120,7 +120,7 @@ async def seat(
     families: set[str] = set()
     for id in comparison.plan.judges:
         judge = await get_candidate(store, caller, id)
-        why = await refusal(store, models, caller, judge, compared)
+        why = await refusal(store, models, caller, judge, compared) or await _unreachable(store, models, caller, judge)
         if why is None and judge.family in families:
             why = f"{judge.name} is of the family {judge.family}, as is a judge before it; a panel is of different families"
         if why is None and len(families) >= MOST:
@@ -149,6 +149,15 @@ async def judges(store: Store, caller: Caller, comparison_id: str) -> list[Store
         rows = (await connection.execute(select(*own).where(rows_of_judges.c.comparison_id == comparison_id))).all()
     place = {id: number for number, id in enumerate(comparison.plan.judges)}
     return sorted((StoredJudge(**row._mapping) for row in rows), key=lambda one: place.get(one.candidate_id, len(place)))
+
+
+async def _unreachable(store: Store, models: Models, caller: Caller, judge: Candidate) -> str | None:
+    try:
+        if (await served(store, models, caller, judge.target)).digest != judge.digest:
+            return f"{judge.name} is served with other weights than when it was added; add it again"
+    except RopewalkError as error:
+        return f"{judge.name} is not served: {error}"
+    return None
 
 
 # -- what they say

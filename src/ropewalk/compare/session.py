@@ -51,6 +51,7 @@ class Session:
     at_once: int = AT_ONCE
     subjects: list[Subject] = field(default_factory=list)
     key: bytes = b""  # of the suite
+    hearing: Hearing | None = None  # where the plan names judges
 
     async def work(self) -> list[StoredVerdict]:
         """All of it."""
@@ -69,12 +70,16 @@ class Session:
         for item in self.comparison.items:
             if subject := await open_subject(*parts, item.candidate_id, params, machine.id):
                 self.subjects.append(subject)
+        if plan.judges:
+            self.hearing = Hearing(*parts, self.key, self.at_once)
+            await self.hearing.open([subject.candidate for subject in self.subjects])
         await self._stage([prompt for prompt in every if not prompt.held or prompt.must_pass], self.subjects)
         await self._close()
         if chosen := await self._to_confirm():
-            self.stopped = None
+            before, self.stopped = self.stopped, None
             base = [one for one in self.subjects if one.id == self.comparison.baseline_id]
             await self._stage([prompt for prompt in every if prompt.held], [*base, *chosen], confirming=True)
+            self.stopped = self.stopped or before
             await self._close()
         return await self._decided()
 
@@ -124,7 +129,7 @@ class Session:
         base = self._base()
         groups: dict[str, dict[str, Prompt]] = {}
         for prompt, _, _ in jobs:
-            if not prompt.judged:
+            if not prompt.judged and not prompt.held:
                 groups.setdefault(prompt.group, {})[prompt.id] = prompt
         if base is None:
             return None
@@ -146,7 +151,7 @@ class Session:
                 if self.stopped is None and looking.certain():
                     self.stopped = CERTAIN
             alone = base is None or base.failed is not None or all(one.failed for one in self.subjects if one is not base)
-            if subject.failed is None and not alone and (self.stopped is None or prompt.must_pass):
+            if subject.failed is None and not alone and (looking is None or self.stopped is None or prompt.must_pass):
                 yield job
             else:
                 self._tell(1, "skipping")
@@ -206,12 +211,9 @@ class Session:
 
     async def _judge(self, asked: Sequence[Prompt], subjects: Sequence[Subject]) -> None:
         """Has the judges say which of each two answers they prefer."""
-        base = self._base()
-        if not self.comparison.plan.judges or not asked or base is None:
+        base, hearing = self._base(), self.hearing
+        if hearing is None or not asked or base is None:
             return
-        compared = [one.candidate for one in self.subjects]
-        hearing = Hearing(self.store, self.models, self.caller, self.comparison, self.key, self.at_once)
-        await hearing.open(compared)
         questions = await hearing.questions(asked, base, subjects)
         self.total += len(questions)
         self._tell(0, "judging")
