@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 import socketserver
+import ssl
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+
+USUAL = {"DATA": b"354 go on", "AUTH": b"235 welcome"}
 
 
 @dataclass
@@ -21,22 +25,51 @@ class MailServer:
     to: list[str] = field(default_factory=list)
     answers: dict[str, list[bytes]] = field(default_factory=dict)  # by command: instead of 250, one after another; b"" hangs up
     commands: list[str] = field(default_factory=list)
+    credentials: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def mail_server() -> Iterator[MailServer]:
+def mail_server(tls: ssl.SSLContext | None = None, from_the_first_byte: bool = False) -> Iterator[MailServer]:
     """The server, for as long as the block lasts."""
     found = MailServer()
 
     class Conversation(socketserver.StreamRequestHandler):
+        def encrypt(self) -> None:
+            assert tls is not None
+            plain = self.connection
+            try:
+                self.connection = tls.wrap_socket(plain, server_side=True)
+            except ssl.SSLError:
+                plain.close()
+                raise
+            self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", buffering=0)
+
+        def finish(self) -> None:
+            super().finish()
+            self.connection.close()  # whoever wrapped it has taken it from the server
+
         def handle(self) -> None:
+            with suppress(ssl.SSLError):  # a client that does not trust us
+                self.converse()
+
+        def converse(self) -> None:
+            if from_the_first_byte:
+                self.encrypt()
             self.wfile.write(b"220 here\r\n")
             to = ""
             while line := self.rfile.readline():
                 verb = line.split(b" ")[0].strip().decode().upper()
                 found.commands.append(verb)
                 told = found.answers.get(verb, [])
-                answer = told.pop(0) if told else b"354 go on" if verb == "DATA" else b"250 fine"
+                answer = told.pop(0) if told else USUAL.get(verb, b"250 fine")
+                if verb == "EHLO" and tls is not None:
+                    answer = b"250-here\r\n250-AUTH PLAIN\r\n250 STARTTLS"
+                if verb == "AUTH":
+                    found.credentials.append(b64decode(line.split()[2]).decode())
+                if verb == "STARTTLS" and tls is not None:
+                    self.wfile.write(b"220 go on\r\n")
+                    self.encrypt()
+                    continue
                 if verb == "RCPT" and answer.startswith(b"250"):
                     to = line.partition(b"<")[2].partition(b">")[0].decode()
                 if verb == "DATA" and answer.startswith(b"354"):

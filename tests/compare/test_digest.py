@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from email import message_from_bytes, policy
 from email.headerregistry import Address
+from pathlib import Path
 
 import pytest
 import time_machine
@@ -376,6 +378,41 @@ def test_whether_a_mail_that_was_not_taken_is_tried_again(command, answer, again
     with_server(body)
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate and its key, in files."""
+    folder = tmp_path_factory.mktemp("certificate")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+def test_a_password_goes_under_tls_to_a_server_that_is_who_it_says(certificate, monkeypatch, security):
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    monkeypatch.setenv("SMTP_WORD", "s3cret")
+    with mail_server(context, from_the_first_byte=security == "tls") as server:
+        own = {"host": "127.0.0.1", "port": server.port, "security": security, "user": "me", "password_env": "SMTP_WORD"}
+        mailer = Mailer(replace(HEMP, **own))
+        with pytest.raises(MailFailed, match="certificate") as caught:
+            asyncio.run(mailer.send(letter()))
+        assert caught.value.again
+        assert server.credentials == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+        asyncio.run(mailer.send(letter()))
+        assert server.credentials == ["\0me\0s3cret"]
+        assert server.to == ["ann@example.org"]
+        server.answers["AUTH"] = [b"535 wrong"]
+        with pytest.raises(MailFailed, match="535 wrong") as caught:
+            asyncio.run(mailer.send(letter()))
+        assert "s3cret" not in str(caught.value)
+
+
 def test_a_mail_server_that_is_not_there_is_asked_again_and_one_without_tls_is_told_nothing():
     async def body(server, mailer):
         with pytest.raises(MailFailed, match="cannot be reached"):
@@ -525,6 +562,13 @@ def written(tmp_path, **values):
     path = tmp_path / "mail.yml"
     path.write_text("\n".join(f"{key}: {value}" for key, value in values.items() if value is not None), encoding="utf-8")
     return path
+
+
+def test_the_file_in_the_docs_can_be_read(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "votes.md").read_text(encoding="utf-8")
+    (tmp_path / "mail.yml").write_text(text.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    mail = read_mail(tmp_path / "mail.yml")
+    assert (mail.host, mail.digest_hour, mail.password_env) == ("smtp.example.org", 7, "SMTP_PASSWORD")
 
 
 def test_the_file_says_how_mail_is_sent(tmp_path, monkeypatch):

@@ -98,6 +98,10 @@ class _Round:
         """The digest, made at the first time; None where it is done, or another process has it."""
         moment = now()
         mine = (digests.c.workspace_id == self.caller.workspace_id) & (digests.c.week == week)
+        async with self.store.database.reading() as connection:
+            known = (await connection.execute(select(digests).where(mine))).first()
+        if known is not None and (known.sent_at is not None or known.lease_until > moment):
+            return None
         async with self.store.database.writing() as connection:
             row = {
                 "id": new_id("digest"),
