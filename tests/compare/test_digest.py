@@ -146,7 +146,10 @@ def test_a_reader_is_told_of_what_they_may_see_and_of_votes_they_have_not_cast(h
 
 def test_what_waits_for_a_vote_since_another_week_is_no_news():
     old = Item("vote", "cmp_1", "old", "waits", new=False)
-    assert not Digest("2026-W47", 0, 1, (old,)).news
+    quiet = Digest("2026-W47", 0, 1, (old,))
+    assert not quiet.news
+    for told in (text_of(quiet, URL, ""), html_of(quiet, URL, "")):
+        assert "nothing would be sent" in told
     assert Digest("2026-W47", 0, 1, (old, Item("verdict", "cmp_1", "new", "SHIP"))).news
 
 

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import delete, update
 
 from compare.votable import votable
+from ropewalk.cli import main
 from ropewalk.compare.digest import due
 from ropewalk.compare.records import save_verdicts
 from ropewalk.compare.state import State
@@ -114,3 +115,12 @@ def test_the_server_sends_the_digest_by_itself_once(posting, tmp_path):
     newest = max(folder.glob("*.eml"), key=lambda path: path.stat().st_mtime_ns)
     assert len(list(folder.glob("*.eml"))) == 2
     assert b"TIE: hemp-nine" in newest.read_bytes()
+
+
+def test_a_file_that_says_wrongly_how_mail_is_sent_stops_the_server_before_it_listens(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mail.yml").write_text("from: digest@ropewalk.test\nurl: nowhere\nspool: mail\n", encoding="utf-8")
+    assert main(["serve", "--mail", str(tmp_path / "mail.yml")]) == 2
+    assert "mail.yml:2: url is 'nowhere'" in capsys.readouterr().err
+    monkeypatch.setenv("ROPEWALK_MAIL", str(tmp_path / "none.yml"))
+    assert main(["serve"]) == 2
+    assert "none.yml" in capsys.readouterr().err

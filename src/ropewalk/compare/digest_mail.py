@@ -26,6 +26,8 @@ COUNTED = {
     "changed": ("changed suite", "changed suites"),
     "vote": ("waiting for your vote", "waiting for your vote"),
 }
+LEAD = "Verdicts are measured; votes are opinions."
+NO_NEWS = "Nothing is new, and nothing would be sent."  # seen in a preview only
 # Tables and styles in place: mail programs know no other way.
 BEGIN = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,7 +41,7 @@ END = """
 BODY = (
     BEGIN
     + """<h1 style="font-size:22px;margin:0 0 4px">What changed, {{ span }}</h1>
-<p style="margin:0 0 20px;opacity:.7">Workspace figures are measured; votes are opinions.</p>
+<p style="margin:0 0 20px;opacity:.7">{{ lead }}</p>
 {% for heading, items in groups %}<h2 style="font-size:17px;margin:20px 0 6px">{{ heading }}</h2>
 <ul style="margin:0;padding-left:20px">{% for item in items %}
 <li style="margin:0 0 8px">{% if item.href %}<a href="{{ item.href }}">{{ item.title }}</a>\
@@ -70,7 +72,7 @@ def subject_of(digest: Digest) -> str:
 
 def text_of(digest: Digest, url: str, leave_url: str) -> str:
     """The digest as plain text."""
-    lines = [f"What changed, {span(digest)}", ""]
+    lines = [f"What changed, {span(digest)}", "", *(() if digest.news else (NO_NEWS, ""))]
     for heading, items in _groups(digest, url):
         lines += [heading, ""]
         for item in items:
@@ -83,7 +85,7 @@ def text_of(digest: Digest, url: str, leave_url: str) -> str:
 def html_of(digest: Digest, url: str, leave_url: str) -> str:
     """The digest as a whole page."""
     shown = {"subject": subject_of(digest), "span": span(digest), "groups": _groups(digest, url), "leave_url": leave_url}
-    return _environment.from_string(BODY).render(shown)
+    return _environment.from_string(BODY).render(shown, lead=LEAD if digest.news else NO_NEWS)
 
 
 def confirmation(workspace: str, url: str) -> tuple[str, str, str]:
