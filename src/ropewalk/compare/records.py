@@ -329,18 +329,18 @@ async def verdicts_of(store: Store, caller: Caller, candidate_id: str) -> list[S
     return [_stored(row) for row in rows]
 
 
-async def badge_of(store: Store, candidate_id: str) -> tuple[str, StoredVerdict | None] | None:
-    """A candidate's name and the last verdict about it, for whoever was given the address of its badge; None for no candidate."""
+async def badge_of(store: Store, candidate_id: str) -> tuple[str, bool, StoredVerdict | None] | None:
+    """A candidate's name, whether it can be run, and the last verdict about it, for whoever was given the address of its badge."""
     if not ID.fullmatch(candidate_id):
         return None
-    name = select(candidates.c.name).where(candidates.c.id == candidate_id)
+    name = select(candidates.c.name, candidates.c.kind).where(candidates.c.id == candidate_id)
     query = (
         select(verdicts).where(verdicts.c.candidate_id == candidate_id).order_by(verdicts.c.created_at.desc(), verdicts.c.id)
     )
     async with store.database.reading() as connection:
-        known_as = (await connection.execute(name)).scalar()
+        named = (await connection.execute(name)).first()
         row = (await connection.execute(query.limit(1))).first()
-    return None if known_as is None else (known_as, None if row is None else _stored(row))
+    return None if named is None else (named.name, named.kind != "card", None if row is None else _stored(row))
 
 
 def restored(values: Mapping[str, Any]) -> Verdict:

@@ -19,9 +19,8 @@ from ropewalk.compare.measures import measurements
 from ropewalk.compare.state import State
 from ropewalk.files.local import is_id
 from ropewalk.server import compare_views as views
-from ropewalk.server import sessions, words
-from ropewalk.server.shown_comparison import figure
-from ropewalk.server.visitors import Visitor, anyone, read_form, show, signed_in, store_of
+from ropewalk.server import words
+from ropewalk.server.visitors import Visitor, anyone, origin, read_form, show, signed_in, store_of
 from ropewalk.server.words import Moment, Part
 
 BADGE_SECONDS = 300  # that others may keep a badge
@@ -47,7 +46,8 @@ class Measurement:
     interval: str
     n: str
     machine: str
-    when: Moment
+    href: str  # in the comparison that it was taken for
+    title: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ async def show_candidate(request: Request, visitor: Visitor) -> Response:
     given = await records.verdicts_of(store, caller, found.id)
     takes_part = {one.id: one for one in await records.of_candidate(store, caller, found.id)}
     others = await known.list_candidates(store, caller, 200) if found.card else []
-    base = f"{'https' if sessions.by_tls(request) else 'http'}://{request.url.netloc}"
+    base = origin(request)
     at = f"/badge/{found.id}.svg?t={badge_token(request, found.id)}"
     linked = await known.get_candidate(store, caller, found.linked_to) if found.linked_to else None
     page = CandidatePage(
@@ -150,9 +150,9 @@ async def show_badge(request: Request) -> Response:
     said = await records.badge_of(store, id)
     if said is None:
         raise known.missing(id)
-    name, last = said
+    name, runs, last = said
     if last is None:
-        svg = badge(name, State.NO_VERDICT, "yet")
+        svg = badge(name, State.NO_VERDICT, "nothing was run yet") if runs else badge(name, State.OPINION_ONLY)
     else:
         effect = last.verdict.effect
         svg = badge(name, last.verdict.state, "" if effect is None else f"{100 * effect:+.1f} points")
@@ -197,21 +197,21 @@ async def _measured(
     request: Request, visitor: Visitor, takes_part: list[records.Comparison], found: Candidate
 ) -> tuple[Measurement, ...]:
     store, shown = store_of(request), list[Measurement]()
-    runs = {one.item(found.id).run_id for one in takes_part}
-    for run_id in filter(None, runs):
-        for one in await measurements(store, visitor.caller, run_id):
+    for made in takes_part:
+        run_id = made.item(found.id).run_id
+        given = [] if run_id is None else await measurements(store, visitor.caller, run_id)
+        for one in sorted(given, key=lambda one: views.rank(one.metric)):
             machine = await get_fingerprint(store, one.fingerprint_id)
-            interval = (
-                "" if one.low is None or one.high is None else f"{figure(one.low, one.unit)} to {figure(one.high, one.unit)}"
-            )
+            ends = (views.figure(end, one.unit) for end in (one.low, one.high) if end is not None)
             shown.append(
                 Measurement(
                     one.metric,
-                    f"{figure(one.value, one.unit)} {'' if one.unit == 'share' else one.unit}".strip(),
-                    interval,
+                    f"{views.figure(one.value, one.unit)} {'' if one.unit == 'share' else one.unit}".strip(),
+                    " to ".join(ends),
                     f"{one.n:,}",
-                    f"{machine.device}, {machine.dtype} ({machine.id[:8]})",
-                    words.moment(one.created_at),
+                    f"{machine.device}, {machine.dtype}, {machine.id.removeprefix('machine_')[:8]}",
+                    f"/compare/{made.id}#{one.id}",
+                    made.title,
                 )
             )
     return tuple(shown)

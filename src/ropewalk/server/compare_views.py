@@ -11,7 +11,9 @@ from markupsafe import Markup
 from ropewalk.compare.candidates import Candidate, StoredClaim
 from ropewalk.compare.cards import NO_TAKE, Card
 from ropewalk.compare.diff import Change, Piece
+from ropewalk.compare.evidence import Metric
 from ropewalk.compare.intervals import IntervalRow, plot, sentences
+from ropewalk.compare.measures import PASS_RATE
 from ropewalk.compare.panel import PanelTake
 from ropewalk.compare.records import Comparison, StoredVerdict
 from ropewalk.compare.state import State
@@ -29,6 +31,7 @@ LOOKS = {
 }
 NOTHING_RUN = "OPINION ONLY — nothing was run"
 MARKS = {True: "passed", False: "failed", None: "not checked"}
+FIRST = (PASS_RATE, *map(str, (Metric.COST, Metric.LATENCY, Metric.MEMORY)))
 EXCERPT = 160  # characters of a prompt in a list
 ID = re.compile(r"(?:prompt|cand)_[0-9A-Za-z]{24}")
 
@@ -138,7 +141,7 @@ class ShownTake:
     score: str
     stance: str
     text: str
-    cited: tuple[str, ...] = ()
+    cited: tuple[tuple[str, str | None], ...] = ()  # words, and where they lead
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,18 @@ class PromptPage:
     back: str
 
 
+def rank(metric: str) -> tuple[int, str]:
+    """What the rule looks at stands first, the rest by its name."""
+    return (FIRST.index(metric) if metric in FIRST else len(FIRST)), metric
+
+
+def figure(value: float, unit: str) -> str:
+    """A measured number: shares as percent, large numbers with commas."""
+    if unit == "share":
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def named(candidate: Candidate) -> Named:
     return Named(candidate.id, parts(candidate.name), candidate.kind, candidate.name)
 
@@ -397,8 +412,8 @@ def shown_card(candidate: Candidate, claims: Sequence[StoredClaim], linked: Cand
 
 def shown_claim(found: StoredClaim) -> ShownClaim:
     claim = found.claim
-    span = "" if claim.high is None else f" to {claim.high:g}"
-    value = f"{claim.metric}: {claim.bound + ' ' if claim.bound else ''}{claim.value:g}{span} {claim.unit}".strip()
+    span = "" if claim.high is None else f" to {figure(claim.high, '')}"
+    value = f"{claim.metric}: {claim.bound + ' ' if claim.bound else ''}{figure(claim.value, '')}{span} {claim.unit}".strip()
     measured = "not measured here"
     if found.low is not None or found.high is not None:
         low, high = ("no bound" if end is None else f"{end:.4g}" for end in (found.low, found.high))
@@ -407,9 +422,16 @@ def shown_claim(found: StoredClaim) -> ShownClaim:
     return ShownClaim(found.id, claim.text, value, str(found.status), look, measured)
 
 
-def shown_take(take: PanelTake) -> ShownTake:
+def shown_take(take: PanelTake, names: Mapping[str, Candidate]) -> ShownTake:
+    """A persona's reading of the run; what it cites leads to where it stands."""
+
+    def place(id: str) -> tuple[str, str | None]:
+        if id.startswith("meas_"):
+            return "measured", f"#{id}"
+        return ID.sub(lambda found: names[found[0]].name if found[0] in names else found[0], id), None
+
     score = "" if take.score is None else f"{take.score:.0f}/100"
-    return ShownTake(take.persona, score, take.stance or "", take.text, take.cited)
+    return ShownTake(take.persona, score, take.stance or "", take.text, tuple(map(place, take.cited)))
 
 
 def change_look(change: Change) -> str:

@@ -11,11 +11,10 @@ from ropewalk.compare.ballots import Tally
 from ropewalk.compare.candidates import Candidate
 from ropewalk.compare.cards import NO_TAKE
 from ropewalk.compare.diff import Change, word_diff
-from ropewalk.compare.evidence import Metric
 from ropewalk.compare.fingerprint import get_fingerprint
 from ropewalk.compare.gather import panel_evidence, strengths
 from ropewalk.compare.judges import judgements, judges
-from ropewalk.compare.measures import PASS_RATE, StoredMeasurement, measurements
+from ropewalk.compare.measures import StoredMeasurement, measurements
 from ropewalk.compare.outcomes import Outcome, counts, outcomes
 from ropewalk.compare.panel import panel, summary
 from ropewalk.compare.records import Comparison, latest
@@ -24,10 +23,9 @@ from ropewalk.errors import NotFound
 from ropewalk.server import compare_views as views
 from ropewalk.server import words
 from ropewalk.server.comparisons import runs_of
-from ropewalk.server.visitors import Visitor, address, store_of
+from ropewalk.server.visitors import Visitor, address, origin, store_of
 
-ROWS = 50  # of what changed
-FIRST = (PASS_RATE, *map(str, (Metric.COST, Metric.LATENCY, Metric.MEMORY)))  # in this order; the rest by its name
+ROWS = 25  # of what changed
 
 
 async def compare_page(
@@ -75,8 +73,8 @@ async def compare_page(
         drawing=views.drawing(given, names, shown[0]),
         strengths=await _strengths(request, visitor, found, names) if found.state == "done" and len(columns) > 2 else (),
         columns=tuple(map(views.named, columns)),
-        measured=_measured([one for one in figures if one.metric in FIRST], columns),
-        more_measured=_measured([one for one in figures if one.metric not in FIRST], columns),
+        measured=_measured([one for one in figures if one.metric in views.FIRST], columns),
+        more_measured=_measured([one for one in figures if one.metric not in views.FIRST], columns),
         machines=tuple(f"{one.device}, {one.driver}, {one.dtype}, {_software(one.versions)}" for one in machines),
         evidence=(*_evidence(became), *views.plan_in_words(found)) if found.suite_id else (),
         judges=tuple(
@@ -98,7 +96,7 @@ async def compare_page(
         may_admin=visitor.may("admin"),
         may_vote=found.state == "done" and any(became.values()),
         method="/method",
-        share=" · ".join(one.share for one in verdicts),
+        share="\n".join([*(one.share for one in verdicts), origin(request) + f"/compare/{found.id}"]) if verdicts else "",
         shipped=tuple(
             f"{one.alias} serves {one.to_name} since {words.moment(one.created_at).exact}"
             if one.rolled_back_at is None
@@ -196,7 +194,7 @@ async def _strengths(request: Request, visitor: Visitor, found: Comparison, name
 def _measured(figures: Sequence[StoredMeasurement], columns: Sequence[Candidate]) -> tuple[views.Line, ...]:
     """One line per metric and load; what was taken on another machine than the baseline's is not comparable."""
     places: dict[tuple[str, str, int], dict[str, StoredMeasurement]] = {}
-    for one in sorted(figures, key=lambda one: (FIRST.index(one.metric) if one.metric in FIRST else len(FIRST), one.metric)):
+    for one in sorted(figures, key=lambda one: views.rank(one.metric)):
         places.setdefault((one.metric, one.unit, one.concurrency), {})[one.candidate_id] = one
     several = len({concurrency for _, _, concurrency in places}) > 1
     lines = []
@@ -213,17 +211,12 @@ def _measured(figures: Sequence[StoredMeasurement], columns: Sequence[Candidate]
 def _cell(one: StoredMeasurement | None, base: StoredMeasurement | None, unit: str) -> views.Cell:
     if one is None:
         return views.Cell("–", "not measured")
-    note = "" if one.low is None or one.high is None else f"95 %: {figure(one.low, unit)} to {figure(one.high, unit)}"
+    note = (
+        "" if one.low is None or one.high is None else f"95 %: {views.figure(one.low, unit)} to {views.figure(one.high, unit)}"
+    )
     if base is not None and one.fingerprint_id != base.fingerprint_id:
         note = "not comparable: another machine"
-    return views.Cell(figure(one.value, unit), note, one.id)
-
-
-def figure(value: float, unit: str) -> str:
-    """A measured number: shares as percent, large numbers with commas."""
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return views.Cell(views.figure(one.value, unit), note, one.id)
 
 
 def _software(versions: Mapping[str, str]) -> str:
@@ -316,7 +309,10 @@ async def _panels(
             takes = panel(read[id])
             shown.append(
                 views.Panel(
-                    views.named(names[id]), summary(takes), tuple(map(views.shown_take, takes)), "computed from this run"
+                    views.named(names[id]),
+                    summary(takes),
+                    tuple(views.shown_take(take, names) for take in takes),
+                    "computed from this run",
                 )
             )
     return tuple(shown)

@@ -160,6 +160,11 @@ async def _read_fields(request: Request, most_bytes: int, most_fields: int) -> l
         raise BadInput(f"this form cannot be read: {error}") from error
 
 
+def origin(request: Request) -> str:
+    """This server's address, as the browser has it."""
+    return f"{'https' if sessions.by_tls(request) else 'http'}://{request.url.netloc}"
+
+
 def store_of(request: Request) -> Store:
     store: Store = request.app.state.store
     return store

@@ -11,8 +11,7 @@ from starlette.routing import BaseRoute, Route
 from ropewalk.compare import invites, records, votes
 from ropewalk.compare.voters import Who, who
 from ropewalk.errors import BadInput
-from ropewalk.server import sessions
-from ropewalk.server.visitors import Visitor, anyone, read_form, read_open_form, show, signed_in, store_of
+from ropewalk.server.visitors import Visitor, anyone, origin, read_form, read_open_form, show, signed_in, store_of
 from ropewalk.tenants.caller import Caller
 
 LONGEST_MS = 3_600_000
@@ -63,7 +62,7 @@ async def invite(request: Request, visitor: Visitor) -> Response:
     await read_form(request, visitor.session)
     id = request.path_params["id"]
     token = await invites.invite(store_of(request), visitor.caller, id)
-    base = f"{'https' if sessions.by_tls(request) else 'http'}://{request.url.netloc}"
+    base = origin(request)
     return await show(
         request, visitor, "compare/invite.html", "Invitation", InvitePage(f"{base}/vote/{token}", f"/compare/{id}")
     )
