@@ -19,7 +19,7 @@ from ropewalk.compare.votes import said_for
 from ropewalk.files.store import Store
 from ropewalk.tenants.caller import Caller
 
-LOOKED_AT = 100  # comparisons, newest first, that may wait for a vote
+LOOKED_AT = 30  # comparisons, newest first, that may wait for a vote
 
 
 @dataclass(frozen=True)
