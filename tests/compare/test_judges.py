@@ -266,6 +266,9 @@ def test_a_judge_that_says_nothing_readable_scores_nothing(opened, tmp_path):
         said = await judgements(store, caller, comparison.id)
         assert {one.error for one in said} == {"the judge's reply is no JSON object with preference, reason and quotes"}
         assert len(said) < 10, "it is given up"
+        assert found.verdict.reasons[0].sentence.startswith(
+            "judge judge said nothing that counts: the judge's reply is no JSON"
+        )
 
     opened(body)
 

@@ -351,6 +351,9 @@ def test_a_budget_that_is_spent_ends_the_asking(opened, tmp_path):
         assert 41 <= len(models.asked) <= 42
         assert any("the budget of" in reason.sentence for reason in found.verdict.reasons)
         assert found.verdict.n_prompts == 20
+        asked = len(models.asked)
+        await ComparisonRunner(store, models).run(caller, comparison.id)
+        assert len(models.asked) == asked, "what was spent is spent"
 
     opened(body)
 

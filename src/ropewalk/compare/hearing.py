@@ -6,13 +6,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ropewalk.compare import judges
 from ropewalk.compare.candidates import Candidate, get_candidate
 from ropewalk.compare.judges import Question, StoredJudge
 from ropewalk.compare.prices import Tariff, tariff
 from ropewalk.compare.records import Comparison
-from ropewalk.compare.runs import Output
+from ropewalk.compare.runs import Answered, Output
 from ropewalk.compare.subjects import Subject
 from ropewalk.compare.suites import Prompt
 from ropewalk.engine.models import Models
@@ -80,18 +81,21 @@ class Hearing:
                     continue
                 parts = self.store, self.models, self.caller, self.comparison
                 try:
-                    said, took = await judges.judge(*parts, question, candidate.digest, self.key)
+                    said = await judges.judge(*parts, question, candidate.digest, self.key, partial(self._cost, price))
                 except RopewalkError:  # it cannot be loaded
                     silent[question.judge.id] = GIVE_UP
                     continue
                 silent[question.judge.id] = 0 if said.error is None else silent[question.judge.id] + 1
-                cost = 0.0
-                if took is not None and price.known:
-                    tokens = took.tokens_in, took.tokens_cached, took.tokens_out
-                    cost = price.cost(*tokens, (took.total_ms or 0.0) / self.at_once)
-                going = heard(cost) and going
+                going = heard(said.cost or 0.0) and going
 
         await asyncio.gather(*(worker() for _ in range(min(self.at_once, len(questions)))))
+
+    def _cost(self, price: Tariff, took: Answered) -> float | None:
+        """In US dollars; None where nobody said what it costs."""
+        if not price.known:
+            return None
+        tokens = took.tokens_in, took.tokens_cached, took.tokens_out
+        return price.cost(*tokens, (took.total_ms or 0.0) / self.at_once) * (1 + took.retries)
 
 
 def _readable(subject: Subject, prompt: Prompt) -> Output | None:

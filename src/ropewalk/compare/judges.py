@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import mean
 from typing import Any
@@ -94,7 +94,7 @@ async def refusal(store: Store, models: Models, caller: Caller, judge: Candidate
     async def model(ref: str) -> Model:
         try:
             found = await served(store, models, caller, ref)
-        except RopewalkError:  # it is not served here: its name is all that is known
+        except (RopewalkError, OSError):  # it is not served here: its name is all that is known
             return Model(judge.name if ref in own else ref, family(ref))
         same = found.digest == judge.digest or ref in own or bool(own & _remote_name(models, ref))
         return Model(judge.name if same else ref, found.family)
@@ -155,7 +155,7 @@ async def _unreachable(store: Store, models: Models, caller: Caller, judge: Cand
     try:
         if (await served(store, models, caller, judge.target)).digest != judge.digest:
             return f"{judge.name} is served with other weights than when it was added; add it again"
-    except RopewalkError as error:
+    except (RopewalkError, OSError) as error:  # OSError: its folder is gone
         return f"{judge.name} is not served: {error}"
     return None
 
@@ -186,12 +186,19 @@ class Question:
 
 
 async def judge(
-    store: Store, models: Models, caller: Caller, comparison: Comparison, question: Question, digest: str, key: bytes
-) -> tuple[StoredJudgement, Answered | None]:
-    """One judgement, asked for or found, and written down at once; with what it took, where it was asked for."""
+    store: Store,
+    models: Models,
+    caller: Caller,
+    comparison: Comparison,
+    question: Question,
+    digest: str,
+    key: bytes,
+    cost: Callable[[Answered], float | None],
+) -> StoredJudgement:
+    """One judgement, asked for or found, and written down at once with what it cost."""
     wanted = question.key(digest)
     if (found := await _known(store, question, wanted, key)) is not None:
-        return await _write(store, comparison, question, wanted, key, *found, None, Answered()), None
+        return await _write(store, comparison, question, wanted, key, *found, None, Answered(), None)
     texts = [one.text or "" for one in question.shown]
     answered = await ask(models, caller, judge_prompt.request_for(question.target, question.prompt, *texts))
     score: float | None = None
@@ -203,7 +210,7 @@ async def judge(
             reason = said.text
         except UpstreamFailed as failed:
             error = str(failed)
-    return await _write(store, comparison, question, wanted, key, score, reason, error, answered), answered
+    return await _write(store, comparison, question, wanted, key, score, reason, error, answered, cost(answered))
 
 
 async def judgements(
@@ -260,6 +267,11 @@ async def bench(store: Store, caller: Caller, comparison: Comparison, lengths: M
         if one.refused_reason is not None
     ]
     troubles += [Trouble(record.id, Finding.JUDGE, record.sentence, not admitted) for record in rejected]
+    for one in seated:
+        errors = [judgement.error for judgement in said if judgement.judge_id == one.id and judgement.error]
+        if one.refused_reason is None and not by_judge[one.id] and errors:
+            sentence = f"judge {called[one.id]} said nothing that counts: {errors[0]}"
+            troubles.append(Trouble(one.id, Finding.JUDGE, sentence, not admitted))
     pairs = {_name(pair): pair for pair in lengths}
     preferred = {pairs[name]: score for name, score in found.items() if name in pairs}
     return Bench(seated, said, preferred, records, tuple(troubles), rejected)
@@ -329,6 +341,7 @@ async def _write(
     reason: str,
     error: str | None,
     answered: Answered,
+    cost: float | None,
 ) -> StoredJudgement:
     id = new_id("judgement")
     left, right = question.shown
@@ -347,7 +360,7 @@ async def _write(
         "key": wanted,
         "tokens_in": answered.tokens_in + answered.tokens_cached,
         "tokens_out": answered.tokens_out,
-        "cost": None,
+        "cost": cost,
         "error": error,
         "created_at": now(),
     }

@@ -19,7 +19,7 @@ from ropewalk.compare.fingerprint import fingerprint, save_fingerprint
 from ropewalk.compare.hearing import Hearing
 from ropewalk.compare.measures import costs
 from ropewalk.compare.records import Comparison, StoredVerdict, get_comparison, save_verdicts
-from ropewalk.compare.runs import Answered, add_output, reuse
+from ropewalk.compare.runs import Answered, Output, add_output, reuse
 from ropewalk.compare.subjects import Subject, close_subject, open_subject
 from ropewalk.compare.suites import Prompt, prompts, suite_key
 from ropewalk.engine.models import Models
@@ -47,7 +47,7 @@ class Session:
     stopped: str | None = None  # why no more is asked, though there is more
     done: int = 0
     total: int = 0
-    spent: float = 0.0  # US dollars, in this session
+    spent: float = 0.0  # US dollars, by earlier sessions too
     at_once: int = AT_ONCE
     subjects: list[Subject] = field(default_factory=list)
     key: bytes = b""  # of the suite
@@ -70,6 +70,9 @@ class Session:
         for item in self.comparison.items:
             if subject := await open_subject(*parts, item.candidate_id, params, machine.id):
                 self.subjects.append(subject)
+        for subject in self.subjects:
+            self.spent += self._paid(subject, [one for one in subject.outputs.values() if one.cached_from is None])
+        self.spent += sum(one.cost or 0.0 for one in await judges.judgements(self.store, self.caller, self.comparison.id))
         if plan.judges:
             self.hearing = Hearing(*parts, self.key, self.at_once)
             await self.hearing.open([subject.candidate for subject in self.subjects])
@@ -177,8 +180,7 @@ class Session:
         found = await add_output(*parts, answered)
         subject.outputs[prompt.id, sample] = found
         subject.asked += 1
-        if subject.tariff.known:
-            self.spent += costs([found], subject.tariff, self.at_once)[0][0]
+        self.spent += self._paid(subject, [found])
         subject.lost = 0 if found.answered else subject.lost + 1
         if subject.lost >= GIVE_UP:
             subject.failed = f"{GIVE_UP} questions in a row had no answer: {found.error}"
@@ -267,9 +269,12 @@ class Session:
     def _base(self) -> Subject | None:
         return next((one for one in self.subjects if one.id == self.comparison.baseline_id), None)
 
+    def _paid(self, subject: Subject, found: Sequence[Output]) -> float:
+        return sum(costs(found, subject.tariff, self.at_once)[0]) if subject.tariff.known else 0.0
+
     def _over_budget(self) -> bool:
         budget = self.comparison.plan.budget
-        return budget is not None and self.spent >= budget
+        return budget is not None and self.spent >= budget * (1 - 1e-9)  # sums in another order differ by that
 
     def _spent(self) -> str:
         return f"the budget of {self.comparison.plan.budget:g} US dollars was spent"

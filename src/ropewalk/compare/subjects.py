@@ -60,7 +60,7 @@ async def open_subject(
     try:
         if await current_digest(store, models, caller, candidate.target) != candidate.digest:
             why = f"'{candidate.target}' is served with other weights than when it was added; add it again"
-    except RopewalkError as error:
+    except (RopewalkError, OSError) as error:  # OSError: its folder is gone
         why = f"'{candidate.target}' is not served: {error}"
     run_id = comparison.item(id).run_id
     if run_id is None:
