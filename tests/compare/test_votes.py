@@ -16,10 +16,11 @@ from ropewalk.compare import vote_pairs
 from ropewalk.compare.candidates import get_candidate
 from ropewalk.compare.identity_words import IdentityWords
 from ropewalk.compare.invites import accept, invite
+from ropewalk.compare.labels import mean_labels
 from ropewalk.compare.records import get_comparison
 from ropewalk.compare.suites import delete_suite, prompt, prompts
 from ropewalk.compare.tables import labels, vote_tickets, voters, votes
-from ropewalk.compare.vote_counts import calibration, tally_votes, votes_on, waiting
+from ropewalk.compare.vote_counts import tally_votes, votes_on, waiting
 from ropewalk.compare.vote_log import verify_votes
 from ropewalk.compare.voters import VOTE, Who, declare_trainer, exclude, who
 from ropewalk.compare.votes import cast, next_ticket
@@ -350,11 +351,11 @@ def test_who_trained_a_candidate_is_counted_apart(here):
             await vote_all(store, one, comparison, who(one), better, most=3)
         counted = (await tally_votes(store, caller, comparison.id))[candidate]
         assert (len(counted.tally.voters), len(counted.trainers.voters)) == (1, 1)
-        assert len(await calibration(store, caller, comparison.id, candidate)) in range(1, 4)
+        assert len(await mean_labels(store, comparison)) in range(1, 4)
         await declare_trainer(store, other, who(other), [candidate])
         counted = (await tally_votes(store, caller, comparison.id))[candidate]
         assert (len(counted.tally.voters), len(counted.trainers.voters)) == (0, 2)
-        assert await calibration(store, caller, comparison.id, candidate) == {}
+        assert await mean_labels(store, comparison) == {}
 
     here(body)
 
@@ -370,7 +371,7 @@ def test_who_is_left_out_is_named_with_the_reason(here):
         await exclude(store, caller, voter.name, "a script")
         counted = (await tally_votes(store, caller, comparison.id))[candidate]
         assert (counted.tally.voters, counted.excluded) == ((), ((voter.name, "a script"),))
-        assert await calibration(store, caller, comparison.id, candidate) == {}
+        assert await mean_labels(store, comparison) == {}
         with pytest.raises(NotFound):
             await exclude(store, caller, "voter_nobody", "why not")
 
@@ -386,8 +387,8 @@ def test_votes_become_labels_for_judges(here):
             choose = lambda ticket: better(ticket, said[ticket.prompt]) if ticket.prompt in said else "both_bad"
             await vote_all(store, caller, comparison, person(number), choose)
         await vote_all(store, caller, comparison, person("third"), lambda ticket: "same")
-        found = await calibration(store, caller, comparison.id, candidate)
-        by_text = {one.text: found[one.id] for one in await prompts(store, caller, comparison.suite_id) if one.id in found}
+        found = await mean_labels(store, comparison)
+        by_text = {one.text: found[candidate, one.id] for one in await prompts(store, caller, comparison.suite_id)}
         assert by_text == {
             "question 1": pytest.approx(2.5 / 3),
             "question 2": pytest.approx(0.5 / 3),

@@ -1,18 +1,17 @@
-"""What the votes of a comparison come to: one voter one mean, trainers apart; and the labels that judges are held against."""
+"""What the votes of a comparison come to: one voter one mean, trainers apart; and what waits for whose vote."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from sqlalchemy import select
 
 from ropewalk.compare.ballots import Ballot, Tally, tally
 from ropewalk.compare.records import Comparison, get_comparison, list_comparisons
-from ropewalk.compare.tables import labels, outputs, voters, votes
+from ropewalk.compare.tables import voters, votes
 from ropewalk.compare.vote_pairs import is_wanted
 from ropewalk.compare.voters import Who, identity_hash, known_voter, needs_vote, seeing
 from ropewalk.compare.votes import said_for
@@ -66,24 +65,6 @@ async def votes_on(store: Store, caller: Caller, comparison_id: str, prompt_id: 
     mine = (votes.c.comparison_id == found.id) & (votes.c.prompt_id == prompt_id)
     async with store.database.reading() as connection:
         return [_cast(row) for row in await connection.execute(select(votes).where(mine).order_by(votes.c.number))]
-
-
-async def calibration(store: Store, caller: Caller, comparison_id: str, candidate_id: str) -> dict[str, float]:
-    """People's labels by prompt, the mean over them: 1 they hold the candidate's answer better, 0 the baseline's."""
-    found = await get_comparison(store, caller, comparison_id)
-    run = found.item(candidate_id).run_id
-    query = select(labels.c.prompt_id, labels.c.value, labels.c.left_output, labels.c.right_output)
-    async with store.database.reading() as connection:
-        ours = select(outputs.c.id).where(outputs.c.run_id == run)
-        rows = await connection.execute(
-            query.add_columns(labels.c.right_output.in_(ours).label("on_the_right"))
-            .where(labels.c.comparison_id == found.id)
-            .where(labels.c.right_output.in_(ours) | labels.c.left_output.in_(ours))
-        )
-        by_prompt: dict[str, list[float]] = {}
-        for row in rows:
-            by_prompt.setdefault(row.prompt_id, []).append(row.value if row.on_the_right else 1 - row.value)
-    return {prompt: mean(values) for prompt, values in by_prompt.items()}
 
 
 async def waiting(store: Store, caller: Caller, person: Who, limit: int = 20) -> list[Comparison]:
