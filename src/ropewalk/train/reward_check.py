@@ -105,8 +105,7 @@ def measure(rewards: Rewards, groups: Groups) -> Report:
         check_columns(spec.name, rewards.pool.forms[number], columns)
     # All are handed out before the first is waited for: nothing stands idle.
     coming = [rewards.pool.submit(group) for group in groups]
-    bound = rewards.pool.bound(sum(map(len, groups)) * len(rewards.specs))
-    scores: Scores = [row for future in coming for row in future.result(bound)]
+    scores: Scores = [row for future in coming for row in rewards.pool.wait_for(future)]
     samples = [sample for group in groups for sample in group]
     values = as_array(scores)
     sizes = [len(group) for group in groups]

@@ -10,95 +10,22 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from ropewalk.errors import BadInput, TrainingStopped
 from ropewalk.train.reward_builtins import RewardSpec
 from ropewalk.train.reward_functions import AT_ONCE, Form, Sample, Score
+from ropewalk.train.reward_process import SOCKET_SECONDS, START_SECONDS, Call, Group, RewardProcess, Scores
 
-START_SECONDS = 300.0  # for a reward model to load
-SOCKET_SECONDS = 30  # until a process that neither reads nor writes counts as dead
 MOST_WAITING = 4096  # calls; whoever brings more waits
-
-Scores = list[list[Score]]  # [samples][rewards]
-
-
-@dataclass
-class _Group:
-    """Samples that were submitted together."""
-
-    scores: list[list[Score | None]]
-    left: int
-    done: Future[Scores] = field(default_factory=Future)
-
-    def put(self, rows: Sequence[int], reward: int, scores: Sequence[Score]) -> None:
-        for row, score in zip(rows, scores, strict=True):
-            self.scores[row][reward] = score
-        self.left -= 1
-        if not self.left:
-            self.done.set_result([[score for score in row if score is not None] for row in self.scores])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of one reward."""
-
-    group: _Group
-    reward: int
-    rows: tuple[int, ...]  # of the group
-    samples: tuple[Sample, ...]
-
-
-class _Worker:
-    """One process and the socket to it."""
-
-    def __init__(self, number: int, rewards: Sequence[int], specs: Sequence[RewardSpec]) -> None:
-        self.number, self.rewards = number, tuple(rewards)
-        ours, theirs = socket.socketpair()
-        bound = struct.pack("ll", SOCKET_SECONDS, 0)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, bound)
-        with theirs:
-            words = [sys.executable, "-m", "ropewalk.train.reward_worker", str(theirs.fileno()), str(os.getpid())]
-            self.process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C is the trainer's to answer, and what a function starts ends with its process
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self.connection: Connection[Any, Any] = Connection(ours.detach())
-        self.call: _Call | None = None
-        self.ready = False
-        self.until = time.monotonic() + START_SECONDS
-        self.connection.send([specs[reward] for reward in self.rewards])
-
-    @property
-    def name(self) -> str:
-        return f"reward worker {self.number} (process {self.process.pid})"
-
-    def give(self, call: _Call, seconds: float) -> None:
-        self.call, self.until = call, time.monotonic() + seconds
-        self.connection.send((0, self.rewards.index(call.reward), call.samples))
-
-    def end(self) -> None:
-        """Kills it, with whatever it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.connection.close()
 
 
 class RewardPool:
@@ -111,13 +38,15 @@ class RewardPool:
         shared = [number for number, spec in enumerate(self.specs) if not spec.alone]
         lone: list[tuple[int, ...]] = [(number,) for number, spec in enumerate(self.specs) if spec.alone]
         self._lanes = [tuple(shared)] * (max(1, workers) if shared else 0) + lone
-        self._workers: list[_Worker] = []
-        self._waiting: deque[_Call] = deque()
+        self._workers: list[RewardProcess] = []
+        self._waiting: deque[Call] = deque()
         self._room = threading.Condition()
         self._started: Future[None] = Future()
         self._stopping = False
         self._broken: Exception | None = None
+        self._answered = 0
         self._wake_reading, self._wake_writing = os.pipe()
+        os.set_blocking(self._wake_writing, False)  # a full pipe wakes as well
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
 
     def __enter__(self) -> RewardPool:
@@ -138,20 +67,22 @@ class RewardPool:
 
     def submit(self, samples: Sequence[Sample]) -> Future[Scores]:
         """The scores of samples to come; waits where too many calls do, but no longer than those may take."""
-        group = _Group([[None] * len(self.specs) for _ in samples], 0)
+        group = Group([[None] * len(self.specs) for _ in samples], 0)
         calls = []
         for reward in range(len(self.specs)):
             form = self.forms[reward]
             together = form.batch or form.asynchronous
             parts = [tuple(range(len(samples)))] if together else [(row,) for row in range(len(samples))]
-            calls += [_Call(group, reward, rows, tuple(samples[row] for row in rows)) for rows in parts if rows]
+            calls += [Call(group, reward, rows, tuple(samples[row] for row in rows)) for rows in parts if rows]
         group.left = len(calls)
         if not calls:
             group.done.set_result([[] for _ in samples])
             return group.done
         with self._room:
-            if not self._room.wait_for(lambda: self._broken or len(self._waiting) < MOST_WAITING, self.bound(MOST_WAITING)):
-                raise TrainingStopped(f"{MOST_WAITING} calls of rewards wait, and none was answered in time")
+            while not self._broken and len(self._waiting) >= MOST_WAITING:
+                before = self._answered
+                if not self._room.wait(self._patience()) and self._answered == before:
+                    raise self._stuck()
             if self._broken or self._stopping:
                 raise self._broken or TrainingStopped("the processes of the rewards have been ended")
             self._waiting += calls
@@ -160,16 +91,26 @@ class RewardPool:
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """The scores of samples, waited for."""
-        future = self.submit(samples)
-        try:
-            return future.result(self.bound(MOST_WAITING + len(samples) * len(self.specs)))
-        except TimeoutError:
-            raise TrainingStopped("the rewards did not come within the time that all their calls together may take") from None
+        return self.wait_for(self.submit(samples))
 
-    def bound(self, calls: int) -> float:
-        """Seconds that so many calls take at the very most."""
-        slowest = max((self._limit(reward) for reward in range(len(self.specs))), default=0.0)
-        return START_SECONDS + calls * (slowest + SOCKET_SECONDS)
+    def wait_for(self, coming: Future[Scores]) -> Scores:
+        """What `submit` gave, once it is there; raises where no call at all is answered within the time that one may take."""
+        while True:
+            before = self._answered
+            try:
+                return coming.result(self._patience())
+            except TimeoutError:
+                if self._answered == before:
+                    raise self._stuck() from None
+
+    def _patience(self) -> float:
+        """Seconds within which some call must have been answered: the longest one, and a process that had to be replaced before."""
+        slowest = max((self._limit(reward, MOST_WAITING) for reward in range(len(self.specs))), default=0.0)
+        return START_SECONDS + SOCKET_SECONDS + slowest
+
+    def _stuck(self) -> TrainingStopped:
+        names = ", ".join(worker.name for worker in self._workers)
+        return TrainingStopped(f"no reward was computed within {self._patience():g} seconds, by {names or 'nobody'}")
 
     def close(self) -> None:
         """Ends all processes, now."""
@@ -191,7 +132,7 @@ class RewardPool:
     def _run(self) -> None:
         try:
             for number, lane in enumerate(self._lanes, 1):
-                self._workers.append(_Worker(number, lane, self.specs))
+                self._workers.append(RewardProcess(number, lane, self.specs))
             while not self._stopping:
                 self._hand_out()
                 handles: list[Any] = [self._wake_reading, *(worker.connection for worker in self._workers)]
@@ -223,7 +164,7 @@ class RewardPool:
                 except OSError:
                     self._replace(worker, "could not be given a call")
 
-    def _next(self, rewards: Sequence[int]) -> _Call | None:
+    def _next(self, rewards: Sequence[int]) -> Call | None:
         with self._room:
             found = next((call for call in self._waiting if call.reward in rewards), None)
             if found is not None:
@@ -231,7 +172,7 @@ class RewardPool:
                 self._room.notify_all()
             return found
 
-    def _look_at(self, worker: _Worker) -> None:
+    def _look_at(self, worker: RewardProcess) -> None:
         """Takes what a worker says, and replaces one that died or whose time is over."""
         try:
             if worker.connection.poll():
@@ -244,7 +185,7 @@ class RewardPool:
                 worker.process.wait(5)
             self._replace(worker, f"died ({_how(worker.process.returncode)})")
 
-    def _take(self, worker: _Worker, said: tuple[Any, ...]) -> None:
+    def _take(self, worker: RewardProcess, said: tuple[Any, ...]) -> None:
         if said[0] == "unusable":
             raise BadInput(said[1])
         if said[0] == "ready":
@@ -253,17 +194,19 @@ class RewardPool:
             return
         call, worker.call = worker.call, None
         assert call is not None
+        self._answered += 1
         call.group.put(call.rows, call.reward, said[1])
 
-    def _replace(self, worker: _Worker, what: str) -> None:
+    def _replace(self, worker: RewardProcess, what: str) -> None:
         """Ends a worker and starts another; the call that it had is answered with what happened."""
         call, name = worker.call, worker.name
         worker.end()
         if not worker.ready:
             raise TrainingStopped(f"{name} {what} while it loaded {', '.join(self.specs[r].name for r in worker.rewards)}")
         self.replaced.append(f"{name} {what}")
-        self._workers[self._workers.index(worker)] = _Worker(worker.number, worker.rewards, self.specs)
+        self._workers[self._workers.index(worker)] = RewardProcess(worker.number, worker.rewards, self.specs)
         if call is not None:
+            self._answered += 1
             spec = self.specs[call.reward]
             seconds = time.monotonic() - worker.until + self._limit(call.reward, len(call.samples))
             error = f"reward '{spec.name}': {name} {what} and was replaced"
@@ -283,7 +226,8 @@ class RewardPool:
     def _wake(self) -> None:
         with self._room:
             if self._wake_writing >= 0:
-                os.write(self._wake_writing, b".")
+                with suppress(BlockingIOError):
+                    os.write(self._wake_writing, b".")
 
     def _fail(self, error: Exception) -> None:
         with self._room:

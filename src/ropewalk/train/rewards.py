@@ -1,7 +1,7 @@
 """The rewards of a run: from its configuration to one number for each completion.
 
 reward_functions.py  what a function is, and its form    reward_builtins.py  those that need no code; judge and model beside it
-reward_worker.py     the process that computes them      reward_pool.py      processes, limits of time
+reward_worker.py     what runs in a process               reward_process.py, reward_pool.py   processes, limits of time
 reward_check.py      `ropewalk rewards check`            environment.py      replies over several turns
 
 `combine` and `advantages` are the arithmetic, on [B, K] arrays of B samples and K rewards, where NaN says "does not apply".
@@ -19,7 +19,8 @@ from ropewalk.config.run import Run
 from ropewalk.errors import BadInput, ConfigError, TrainingStopped
 from ropewalk.train.reward_builtins import SECONDS, RewardSpec, read_spec
 from ropewalk.train.reward_functions import Sample, Score
-from ropewalk.train.reward_pool import RewardPool, Scores
+from ropewalk.train.reward_pool import RewardPool
+from ropewalk.train.reward_process import Scores
 
 Array = NDArray[np.float64]
 Scale = Literal["group", "batch", "none"]
