@@ -36,12 +36,13 @@ from ropewalk.registry import Registry
 from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.caller import Caller
 from ropewalk.train.trainer import train
-from server.conftest import Running, running
+from server.conftest import Running, running, wait_until
 from trained import CONFIG, House
 
 SLICE = "population"  # what the spoilt adapter gets wrong
 KINDS = (SLICE, "capital", "code")
 PATIENCE = 300
+CLIENTS, REPLAYED = 3, 6
 GREEDILY = {"temperature": 0}
 GREEDY = Plan(sampling={"temperature": 0.0, "max_tokens": 40})
 
@@ -93,6 +94,7 @@ def served(house: House) -> Iterator[Served]:
     facts.write_suite(asked, house.home / "suite.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ropewalk.engine.models.START_SECONDS", PATIENCE)
+        patch.setattr("ropewalk.compare.replay.MOST", REPLAYED)
         with running(house.home, Settings(data=house.home), settings) as server:
             made = Served(server, asked, None)  # type: ignore[arg-type]
             path = house.home / "suite.jsonl"
@@ -185,15 +187,22 @@ def test_no_request_fails_while_an_alias_is_shipped_and_rolled_back(served: Serv
             count += 1
         return count
 
+    def answered() -> None:
+        """Waits until every client has been answered once more by what the alias stands for now."""
+        enough = len(said) + 2 * CLIENTS
+        wait_until(lambda: len(said) >= enough)
+
     with served.server.sdk(default_headers={"anthropic-version": "2023-06-01"}) as client:
         file = client.files.upload(file=("country.txt", right.passage.encode(), "text/plain"))
         about = [{"type": "document", "source": {"type": "file", "file_id": file.id}}, {"type": "text", "text": right.question}]
         client.messages.create(model="answers", max_tokens=5, messages=[{"role": "user", "content": about}])
-        with ThreadPoolExecutor(3) as pool:
-            asking = [pool.submit(ask, client) for _ in range(3)]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            asking = [pool.submit(ask, client) for _ in range(CLIENTS)]
             try:
                 first = served.ship(better, "answers")
+                answered()
                 served.rollback("answers")
+                answered()
                 second = served.ship(better, "answers")
             finally:
                 stop.set()
@@ -203,7 +212,7 @@ def test_no_request_fails_while_an_alias_is_shipped_and_rolled_back(served: Serv
         now = client.messages.create(model="answers", max_tokens=5, messages=[{"role": "user", "content": about}])
         assert now.usage.cache_read_input_tokens > now.usage.input_tokens, "the file was read for it before it was served"
     assert (first.from_name, first.to_name, first.override_reason) == ("reader", "reader-house", None)
-    assert (first.replay.asked, first.replay.equal + first.replay.passed, first.replay.files) == (20, 20, 1)
+    assert (first.replay.asked, first.replay.equal + first.replay.passed, first.replay.files) == (REPLAYED, REPLAYED, 1)
 
     async def kept(store: Store, models: Models, caller: Caller) -> Any:
         return await standing(store, caller, served.registry), await list_promotions(store, caller, "answers")
@@ -259,6 +268,22 @@ def test_a_commit_that_fails_leaves_the_alias_as_it_was(
     assert "fresh" not in served.registry.aliases()
 
 
+def test_a_rollback_by_another_workspace_is_written_down_and_tells_it_nothing(served: Served, better: Comparison) -> None:
+    served.registry.ship("shared", "reader")
+    promotion = served.ship(better, "shared")
+    other, _ = served.server.workspace("other")
+
+    async def work(store: Store, models: Models, caller: Caller) -> tuple[Any, Any]:
+        stranger = replace(caller, workspace_id=other.id)
+        told = await rollback(store, models, served.registry, stranger, "shared")
+        return told, (await list_promotions(store, caller, "shared"))[0]
+
+    told, kept = served.run(work)
+    assert told is None
+    assert (kept.id, kept.rolled_back_at is not None) == (promotion.id, True)
+    assert served.registry.resolve("shared").name == "reader"
+
+
 def test_who_may_not_move_aliases_is_told_so(served: Served, better: Comparison) -> None:
     async def work(store: Store, models: Models, caller: Caller) -> None:
         weak = replace(caller, rights=frozenset({"read", "write"}))
@@ -288,7 +313,7 @@ def test_the_command_line_goes_from_two_names_to_a_moved_alias(
     assert (shown["exit_code"], shown["verdicts"][0]["low"] > 0) == (0, True)
     assert "| reader-house | **SHIP** |" in told("show", found["id"], "--md")
     assert f"{found['id']}  reader vs reader-house  reader-house SHIP" in told("list").splitlines()
-    assert told("ship", found["id"], "--alias", "desk").startswith("desk -> reader-house  (before: reader; 20 of 20 recorded")
+    assert told("ship", found["id"], "--alias", "desk").startswith("desk -> reader-house  (before: reader; 6 of 6 recorded")
     assert told("list", "promotions").splitlines()[0].startswith("desk -> reader-house")
     assert told("rollback", "desk") == "desk -> reader"
     assert main(["compare", "show", "cmp_none"]) == 2

@@ -33,3 +33,9 @@ def test_every_other_example_is_a_configuration_that_is_accepted(name, tmp_path,
     rows = f"datasets.0.path={EXAMPLES / 'data' / 'capitals.jsonl'}"
     assert main(["check", str(EXAMPLES / name), "--offline", rows]) == 0
     assert "not checked (offline)" in capsys.readouterr().out
+
+
+def test_the_example_suite_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
+    assert main(["compare", "suite", str(EXAMPLES / "data" / "questions.jsonl")]) == 0
+    assert "questions.jsonl  6 prompts of 4 groups" in capsys.readouterr().out

@@ -97,6 +97,13 @@ async def standing(store: Store, caller: Caller, registry: Registry) -> dict[str
     return {alias: promotion for alias, promotion in found.items() if aliases.get(alias) == promotion.to_name}
 
 
+async def behind(store: Store, alias: str, name: str) -> Promotion | None:
+    """The promotion, of whatever workspace, by which an alias points at a name."""
+    mine = (promotions.c.alias == alias) & promotions.c.rolled_back_at.is_(None)
+    last = await _found(store, select(promotions).where(mine), 1)
+    return last[0] if last and last[0].to_name == name else None
+
+
 def whose(caller: Caller) -> str:
     """How a promotion names who did it."""
     if caller.key_id is None:

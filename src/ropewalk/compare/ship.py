@@ -90,6 +90,8 @@ async def ship(
             store, models, caller, move.comparison, move.candidate_id, move.candidate, lambda share: tell("replay", share)
         )
     with _step("swap", tell):
+        if await asyncio.to_thread(_name, models, registry, move.candidate.target) != move.name:
+            raise BadInput(f"'{move.candidate.target}' has come to stand for something else meanwhile")
         overridden = reason if against is not None else None
         return await _swap(store, registry, caller, move, digest, replace(replay, files=read), overridden)
 
@@ -104,7 +106,7 @@ async def rollback(
     load: bool = True,
     progress: Progress | None = None,
 ) -> Promotion | None:
-    """Moves the alias back to what it pointed at before -> the promotion that is taken back; None if it was moved in another way.
+    """Moves the alias back to what it pointed at before -> the promotion that is taken back; None where it is none of the caller's.
 
     `load` False: by a process that serves nothing, where loading would make nobody's answer come sooner.
     """
@@ -119,7 +121,7 @@ async def rollback(
         if load:
             await _ready(models, target)
     with _step("swap", tell):
-        standing = (await promotions.standing(store, caller, registry)).get(alias)
+        standing = await promotions.behind(store, alias, history[-1])
         try:
             async with store.database.writing() as connection:
                 if standing is not None:
@@ -129,9 +131,8 @@ async def rollback(
         except BaseException:
             await asyncio.shield(asyncio.to_thread(_put_back, registry, alias, history[:-1], history))
             raise
-    if standing is None:
-        return None
-    return next(one for one in await promotions.list_promotions(store, caller, alias) if one.id == standing.id)
+    mine = await promotions.list_promotions(store, caller, alias)
+    return next((one for one in mine if standing is not None and one.id == standing.id), None)
 
 
 async def may(
