@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ropewalk.errors import BadInput, TrainingStopped
+from ropewalk.train import reward_pool
 from ropewalk.train import rewards as rewards_module
 from ropewalk.train.reward_builtins import RewardSpec, build, read_spec
 from ropewalk.train.reward_functions import Sample, form_of
@@ -67,6 +68,18 @@ MODULE = textwrap.dedent(
         print("on the output")
         return os.getpid()
 
+    def slow_batch(completions):
+        time.sleep(60 if "slow" in completions else 0)
+        return [1.0] * len(completions)
+
+    async def waits(completion):
+        await asyncio.sleep(60 if completion == "slow" else 0.01)
+        return 1.0
+
+    async def blocks(completion):
+        time.sleep(60 if completion == "slow" else 0)
+        return 1.0
+
     def no_number(completion):
         return float("nan")
     """
@@ -122,6 +135,32 @@ def test_a_reward_that_hangs_is_named_and_its_worker_replaced(folder):
         assert rewards.pool.processes != before
         assert not os.path.exists(f"/proc/{before[0]}")
         assert rewards.failures == [1]
+
+
+def test_a_slow_batch_costs_all_its_samples_and_the_next_batch_none(folder):
+    with Rewards(named(folder, "slow_batch", limit=0.5)) as rewards:
+        slow, quick = rewards.pool.submit(of("x", "slow")), rewards.pool.submit(of("y", "z"))
+        found = rewards.pool.wait_for(slow)
+        assert values(found) == [[0.0], [0.0]]
+        assert "took longer than 0.5 seconds and was replaced" in found[1][0].error
+        assert values(rewards.pool.wait_for(quick)) == [[1.0], [1.0]]
+
+
+def test_an_asynchronous_sample_that_is_slow_costs_itself_alone(folder):
+    with Rewards(named(folder, "waits", limit=0.5)) as rewards:
+        found = rewards.score(of("x", "slow", "y"))
+        assert values(found) == [[1.0], [0.0], [1.0]]
+        assert found[1][0].error == "reward 'waits' took longer than 0.5 seconds"
+        assert rewards.pool.replaced == []
+
+
+def test_an_asynchronous_function_that_blocks_its_loop_is_ended_from_outside(folder, monkeypatch):
+    with Rewards(named(folder, "blocks", limit=0.2)) as rewards:
+        monkeypatch.setattr(reward_pool, "GRACE_SECONDS", 0.3)
+        found = rewards.score(of("slow", "y"))
+        assert values(found) == [[0.0], [0.0]]
+        assert "was replaced" in found[0][0].error
+        assert values(rewards.score(of("y"))) == [[1.0]]
 
 
 def test_a_worker_that_dies_is_replaced_and_the_other_samples_are_scored(folder):

@@ -25,6 +25,7 @@ from ropewalk.train.reward_builtins import RewardSpec
 from ropewalk.train.reward_functions import AT_ONCE, Form, Sample, Score
 from ropewalk.train.reward_process import SOCKET_SECONDS, START_SECONDS, Call, Group, RewardProcess, Scores
 
+GRACE_SECONDS = 5.0  # beside the limit that a process keeps itself
 MOST_WAITING = 4096  # calls; whoever brings more waits
 
 
@@ -178,7 +179,9 @@ class RewardPool:
             if worker.connection.poll():
                 self._take(worker, worker.connection.recv())
             elif (worker.call is not None or not worker.ready) and time.monotonic() > worker.until:
-                limit = f"{self._limit(worker.call.reward):g}" if worker.call else f"{START_SECONDS:g}"
+                limit = (
+                    f"{self._limit(worker.call.reward, len(worker.call.samples)):g}" if worker.call else f"{START_SECONDS:g}"
+                )
                 self._replace(worker, f"took longer than {limit} seconds")
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
@@ -213,10 +216,12 @@ class RewardPool:
             call.group.put(call.rows, call.reward, [Score(0.0, error, seconds)] * len(call.rows))
 
     def _limit(self, reward: int, samples: int = 1) -> float:
-        """Seconds of one call; samples of an asynchronous reward have a limit each, which its process keeps itself."""
+        """Seconds of one call; an asynchronous function's process keeps the time itself, and is ended only if it fails to."""
         spec, form = self.specs[reward], self.forms.get(reward)
-        rounds = -(-samples // AT_ONCE) if form is not None and form.asynchronous and not form.batch else 1
-        return spec.seconds * rounds + (5.0 if rounds > 1 or (form is not None and form.asynchronous) else 0.0)
+        if form is None or not form.asynchronous:
+            return spec.seconds
+        rounds = 1 if form.batch else -(-samples // AT_ONCE)  # samples have a limit each
+        return spec.seconds * rounds + GRACE_SECONDS
 
     def _pause(self) -> float:
         """Until the next limit of time; while all goes well, a connection or the pipe wakes the thread before."""
