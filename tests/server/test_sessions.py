@@ -39,7 +39,7 @@ class Browser(httpx.Client):
 
     def sign_in(self, key: str) -> Browser:
         answer = self.send_form("/login", self.token(), key=key)
-        assert (answer.status_code, answer.headers["location"]) == (303, "/files"), answer.text
+        assert (answer.status_code, answer.headers["location"]) == (303, "/"), answer.text
         return self
 
 
@@ -146,7 +146,7 @@ def test_signing_in_gives_a_new_session_and_signing_out_takes_it_back(server):
         http.sign_in(key)
         after = http.token("/files")
         assert before != after
-        assert http.get("/login").headers["location"] == "/files"
+        assert http.get("/login").headers["location"] == "/"
         assert http.send_form("/logout", after).headers["location"] == "/login"
         assert "ropewalk" not in http.cookies
         assert http.get("/files").status_code == 303
@@ -156,7 +156,7 @@ def test_a_link_cannot_lead_from_the_sign_in_to_another_site(server):
     _, key = server.workspace("sessions redirect")
     for target in ("https://evil.example/", "//evil.example", "/\\evil.example", "evil", "/a\r\nb: c"):
         with browsing(server) as http:
-            assert http.send_form("/login", http.token(), key=key, next=target).headers["location"] == "/files"
+            assert http.send_form("/login", http.token(), key=key, next=target).headers["location"] == "/"
     with browsing(server) as http:
         answer = http.send_form("/login", http.token(), key=key, next="/files/file_1?from=2")
         assert answer.headers["location"] == "/files/file_1?from=2"

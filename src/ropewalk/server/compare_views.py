@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from ropewalk.compare.candidates import Candidate, StoredClaim
 from ropewalk.compare.cards import NO_TAKE, Card
 from ropewalk.compare.diff import Change, Piece
@@ -195,7 +193,7 @@ class ShownJudge:
 class Drawing:
     """Intervals as a picture, and the same facts as sentences."""
 
-    svg: Markup
+    svg: str  # with every name in it escaped
     sentences: tuple[str, ...]
 
 
@@ -364,7 +362,7 @@ def drawing(found: Sequence[StoredVerdict], names: Mapping[str, Candidate], base
     if not rows:
         return None
     svg = plot(f"Difference from {baseline.name}, with 95 % intervals", rows, key="intervals", zero_label=f"as {baseline.name}")
-    return Drawing(Markup(svg), tuple(sentences(rows)))  # which escapes every name
+    return Drawing(svg, tuple(sentences(rows)))
 
 
 def shown_card(candidate: Candidate, claims: Sequence[StoredClaim], linked: Candidate | None) -> ShownCard:

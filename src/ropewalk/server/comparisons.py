@@ -103,10 +103,13 @@ async def add_suite(request: Request) -> JSON:
     """POST /v1/suites"""
     asked = Node(await body.read_json(request, MAX_BYTES))
     asked.only({"file_id", "jsonl", "name", "group", "must_pass", "hold", "margin"})
-    if (asked.get("file_id") is None) == (asked.get("jsonl") is None):
+    file, text = asked.get("file_id"), asked.get("jsonl")
+    if file is not None and text is None:
+        source: str | bytes = file.text(1, 128)
+    elif text is not None and file is None:
+        source = text.text(1).encode()
+    else:
         raise BadInput('expected either \'file_id\' or \'jsonl\', lines such as {"prompt": "...", "reference": "..."}')
-    source: str | bytes
-    source = asked.need("file_id").text(1, 128) if asked.get("file_id") else asked.need("jsonl").text(1).encode()
     more: dict[str, Any] = {key: one.text(0, 200) for key in ("name", "group", "must_pass") if (one := asked.get(key))}
     more |= {key: one.number(0, 1) for key in ("hold", "margin") if (one := asked.get(key))}
     return JSON(wire_comparisons.suite(await suites.add_suite(store_of(request), caller_of(request), source, **more)))
