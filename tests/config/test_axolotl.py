@@ -42,7 +42,8 @@ def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> Non
 @pytest.mark.parametrize(
     ("more", "way_out"),
     [
-        ("rl: dpo\n", "key 'rl': preference training is not supported yet"),
+        ("rl: ebft\n", "key 'rl': energy-based fine-tuning is not supported"),
+        ("adapter: lora\nrl: dpo\ndpo_norm_loss: true\n", "this form of DPO is not supported"),
         ("rl: grpo\ntrl: {num_generations: 4}\n", "rl: grpo needs a reward; add trl.reward_funcs"),
         ("processor_type: AutoProcessor\n", "train the text part"),
         ("qat: {weight_dtype: int4}\n", "adapter: qlora"),
@@ -69,10 +70,10 @@ def test_refused_keys_that_are_switched_off_ask_for_nothing() -> None:
 
 def test_a_method_that_is_refused_explains_the_keys_of_its_data() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_run(BASE + "rl: dpo\n", ["datasets.0.field_chosen=chosen"])
-    assert "field_chosen" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"key 'datasets\.0\.field_chosen': rejected answers belong to preference training"):
-        parse_run(BASE, ["datasets.0.field_chosen=chosen"])
+        parse_run(BASE + "rl: ebft\n", ["datasets.0.prompt_format=x"])
+    assert "prompt_format" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"key 'datasets\.0\.prompt_format': this belongs into the mapping of type"):
+        parse_run(BASE, ["datasets.0.prompt_format=x"])
 
 
 def test_misspelt_keys_inside_blocks_that_are_not_needed_are_still_errors() -> None:

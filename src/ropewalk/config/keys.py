@@ -13,13 +13,13 @@ def key(sentence: str, default: Any = None, **limits: Any) -> Any:
     return Field(default, description=sentence, **limits)
 
 
-def _not_a_switch(value: Any) -> Any:
+def not_a_switch(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a number, not true or false")
     return value
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str | Mapping) else value
 
 
@@ -28,13 +28,13 @@ def _word(value: Any) -> Any:
     return "no" if value is False else value
 
 
-Count = Annotated[int, BeforeValidator(_not_a_switch), Field(ge=0)]
-Dropout = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, lt=1)]
-AboveZero = Annotated[float, BeforeValidator(_not_a_switch), Field(gt=0, allow_inf_nan=False)]
-Positive = Annotated[int, BeforeValidator(_not_a_switch), Field(gt=0)]
-Number = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_not_a_switch), Field(ge=0, le=1)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Count = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
+Dropout = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, lt=1)]
+AboveZero = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[int, BeforeValidator(not_a_switch), Field(gt=0)]
+Number = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, le=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 Moment = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_word)]
 Optimizer = Literal[
     "adamw_torch_fused",
@@ -50,7 +50,7 @@ Optimizer = Literal[
     "sgd",
     "muon",
 ]
-Trackers = Annotated[tuple[Literal["wandb", "tensorboard", "mlflow"], ...], BeforeValidator(_one_or_more)]
+Trackers = Annotated[tuple[Literal["wandb", "tensorboard", "mlflow"], ...], BeforeValidator(one_or_more)]
 Trained = Literal["all", "turn", "last", "none"]
 
 
@@ -73,6 +73,15 @@ class PromptFormat(Group):
     field_output: str | None = key("The column of the answer, which is trained; default output.")
     format: str | None = key("The prompt; {instruction} and {input} stand for the columns.")
     no_input_format: str | None = key("The prompt of a row whose input is empty; {instruction} stands for the column.")
+    field_prompt: str | None = key("Preferences: the column of the prompt; default prompt.")
+    field_chosen: str | None = key("Preferences: the column of the preferred answer; default chosen.")
+    field_rejected: str | None = key("Preferences: the column of the other answer; default rejected.")
+    field_completion: str | None = key("KTO: the column of the answer; default completion.")
+    field_label: str | None = key("KTO: the column that says whether the answer is wanted; default label.")
+    prompt_format: str | None = key("Preferences: the prompt; {prompt} and {system} stand for the columns.")
+    chosen_format: str | None = key("Preferences: the preferred answer; {chosen} stands for the column.")
+    rejected_format: str | None = key("Preferences: the other answer; {rejected} stands for the column.")
+    completion_format: str | None = key("KTO: the answer; {completion} stands for the column.")
 
 
 class DataSource(Group):
@@ -121,6 +130,11 @@ class DataSource(Group):
     field_instruction: str | None = key("The column of the instruction, for instruction formats.")
     field_input: str | None = key("The column of the further input, for instruction formats.")
     field_output: str | None = key("The column of the answer, for instruction formats.")
+    field_prompt: str | None = key("The column of the prompt, for preferences and rewards; default: what the format says.")
+    field_chosen: str | None = key("The column of the preferred answer: a text, a message, or messages; default chosen.")
+    field_rejected: str | None = key("The column of the other answer; default rejected.")
+    field_completion: str | None = key("KTO: the column of the answer; default completion.")
+    field_label: str | None = key("KTO: the column that says whether the answer is wanted; default label.")
 
 
 class SpecialTokens(Group):
@@ -212,7 +226,7 @@ class DataKeys(Group):
 
     datasets: tuple[DataSource, ...] | None = key("What to train on.", min_length=1)
     test_datasets: tuple[DataSource, ...] | None = key("What to evaluate on; instead of val_set_size.", min_length=1)
-    pretraining_dataset: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] | None = key(
+    pretraining_dataset: Annotated[tuple[DataSource, ...], BeforeValidator(one_or_more)] | None = key(
         "Plain text to train on, streamed."
     )
     val_set_size: Number = key("Set aside for evaluation: a share of the rows below 1, else a number of rows.", 0.0)

@@ -19,6 +19,7 @@ from ropewalk.config.keys import (
     SpecialTokens,
     TrainingKeys,
 )
+from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys, TrlKeys
 from ropewalk.config.run import Run
 
@@ -39,6 +40,7 @@ _SECTIONS: tuple[tuple[type[BaseModel], str], ...] = (
     (TrainingKeys, "Training"),
     (ReinforcementKeys, "Training by rewards"),
     (TrlKeys, "Training by rewards: the block `trl`"),
+    (PreferenceKeys, "Training by preferences"),
     (OutputKeys, "Evaluation, saving and logging"),
 )
 

@@ -66,7 +66,8 @@ class TrlKeys(Group):
 class ReinforcementKeys(Group):
     """Training by rewards"""
 
-    rl: Annotated[Literal["grpo", "gdpo"] | None, BeforeValidator(_off)] = key(
-        "Train by rewards instead of by answers: grpo, or gdpo, which standardises each reward by itself."
+    rl: Annotated[Literal["grpo", "gdpo", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"] | None, BeforeValidator(_off)] = key(
+        "Train by rewards instead of by answers: grpo, or gdpo, which standardises each reward by itself; "
+        "or by preferences: dpo, ipo, kto, orpo, simpo, cpo."
     )
     trl: TrlKeys | None = key("What is generated, what rewards it, and how it is learnt from; see below.")

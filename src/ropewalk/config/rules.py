@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ropewalk.chat.families import SOURCES
+from ropewalk.config.preference import conflicts_of_preference
 
 if TYPE_CHECKING:
     from ropewalk.config.document import Place
@@ -23,6 +24,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from _data(run)
     yield from _training(run)
     yield from _reinforcement(run)
+    yield from conflicts_of_preference(run)
     yield from _output(run)
 
 

@@ -1,7 +1,7 @@
 """YAML -> one frozen Run. Derived values are properties, and nothing rewrites what was written. No torch.
 
 document.py   the YAML and its lines        keys.py    every key that has an effect: type, default, sentence
-reinforcement.py   those of training by rewards
+reinforcement.py   those of training by rewards   preference.py   and by preferences
 axolotl.py    every other key of Axolotl's  rules.py   what cannot go together
 faults.py     what is wrong, in words         reference.py  the page and the schema made from keys.py
 """
@@ -18,6 +18,7 @@ from pydantic import PrivateAttr, ValidationError
 from ropewalk.config.document import Document, dump, parse_document, read_document
 from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
+from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rules import conflicts
 
@@ -32,8 +33,8 @@ ATTENTION_SWITCHES = {
 }
 
 
-class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, OutputKeys):
-    """One training, as asked for: the keys of the six groups and what follows from them."""
+class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, OutputKeys):
+    """One training, as asked for: the keys of the seven groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)

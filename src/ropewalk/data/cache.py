@@ -1,6 +1,6 @@
 """Tokenised rows on disk, memory-mapped: built once per content, resumed where it was interrupted, never seen half-written.
 
-FOLDER/<key>/           tokens.bin int32, mask.bin bool, lengths.bin, trained.bin, digests.bin, about.json
+FOLDER/<key>/           tokens.bin int32, mask.bin bool, lengths.bin, trained.bin, digests.bin, marks.bin, about.json
 FOLDER/<key>.partial/   the same while it grows; state.json says how much of it is whole
 """
 
@@ -25,7 +25,7 @@ from ropewalk.data.tokenise import BadRow, Block
 from ropewalk.errors import BadInput, OutputError
 from ropewalk.folders import sync_folder
 
-COLUMNS = ("tokens", "mask", "lengths", "trained", "digests")
+COLUMNS = ("tokens", "mask", "lengths", "trained", "digests", "marks")
 LISTED = 1000  # bad rows kept by name; all are counted
 SECONDS = 1.0  # between two marks of progress on disk
 
@@ -41,6 +41,7 @@ class Tokens:
         self.lengths: NDArray[np.int32] = np.fromfile(folder / "lengths.bin", np.int32)
         self.trained: NDArray[np.int32] = np.fromfile(folder / "trained.bin", np.int32)
         self.digests: NDArray[np.uint64] = np.fromfile(folder / "digests.bin", np.uint64).reshape(-1, 2)
+        self.marks: NDArray[np.int32] = np.fromfile(folder / "marks.bin", np.int32)
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self._tokens, self._mask = _mapped(folder / "tokens.bin", np.int32), _mapped(folder / "mask.bin", np.bool_)
 
@@ -90,7 +91,7 @@ class Growing:
 
     def add(self, block: Block) -> None:
         """The rows of the next chunk."""
-        columns: tuple[NDArray[Any], ...] = (block.ids, block.mask, block.lengths, block.trained, block.digests)
+        columns: tuple[NDArray[Any], ...] = (block.ids, block.mask, block.lengths, block.trained, block.digests, block.marks)
         for file, column in zip(self._files.values(), columns):
             file.write(column.tobytes())
         self._counts.update(block.counts)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.chat.template import Template
+from ropewalk.config.preference import held
 from ropewalk.config.run import DataSource, Run
 from ropewalk.data.cache import Tokens, open_tokens
 from ropewalk.data.rows import Chunk, chunks, streamed_chunks
@@ -33,7 +34,7 @@ from ropewalk.errors import ConfigError, DataError, NotFound
 from ropewalk.files.local import open_local
 from ropewalk.home import home
 
-VERSION = 1  # of what is cached; a change of meaning here or in formats makes a new one
+VERSION = 2  # of what is cached; a change of meaning here or in formats makes a new one
 
 
 class Rows:
@@ -44,6 +45,7 @@ class Rows:
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self.lengths: NDArray[np.int32] = _joined([part.lengths for part in parts], np.int32)[index]
         self.trained: NDArray[np.int32] = _joined([part.trained for part in parts], np.int32)[index]
+        self.marks: NDArray[np.int32] = _joined([part.marks for part in parts], np.int32)[index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -65,6 +67,17 @@ class Batch:
     position_ids: NDArray[np.int64]
     tokens: int  # without padding
     trained: int
+    compared: Compared | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Which answers of a batch are compared with what: samples 2 p and 2 p + 1 are the pair p, the chosen one first; or each is judged."""
+
+    sample: NDArray[np.int64]  # [B, T]: which answer a token belongs to; padding belongs to the one before it
+    units: int  # pairs, or judged answers
+    wanted: NDArray[np.bool_] | None = None  # [units], of judged answers
+    mismatched: Batch | None = None  # each prompt of judged answers with the answer to another
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ def _key(run: Run, source: DataSource, tokeniser: Tokeniser, content: str) -> st
         tokeniser.skips,
         run.train_on_inputs,
         run.default_system_message,
+        held(run),
     )
     parts = [VERSION, content, tokeniser.template.digest, json.dumps(meaning, sort_keys=True), keys]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -222,16 +236,33 @@ def _notices(parts: Sequence[Tokens], train: Rows) -> Iterator[str]:
 
 def preview(run: Run, template: Template, n: int = 3) -> list[list[tuple[str, bool]]]:
     """The first rows as the model will see them: pieces of text, and whether they are trained."""
-    return list(islice(_shown_rows(run, template), n))
+    return [spans for _, spans in previews(run, template, n)]
 
 
-def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, bool]]]:
+def previews(run: Run, template: Template, n: int = 3) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The same with what each is called; a pair is two."""
+    return [shown for pair in islice(_shown_rows(run, template), n) for shown in pair]
+
+
+def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, list[tuple[str, bool]]]]]:
+    kind, number = held(run), 0
     for source in run.sources:
         tokeniser = Tokeniser(run, source, template)
         for chunk in streamed_chunks(locate(source)):
             for row in chunk:
-                for ids, mask in tokeniser.chunk(Chunk(chunk.path, row[0], None, (row,))).rows():
-                    yield _spans(tokeniser.template, ids.tolist(), mask.tolist())
+                block = tokeniser.chunk(Chunk(chunk.path, row[0], None, (row,)))
+                for (ids, mask), mark in zip(block.rows(), block.marks.tolist()):
+                    number += 1
+                    cut = mark if kind == "pairs" else len(ids)
+                    parts = [
+                        _spans(tokeniser.template, ids[p].tolist(), mask[p].tolist()) for p in (slice(cut), slice(cut, None))
+                    ]
+                    if kind == "pairs":
+                        yield [(f"pair {number}, chosen", parts[0]), (f"pair {number}, rejected", parts[1])]
+                    elif kind == "judged":
+                        yield [(f"row {number}, {'wanted' if mark > 0 else 'not wanted'}", parts[0])]
+                    else:
+                        yield [(f"row {number}", parts[0])]
 
 
 def _spans(template: Template, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:

@@ -136,7 +136,7 @@ def reader_of(source: DataSource, run: Run) -> Reader:
         return lambda row: Conversation(*read(row), rules)
     if kind in TEXTS:
         column = source.field or source.text_column or "text"
-        return lambda row: Text(_text(row, column))
+        return lambda row: Text(text_of(row, column))
     if kind == "input_output":
         return _read_segments
     name, _, style = kind.partition(":")
@@ -168,7 +168,7 @@ def missing(row: Mapping[str, Any], key: str, way_out: str = "") -> DataError:
     return DataError(f"is missing; this row has {', '.join(map(repr, row)) or 'no keys'}; {hint}", key=key)
 
 
-def _text(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+def text_of(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
     if key not in row:
         raise missing(row, key)
     value = row[key]
@@ -188,7 +188,7 @@ def _instruction_reader(form: Instruction, style: Style, source: DataSource) -> 
 
     def system_of(row: Mapping[str, Any], given: str) -> str:
         if system_column:
-            return _text(row, system_column, empty=True)
+            return text_of(row, system_column, empty=True)
         return (WITH_INPUT if given else WITHOUT_INPUT) if form.preamble else ""
 
     return lambda row: _prompted(row, columns, style, system_of, form.ends)
@@ -201,7 +201,7 @@ def _mapping_reader(form: PromptFormat) -> Reader:
     column = form.field_system or "system"
 
     def system_of(row: Mapping[str, Any], given: str) -> str:
-        return _text(row, column, empty=True) if column in row else form.system_prompt or ""
+        return text_of(row, column, empty=True) if column in row else form.system_prompt or ""
 
     return lambda row: _prompted(row, columns, style, system_of, 1)
 
@@ -213,15 +213,15 @@ def _prompted(
     system_of: Callable[[Mapping[str, Any], str], str],
     ends: int,
 ) -> Pieces:
-    instruction, output = _text(row, columns[0]), _text(row, columns[2])
-    given = _text(row, columns[1], empty=True) if columns[1] and columns[1] in row else ""
+    instruction, output = text_of(row, columns[0]), text_of(row, columns[2])
+    given = text_of(row, columns[1], empty=True) if columns[1] and columns[1] in row else ""
     system = system_of(row, given)
-    prompt = _fill(style.system, system=system) if system else ""
-    prompt += _fill(style.with_input if given else style.without_input, instruction=instruction, input=given)
+    prompt = fill(style.system, system=system) if system else ""
+    prompt += fill(style.with_input if given else style.without_input, instruction=instruction, input=given)
     return Pieces(((prompt, False), (output, True)), ends=ends)
 
 
-def _fill(form: str, **values: str) -> str:
+def fill(form: str, **values: str) -> str:
     """As str.format does, doubled braces too, except that names it does not know stay as they are."""
     known = {"{{": "{", "}}": "}", **{f"{{{name}}}": value for name, value in values.items()}}
     return re.sub(r"\{\{|\}\}|\{\w+\}", lambda found: known.get(found[0], found[0]), form)

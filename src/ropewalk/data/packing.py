@@ -14,19 +14,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.config.preference import held
 from ropewalk.config.run import Run
+from ropewalk.data.compared import lay_out_judged, lay_out_pairs, partners_of
 from ropewalk.data.dataset import Batch, Rows
-from ropewalk.data.stream import Pair, Stream
+from ropewalk.data.laying import MULTIPLE, lay_out
+from ropewalk.data.stream import Stream
 
 WINDOW = 1 << 15  # rows packed together: enough for a tight fit, few enough for random neighbours
-MULTIPLE = 8  # row lengths that matrix units like
 
 
 class Plan(Sequence[Batch]):
     """The batches of an epoch: which rows go into each is known, their tokens are read when a batch is asked for."""
 
-    def __init__(self, rows: Rows, batches: list[list[NDArray[np.int64]]], width: int | None, multiple: int) -> None:
-        self._rows, self._batches = rows, batches
+    def __init__(
+        self,
+        rows: Rows,
+        batches: list[list[NDArray[np.int64]]],
+        width: int | None,
+        multiple: int,
+        partners: NDArray[np.int64] | None = None,
+        pairs: bool = False,
+        packed: bool = False,
+    ) -> None:
+        self._rows, self._batches, self._partners, self._pairs, self._packed = rows, batches, partners, pairs, packed
         self._width, self._multiple = width, multiple
 
     def __len__(self) -> int:
@@ -35,6 +46,10 @@ class Plan(Sequence[Batch]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
+        if self._pairs:
+            return lay_out_pairs(self._rows, self._batches[number], self._width, self._multiple, packed=self._packed)
+        if self._partners is not None:
+            return lay_out_judged(self._rows, self._batches[number], self._partners, self._width, self._multiple)
         lines = [[self._rows[int(row)] for row in line] for line in self._batches[number]]
         return lay_out(lines, self._rows.pad, self._width, self._multiple)
 
@@ -53,12 +68,17 @@ def batches(
     length = (run.eval_sequence_len if evaluation else None) or run.sequence_len
     size = (run.eval_batch_size if evaluation else None) or run.micro_batch_size
     packed = run.eval_packing if evaluation else run.packing
+    kind = held(run)
+    if kind == "pairs" and packed:
+        length *= 2  # a packed line holds whole pairs, of which each answer may be as long as a row
     if packed:
         lines = pack(rows.lengths, order, length, in_order=ordered or run.sample_packing_sequentially, generator=generator)
     else:
         lines = [np.array([row]) for row in _by_length(order, rows, size, generator, run.group_by_length)]
     grouped = [lines[at : at + size] for at in range(0, len(lines), size)]
-    return Plan(rows, grouped, length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE)
+    width, multiple = length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE
+    partners = partners_of(rows, order) if kind == "judged" else None
+    return Plan(rows, grouped, width, multiple, partners, kind == "pairs", packed)
 
 
 def pack(
@@ -112,25 +132,6 @@ def _fit(lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int) ->
                 room |= 1 << left
             piles[left].append(line)
     return found
-
-
-def lay_out(lines: Sequence[Sequence[Pair]], pad: int, width: int | None, multiple: int = MULTIPLE) -> Batch:
-    """Samples side by side in each line, padded to `width` or to the longest line."""
-    used = [sum(len(ids) for ids, _ in line) for line in lines]
-    length = width or -(-max(used) // multiple) * multiple
-    ids = np.full((len(lines), length), pad, np.int64)
-    labels = np.full((len(lines), length), -100, np.int64)
-    positions = np.empty((len(lines), length), np.int64)
-    for number, line in enumerate(lines):
-        at = 0
-        for sample, target in line:
-            ids[number, at : at + len(sample)] = sample
-            labels[number, at : at + len(sample)] = target
-            labels[number, at] = -100
-            # To the end of the line: the next sample, if there is one, starts anew over it.
-            positions[number, at:] = np.arange(length - at)
-            at += len(sample)
-    return Batch(ids, labels, positions, sum(used), int((labels != -100).sum()))
 
 
 def _by_length(order: NDArray[np.int64], rows: Rows, size: int, generator: np.random.Generator, grouped: bool) -> Iterable[int]:

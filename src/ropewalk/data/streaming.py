@@ -12,7 +12,8 @@ import numpy as np
 
 from ropewalk.config.run import Run
 from ropewalk.data.dataset import Batch
-from ropewalk.data.packing import MULTIPLE, best_fit, lay_out
+from ropewalk.data.laying import MULTIPLE, lay_out
+from ropewalk.data.packing import best_fit
 from ropewalk.data.stream import Pair, Place, Stream
 
 

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import DataSource, Run
-from ropewalk.data.formats import Conversation, Example, Ids, Pieces, Text, reader_of
+from ropewalk.data.formats import Conversation, Example, Ids, Pieces, Text
+from ropewalk.data.preferences import Judged, Pair, example_reader, template_named
 from ropewalk.data.rows import Chunk
 from ropewalk.errors import DataError
 
 Ids32 = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+Tokenised = tuple[list[int], list[bool], int]  # ids, mask, mark
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class BadRow:
 
 @dataclass
 class Block:
-    """The tokenised rows of a chunk, one after another."""
+    """The tokenised rows of a chunk, one after another.
+
+    A pair is one row, its answers one after the other. The mark of a row is 0; of a pair, where the second answer begins; of a judged
+    answer, how long its prompt is, below 0 where the answer is not wanted.
+    """
 
     ids: Ids32
     mask: Mask
     lengths: NDArray[np.int32]
     trained: NDArray[np.int32]
     digests: NDArray[np.uint64]  # [rows, 2]
+    marks: NDArray[np.int32]
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -58,9 +65,10 @@ class Tokeniser:
 
     def __init__(self, run: Run, source: DataSource, template: Template, *, evaluation: bool = False) -> None:
         self.made_of = (run, source, template, evaluation)
+        source = template_named(source, run)
         named = source.chat_template or source.chat_template_jinja
         self.template = template.named(source.chat_template, source.chat_template_jinja) if named else template
-        self.read = reader_of(source, run)
+        self.read = example_reader(source, run)
         self.longest = (run.eval_sequence_len if evaluation else None) or run.sequence_len
         self.shortest = 2 if run.min_sample_len is None else max(run.min_sample_len, 2)
         self.excess, self.skips = run.excess_length_strategy, run.on_bad_row == "skip"
@@ -71,33 +79,50 @@ class Tokeniser:
 
     def chunk(self, chunk: Chunk) -> Block:
         """All rows of a chunk; the first bad row is an error, unless bad rows are skipped."""
-        ids: list[list[int]] = []
-        masks: list[list[bool]] = []
+        rows: list[Tokenised] = []
         counts: Counter[str] = Counter()
         bad: list[BadRow] = []
         for line, raw in chunk:
             try:
-                for row, mask in self.rows(chunk.read(line, raw).values, counts):
-                    ids.append(row)
-                    masks.append(mask)
+                rows += self.rows(chunk.read(line, raw).values, counts)
             except DataError as error:
                 reason = str(error).removeprefix(f"{chunk.path}:{line}: ")
                 if not self.skips:
                     raise _placed(error, reason, chunk.path, line) from error
                 bad.append(BadRow(chunk.path, line, reason))
             counts["read"] += 1
-        return _block(ids, masks, counts, bad)
+        return _block(rows, counts, bad)
 
-    def rows(self, values: dict[str, Any], counts: Counter[str]) -> Iterator[tuple[list[int], list[bool]]]:
+    def rows(self, values: dict[str, Any], counts: Counter[str]) -> list[Tokenised]:
         """The rows that one row of data becomes: one, none if its length does not fit, several for a long document."""
-        example = self.read(values)
+        match self.read(values):
+            case Text() as example:
+                ids, mask = self.tokens(example)
+                cut = [slice(at, at + self.longest) for at in range(0, len(ids), self.longest)]
+                return [(*row, 0) for part in cut for row in self._fitting(ids[part], mask[part], counts)]
+            case Pair(chosen, rejected):
+                return self._pair(chosen, rejected, counts)
+            case Judged(answer, wanted):
+                rows = self._whole(answer, counts)
+                return [(ids, mask, mask.index(True) * (1 if wanted else -1)) for ids, mask in rows]
+            case example:
+                return [(*row, 0) for row in self._whole(example, counts)]
+
+    def _pair(self, chosen: Example, rejected: Example, counts: Counter[str]) -> list[Tokenised]:
+        """Both answers as one row, or nothing where one of them does not fit."""
+        first = list(self._whole(chosen, counts))
+        second = list(self._whole(rejected, counts)) if first else []
+        if not second:
+            return []
+        ((ids, mask),), ((more, answer),) = first, second
+        return [(ids + more, [*mask, False, *answer[1:]], len(ids))]
+
+    def _whole(self, example: Example, counts: Counter[str]) -> Iterator[tuple[list[int], list[bool]]]:
+        """An example that is not cut into rows: as it is, truncated, or nothing."""
         ids, mask = self.tokens(example)
-        if isinstance(example, Text):
-            for at in range(0, len(ids), self.longest):
-                yield from self._fitting(ids[at : at + self.longest], mask[at : at + self.longest], counts)
-            return
         if not any(mask[1:]):
             raise DataError("nothing of this row is trained; see roles_to_train, train_on_inputs and the row's own flags")
+        mask[0] = False  # the first token has nothing before it that could predict it
         yield from self._fitting(ids, mask, counts)
 
     def tokens(self, example: Example) -> tuple[list[int], list[bool]]:
@@ -155,7 +180,9 @@ def _made(run: Run, source: DataSource, template: Template, evaluation: bool) ->
     return Tokeniser(run, source, template, evaluation=evaluation)
 
 
-def _block(ids: list[list[int]], masks: list[list[bool]], counts: Counter[str], bad: list[BadRow]) -> Block:
+def _block(rows: list[Tokenised], counts: Counter[str], bad: list[BadRow]) -> Block:
+    ids, masks = [row for row, _, _ in rows], [mask for _, mask, _ in rows]
+    marks = np.fromiter((mark for _, _, mark in rows), np.int32, len(rows))
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
     total = int(lengths.sum())
     flat = np.fromiter(chain.from_iterable(ids), np.int32, total)
@@ -166,9 +193,12 @@ def _block(ids: list[list[int]], masks: list[list[bool]], counts: Counter[str], 
     trained = np.add.reduceat(mask, ends - lengths, dtype=np.int32) if len(ids) else np.zeros(0, np.int32)
     digests = np.empty((len(ids), 2), np.uint64)
     for row, (begin, end) in enumerate(zip(ends - lengths, ends)):
-        found = hashlib.blake2b(flat[begin:end].tobytes() + mask[begin:end].tobytes(), digest_size=16).digest()
+        content = flat[begin:end].tobytes() + mask[begin:end].tobytes()
+        if marks[row]:
+            content += marks[row].tobytes()
+        found = hashlib.blake2b(content, digest_size=16).digest()
         digests[row] = np.frombuffer(found, np.uint64)
-    return Block(flat, mask, lengths, trained, digests, counts, bad)
+    return Block(flat, mask, lengths, trained, digests, marks, counts, bad)
 
 
 def _placed(error: DataError, reason: str, path: str, line: int) -> DataError:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.config.run import DataSource, Run, ignored_keys, load_run
-from ropewalk.data.dataset import preview
-from ropewalk.data.formats import reader_of
+from ropewalk.data.dataset import previews
+from ropewalk.data.preferences import example_reader
 from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
@@ -38,6 +38,7 @@ class Plan:
     ignored: dict[str, str]
     unchecked: dict[str, str]
     preview: list[list[tuple[str, bool]]] = field(default_factory=list)
+    previewed: list[str] = field(default_factory=list)  # what each row of the preview is called
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -51,7 +52,7 @@ class Plan:
             parts.append(["Not needed here", *(f"  {key:<{width}}  {reason}" for key, reason in self.ignored.items())])
         if self.unchecked:
             parts.append(["Not checked", *(f"  {name}: {reason}" for name, reason in self.unchecked.items())])
-        parts.append(_preview_lines(self.preview, colour))
+        parts.append(_preview_lines(self.previewed, self.preview, colour))
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
@@ -73,10 +74,10 @@ def check(run: Run, *, offline: bool = False) -> Plan:
     if folder is None:
         unchecked["base_model"] = f"{run.base_model}: {UNCHECKED}"
     here = _sources_here(run, offline, unchecked)
-    rows: list[list[tuple[str, bool]]] = []
+    rows: list[tuple[str, list[tuple[str, bool]]]] = []
     if folder is not None and here:
         seen = run.model_copy(update={"datasets": here, "pretraining_dataset": None})
-        rows = [list(spans) for spans in preview(seen, load_template(run, folder))]
+        rows = previews(seen, load_template(run, folder))
     looked = _NOTHING if folder is None else _look(folder, run)
     return Plan(
         base_model=run.base_model,
@@ -84,7 +85,8 @@ def check(run: Run, *, offline: bool = False) -> Plan:
         steps=_steps(run),
         ignored=ignored_keys(run),
         unchecked=unchecked,
-        preview=rows,
+        preview=[spans for _, spans in rows],
+        previewed=[name for name, _ in rows],
         **looked,
     )
 
@@ -119,7 +121,7 @@ def _sources_here(run: Run, offline: bool, unchecked: dict[str, str]) -> tuple[D
     for name in ("datasets", "pretraining_dataset", "test_datasets"):
         for index, source in enumerate(getattr(run, name) or ()):
             try:
-                reader_of(source, run)
+                example_reader(source, run)
             except ConfigError as error:
                 raise ConfigError(f"{run.where(name, index, 'type')}{error}") from None
             if isinstance(locate(source), HubSet) and offline:
@@ -211,14 +213,14 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [f"Memory    about {_bytes(needed)} per process ({_bytes(here)} free here{fits})", f"          {parts}"]
 
 
-def _preview_lines(rows: Sequence[Spans], colour: bool) -> list[str]:
+def _preview_lines(names: Sequence[str], rows: Sequence[Spans], colour: bool) -> list[str]:
     """The rows with what is trained between brackets."""
     if not rows:
         return []
     lines = ["Preview   what is trained stands between ⟦ and ⟧"]
-    for number, spans in enumerate(rows, 1):
+    for name, spans in zip(names, rows, strict=True):
         text = "".join(_marked(words, colour) if trained else words for words, trained in joined(spans))
-        lines += [f"  row {number}", *(f"    {line}" for line in text.splitlines())]
+        lines += [f"  {name}", *(f"    {line}" for line in text.splitlines())]
     return lines
 
 

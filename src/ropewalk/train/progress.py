@@ -60,7 +60,16 @@ def write_plots(events: Path, folder: Path) -> None:
         loss.append(("evaluation loss", [e["step"] for e in evals], [e["loss"] for e in evals]))
     speed = [("tokens/s", x, [e["tokens_per_second"] for e in steps])]
     rate = [("learning rate", x, [e["learning_rate"] for e in steps])]
-    (folder / "loss.svg").write_text(line_plot("Loss", "step", "nats per trained token", loss), encoding="utf-8")
+    compared = [name for name in ("rewards/chosen", "rewards/rejected", "rewards/margins") if steps and name in steps[0]]
+    if compared:
+        rewards = [(name.removeprefix("rewards/"), x, [e[name] for e in steps]) for name in compared]
+        share = [("training", x, [e["rewards/accuracies"] for e in steps])]
+        if evals:
+            share.append(("evaluation", [e["step"] for e in evals], [e["rewards/accuracies"] for e in evals]))
+        (folder / "rewards.svg").write_text(line_plot("Implicit rewards", "step", "reward", rewards), encoding="utf-8")
+        (folder / "accuracy.svg").write_text(line_plot("Preferred rightly", "step", "share", share), encoding="utf-8")
+    unit = "loss of a comparison" if compared else "nats per trained token"
+    (folder / "loss.svg").write_text(line_plot("Loss", "step", unit, loss), encoding="utf-8")
     (folder / "throughput.svg").write_text(line_plot("Throughput", "step", "tokens per second", speed), encoding="utf-8")
     (folder / "rate.svg").write_text(line_plot("Learning rate", "step", "learning rate", rate), encoding="utf-8")
 
@@ -105,7 +114,7 @@ class Screen:
         elif values["step"] % self.every == 0 or values["step"] in (1, self.total):
             self.say(
                 f"step {values['step']}/{self.total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-                f"{values['tokens_per_second']:.0f} tok/s  {values['memory'] / 1e6:.0f} MB  {self._left()} left"
+                f"{values['tokens_per_second']:.0f} tok/s  {values['memory'] / 1e6:.0f} MB  {self._left()} left{_compared(values)}"
             )
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
@@ -113,7 +122,9 @@ class Screen:
         best = "  (best so far)" if values["best"] else ""
         if self._live:
             self._live.update(self._panel())
-        self.say(f"step {values['step']}  evaluation loss {values['loss']:.4f} over {values['trained']} tokens{best}")
+        self.say(
+            f"step {values['step']}  evaluation loss {values['loss']:.4f} over {values['trained']} tokens{_compared(values)}{best}"
+        )
 
     def _left(self) -> str:
         done = self._last["step"] - self._first_step
@@ -129,8 +140,18 @@ class Screen:
         grid.add_row("step", f"{values['step']} / {self.total}", "loss", f"{values['loss']:.4f}", "evaluation", evaluation)
         grid.add_row("epoch", f"{values['epoch']:.2f}", "learning rate", f"{values['learning_rate']:.2e}", "left", self._left())
         speed, memory = f"{values['tokens_per_second']:.0f}", f"{values['memory'] / 1e6:.0f} MB"
+        if "rewards/margins" in values:
+            margin, right = f"{values['rewards/margins']:.3f}", f"{values['rewards/accuracies']:.3f}"
+            grid.add_row("margin", margin, "accuracy", right)
         grid.add_row("tokens/s", speed, "gradient norm", f"{values['gradient_norm']:.3f}", "memory", memory)
         whole = Table.grid()
         whole.add_row(grid)
         whole.add_row(ProgressBar(total=self.total, completed=values["step"], width=60))
         return Panel(whole, title=self.title, expand=False)
+
+
+def _compared(values: Mapping[str, Any]) -> str:
+    """What a line says of preferences, where there are any."""
+    if "rewards/margins" not in values:
+        return ""
+    return f"  margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.3f}"

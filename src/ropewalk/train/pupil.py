@@ -97,19 +97,32 @@ class Pupil:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
         return loss
 
-    def _where_activations_wait(self) -> AbstractContextManager[Any]:
-        if self.config.recompute == "offload" and torch.is_grad_enabled():
-            return torch.autograd.graph.save_on_cpu(pin_memory=self.model.device.type == "cuda")
-        return nullcontext()
+    def log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """log p of every trained token given those before it, [B, T]; 0 where nothing is trained."""
+        with self._where_activations_wait():
+            return self.head.log_probs(self.model, ids, labels, position_ids)
+
+    def base_log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """The same of the base, which is this model with its adapter switched off; constant."""
+        assert self.adapter is not None, "without an adapter there is no base to compare with"
+        with self.quietly(), self.adapter.enabled(False):
+            return self.head.log_probs(self.model, ids, labels, position_ids)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def quietly(self) -> Iterator[None]:
+        """Within it nothing is dropped out and no gradient is kept; after it the model is in the mode it was in."""
+        training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train()
+            self.model.train(training)
+
+    def _where_activations_wait(self) -> AbstractContextManager[Any]:
+        if self.config.recompute == "offload" and torch.is_grad_enabled():
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.model.device.type == "cuda")
+        return nullcontext()
 
     def save_weights(self, folder: Path) -> None:
         """The trained weights into a checkpoint's folder."""

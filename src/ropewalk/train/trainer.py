@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, top to bottom: `train(run)` prepares, loads, steps, evaluates, saves, verifies.
+"""A training, top to bottom: `train(run)` prepares, loads, steps, evaluates, saves, verifies.
 
 A killed run goes on from its last checkpoint with the same numbers: the batches of an epoch are a function of (seed, epoch), what
 is random inside a step is drawn from (seed, step, rank), and weights and optimizer come from the checkpoint.
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ropewalk.config.preference import held
 from ropewalk.config.run import Run
-from ropewalk.data.dataset import Batch
 from ropewalk.data.packing import batches
 from ropewalk.data.stream import Stream
 from ropewalk.data.streaming import StreamBatches
@@ -24,6 +23,7 @@ from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
+from ropewalk.train.objective import Measures, objective_of
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
 from ropewalk.train.pace import Pace, Step
 from ropewalk.train.prepare import Prepared, leads, prepare, tell
@@ -95,6 +95,7 @@ class Fit:
         self.pupil = Pupil.load(prepared, device, resume=newest)
         for notice in (*prepared.data.notices, *self.pupil.notices):
             self.screen.say(notice)
+        self.objective = objective_of(config, self.pupil, device, world)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.pupil.trainable(),
@@ -145,10 +146,11 @@ class Fit:
         torch.manual_seed(step_seed(self.config.seed, step.number, self.world.rank))
         epoch = self.pace.batches(step.epoch)
         mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
-        trained, tokens = self.world.sum([sum(b.trained for b in mine), sum(b.tokens for b in mine)])
+        weight, tokens = self.world.sum([sum(map(self.objective.weight, mine)), sum(b.tokens for b in mine)])
+        self.objective.begin(mine)
         loss = 0.0
         for number, batch in enumerate(mine):
-            part = self.pupil.loss(*self._tensors(batch)) / max(1.0, trained)
+            part = self.objective.loss(batch) / max(1.0, weight)
             if not math.isfinite(value := float(part.detach())):
                 raise TrainingStopped(self._not_finite(step, number, value))
             part.backward()  # type: ignore[no-untyped-call]
@@ -168,10 +170,10 @@ class Fit:
         )
         if self.stream is not None:
             self.position = replace(self.position, data=self.stream.position())
-        if step.number == 0:
+        if step.number == 0 and held(self.config) is None:
             self._judge_first_loss(loss)
         self._watch(loss)
-        self._tell_step(loss, norm, factor, int(tokens), time.perf_counter() - begun)
+        self._tell_step(self.objective.measured(), loss, norm, factor, int(tokens), time.perf_counter() - begun)
 
     def _after_step(self) -> None:
         """Evaluates and saves where due."""
@@ -195,21 +197,24 @@ class Fit:
         rows = self.prepared.data.evaluation
         assert rows is not None
         found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
-        total = trained = 0.0
-        with self.pupil.evaluating():
-            for i in range(self.world.rank, len(found), self.world.size):
-                total += float(self.pupil.loss(*self._tensors(found[i])))
-                trained += found[i].trained
-        total, trained = self.world.sum([total, trained])
-        loss = total / max(1.0, trained)
+        total = trained = weight = 0.0
+        mine = range(self.world.rank, len(found), self.world.size)
+        with self.pupil.quietly():
+            self.objective.begin(found[i] for i in mine)
+            for batch in (found[i] for i in mine):
+                total += float(self.objective.loss(batch))
+                weight += self.objective.weight(batch)
+                trained += batch.trained
+        total, trained, weight = self.world.sum([total, trained, weight])
+        loss, measured = total / max(1.0, weight), self.objective.measured()
         best = self.position.best_loss is None or loss < self.position.best_loss
         self.position = (
             replace(self.position, best_loss=loss, best_step=self.position.step, bad_evaluations=0)
             if best
             else replace(self.position, bad_evaluations=self.position.bad_evaluations + 1)
         )
-        values = {"step": self.position.step, "loss": loss, "trained": int(trained), "best": best}
-        self._tell("eval", values, {"eval/loss": loss})
+        values = {"step": self.position.step, "loss": loss, "trained": int(trained), "best": best, **measured}
+        self._tell("eval", values, {"eval/loss": loss} | {f"eval/{name}": value for name, value in measured.items()})
         self.screen.evaluated(values)
 
     def _save(self) -> None:
@@ -265,9 +270,6 @@ class Fit:
         floor, constant = config.cosine_min_lr_ratio or 0.0, config.cosine_constant_lr_ratio or 0.0
         return rate_factor(config.schedule, number, total, config.warmup(total), floor=floor, constant_share=constant)
 
-    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.from_numpy(a).to(self.device) for a in (batch.ids, batch.labels, batch.position_ids))  # type: ignore[return-value]
-
     def _judge_first_loss(self, loss: float) -> None:
         """The untouched base's loss beside that of guessing, ln V: far above it, template or tokenizer do not fit the base."""
         guess = math.log(self.pupil.vocabulary)
@@ -297,7 +299,7 @@ class Fit:
             f"`ropewalk check`; last good checkpoint: {newest.name if newest else 'none'}"
         )
 
-    def _tell_step(self, loss: float, norm: float, factor: float, tokens: int, seconds: float) -> None:
+    def _tell_step(self, measured: Measures, loss: float, norm: float, factor: float, tokens: int, seconds: float) -> None:
         values = {
             "step": self.position.step,
             "epoch": self.pace.epoch_after(self.position.step),
@@ -308,8 +310,11 @@ class Fit:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "memory": peak_memory(self.device),
+            **measured,
         }
-        numbers = {f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second")}
+        numbers = {
+            f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", *measured)
+        }
         self._tell("step", values, numbers)
         self.screen.step(values)
 
