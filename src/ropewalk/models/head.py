@@ -82,8 +82,8 @@ class Head:
             # Where each token of the rows that are made comes from: numbers take the place of ids.
             places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
             found = torch.zeros(ids.numel(), device=ids.device)
-            for place, target, positions in unpack(places, labels, position_ids):
-                part = self._log_probs(model, ids.flatten()[place], target, positions, extra)
+            for place, target, where in unpack(places, labels, position_ids):
+                part = self._log_probs(model, ids.flatten()[place], target, where, extra)
                 kept = target != IGNORED
                 found = found.index_add(0, place[kept], part[kept])
             return found.view_as(ids)
