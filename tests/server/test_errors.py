@@ -17,6 +17,8 @@ EXPLAINED = "what went wrong in these words"
 # Classes whose constructor takes more than a message.
 MADE = {
     errors.CardError: lambda: errors.CardError(EXPLAINED, 1),
+    errors.MailFailed: lambda: errors.MailFailed(EXPLAINED, True),
+    errors.NotShipped: lambda: errors.NotShipped(EXPLAINED, "replay"),
     errors.MissingExtra: lambda: errors.MissingExtra("thing", "extra", EXPLAINED),
     errors.RateLimited: lambda: errors.RateLimited(EXPLAINED, 1.5),
     errors.SandboxFailed: lambda: errors.SandboxFailed(EXPLAINED, "time"),
