@@ -10,6 +10,7 @@ from ropewalk.verbs import Verb, Verbs, add_verb, json_argument, registry, setti
 
 if TYPE_CHECKING:
     from ropewalk.compare.commands import Place
+    from ropewalk.compare.prices import Unit
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -22,6 +23,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     inner = compare.add_subparsers(metavar="VERB")
     _what(inner)
+    _prices(inner)
     _run(inner)
     _after(inner)
     _selftest(inner)
@@ -53,6 +55,20 @@ def _what(inner: Verbs) -> None:
     listed.add_argument("what", nargs="?", default=kinds[0], choices=kinds, help="(default: %(default)s)")
     listed.add_argument("--limit", type=int, default=100, metavar="N", help="(default: %(default)s)")
     json_argument(listed)
+
+
+def _prices(inner: Verbs) -> None:
+    summary = "say what answers cost, from a day on; without prices, list them"
+    price = _verb(inner, "price", summary, "big --input 0.15 --output 0.60 --from 2026-11-01", _price)
+    price.add_argument("target", nargs="?", help="a served name; without one, this machine")
+    for name, what in (("input", "million tokens"), ("cached", "million tokens read from cache"), ("output", "million tokens")):
+        price.add_argument(f"--{name}", type=float, metavar="USD", help=f"per {what}")
+    price.add_argument(
+        "--hour", type=float, metavar="USD", help="per hour of this machine, which models that it serves are paid by"
+    )
+    price.add_argument("--from", dest="day", metavar="YYYY-MM-DD", help="(default: today)")
+    price.add_argument("--source", default="", metavar="TEXT", help="where the price is from")
+    json_argument(price)
 
 
 def _suite_arguments(verb: argparse.ArgumentParser) -> None:
@@ -202,6 +218,19 @@ def _list(arguments: argparse.Namespace) -> int:
     from ropewalk.compare import commands
 
     return commands.listed(_place(arguments), arguments.what, arguments.limit, arguments.json)
+
+
+def _price(arguments: argparse.Namespace) -> int:
+    from ropewalk.compare import pricing
+
+    units: dict[Unit, float | None] = {
+        "input token": arguments.input,
+        "cached token": arguments.cached,
+        "output token": arguments.output,
+        "hour": arguments.hour,
+    }
+    given = {unit: usd for unit, usd in units.items() if usd is not None}
+    return pricing.price(_place(arguments), arguments.target, given, arguments.day, arguments.source, arguments.json)
 
 
 def _run_comparison(arguments: argparse.Namespace) -> int:
