@@ -165,6 +165,7 @@ def test_what_is_better_is_shipped_and_rolled_back(home, admin):
     seen.goto(f"{home.server.url}/compare/{one.comparison.id}")
     seen.get_by_role("link", name="Ship it…").click()
     expect(seen.get_by_label("Alias that shall serve it")).to_have_value("leases")
+    assert violations(seen) == []
     seen.get_by_role("button", name="Ship it", exact=True).click()
     seen.wait_for_url(f"**/compare/{one.comparison.id}", timeout=120_000)
     assert registry.aliases()["leases"] == "lease-r16"
@@ -173,6 +174,8 @@ def test_what_is_better_is_shipped_and_rolled_back(home, admin):
     row = seen.get_by_role("row", name=re.compile("leases"))
     expect(row).to_contain_text("SHIP")
     row.get_by_role("link", name="Roll back…").click()
+    expect(seen.get_by_role("button", name="Roll back now")).to_be_visible()
+    assert violations(seen) == []
     seen.get_by_role("button", name="Roll back now").click()
     seen.wait_for_url(home.server.url + "/", timeout=120_000)
     assert registry.aliases()["leases"] == "lease-base"
@@ -185,6 +188,7 @@ def test_an_override_is_red_and_says_why(home, admin):
     expect(seen.locator(".verdict .state")).to_have_text("SKIP")
     seen.get_by_role("link", name="Ship all the same…").click()
     expect(seen.get_by_role("alert")).to_contain_text("The rule does not permit this")
+    assert violations(seen) == []
     button = seen.get_by_role("button", name="Ship it against the verdict")
     button.click()
     assert seen.url.partition("?")[0].endswith("/ship")  # the reason is missing
