@@ -16,8 +16,6 @@ from ropewalk.engine.latent import is_latent
 from ropewalk.engine.recurrent import past_of, per_request
 from ropewalk.errors import ModelError
 
-_RUNS = "_ropewalk_runner"
-
 
 class Runner:
     """A model whose every call serves several requests."""

@@ -53,14 +53,18 @@ def plain_linear_cross_entropy(
     scale: float = 1.0,
 ) -> Tensor:
     """The same value through whole logits and autograd: the twin that tests compare with."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(_accumulator(hidden)) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = whole_logits(hidden, weight, bias, softcap, scale)
     return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
-def _accumulator(hidden: Tensor) -> torch.dtype:
+def whole_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """The logits [N, V] as they are defined, for the plain twins."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(accumulator(hidden)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def accumulator(hidden: Tensor) -> torch.dtype:
+    """What sums are kept in."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
@@ -77,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
     ) -> Tensor:
-        wide = _accumulator(hidden)
+        wide = accumulator(hidden)
         need_x, need_w, need_b = (with_grad and need for need in ctx.needs_input_grad[:3])
         rows = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
         total = hidden.new_zeros((), dtype=wide)
@@ -88,8 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             picked = rows[start : start + chunk]
             x, targets = hidden[picked], labels[picked]
             z = torch.nn.functional.linear(x, weight, bias).to(wide)  # [c, V]
-            loss, dz = _chunk(z, targets, softcap, scale, need_x or need_w or need_b)
-            total += loss
+            log_p, dz = of_chunk(z, targets, softcap, scale, need_x or need_w or need_b)
+            total -= log_p.sum()
             if dz is None:
                 continue
             narrow = dz.to(hidden.dtype)
@@ -118,8 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _chunk(z: Tensor, targets: Tensor, softcap: float | None, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of one chunk and its gradient to z [c, V] before scale and cap; z is overwritten."""
+def of_chunk(z: Tensor, targets: Tensor, softcap: float | None, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """log p [c] of one chunk, and the gradients of -log p to the head's output z [c, V] before scale and cap; z is overwritten."""
     if scale != 1.0:
         z *= scale
     slope = None
@@ -129,13 +133,13 @@ def _chunk(z: Tensor, targets: Tensor, softcap: float | None, scale: float, with
         z *= softcap
     log_p = torch.log_softmax(z, dim=-1)
     at = targets.unsqueeze(1)
-    loss = -log_p.gather(1, at).sum()
+    found = log_p.gather(1, at).squeeze(1)
     if not with_grad:
-        return loss, None
+        return found, None
     dz = log_p.exp_()
     dz.scatter_add_(1, at, dz.new_full((1, 1), -1.0).expand(at.shape))
     if slope is not None:
         dz *= slope
     if scale != 1.0:
         dz *= scale
-    return loss, dz
+    return found, dz

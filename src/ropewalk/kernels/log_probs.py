@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ropewalk.kernels.cross_entropy import IGNORED, rows_at_once
+from ropewalk.kernels.cross_entropy import IGNORED, accumulator, of_chunk, rows_at_once, whole_logits
 
 
 def linear_log_probs(
@@ -45,20 +45,12 @@ def plain_linear_log_probs(
     scale: float = 1.0,
 ) -> Tensor:
     """The same values through whole logits and autograd: the twin that tests compare with."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(_accumulator(hidden)) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return of_logits(logits, labels)
+    return of_logits(whole_logits(hidden, weight, bias, softcap, scale), labels)
 
 
 def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """log p(label) of each row [N] from whole logits [N, V]; 0 where the label is -100."""
     return -torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-
-
-def _accumulator(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -76,11 +68,11 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> Tensor:
         need_x, need_w, need_b = (with_grad and need for need in ctx.needs_input_grad[:3])
         rows = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
-        found = hidden.new_zeros(len(labels), dtype=_accumulator(hidden))
+        found = hidden.new_zeros(len(labels), dtype=accumulator(hidden))
         grad_x = hidden.new_empty((len(rows), hidden.shape[1])) if need_x else None
         for start in range(0, len(rows), chunk):
             picked = rows[start : start + chunk]
-            log_p, dz = _chunk(hidden[picked], weight, bias, labels[picked], softcap, scale, need_x)
+            log_p, dz = of_chunk(_head(hidden[picked], weight, bias), labels[picked], softcap, scale, need_x)
             found[picked] = log_p
             if grad_x is not None and dz is not None:
                 torch.mm(dz.to(hidden.dtype), weight, out=grad_x[start : start + chunk])
@@ -96,16 +88,16 @@ class _LinearLogProbs(torch.autograd.Function):
         d_hidden = d_weight = d_bias = None
         if grad_x is not None:
             d_hidden = grad_x.new_zeros(ctx.shape)
-            d_hidden[rows] = (grad_x * upstream[rows].unsqueeze(1)).to(grad_x.dtype)
+            d_hidden[rows] = (grad_x * -upstream[rows].unsqueeze(1)).to(grad_x.dtype)
         if any(ctx.needs):
             softcap, scale, chunk = ctx.how
             d_weight = torch.zeros_like(weight, dtype=upstream.dtype) if ctx.needs[0] else None
             d_bias = torch.zeros_like(bias, dtype=upstream.dtype) if ctx.needs[1] else None
             for start in range(0, len(rows), chunk):
                 picked = rows[start : start + chunk]
-                _, dz = _chunk(hidden[picked], weight, bias, labels[picked], softcap, scale, True)
+                _, dz = of_chunk(_head(hidden[picked], weight, bias), labels[picked], softcap, scale, True)
                 assert dz is not None
-                dz = dz * upstream[picked].unsqueeze(1)
+                dz = dz * -upstream[picked].unsqueeze(1)  # of log p, not of -log p
                 if d_weight is not None:
                     d_weight += dz.to(hidden.dtype).T @ hidden[picked]
                 if d_bias is not None:
@@ -115,25 +107,5 @@ class _LinearLogProbs(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _chunk(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, scale: float, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The log-probabilities [c] of one chunk and their gradients to the head's output [c, V], before scale and cap."""
-    z = torch.nn.functional.linear(x, weight, bias).to(_accumulator(x))
-    if scale != 1.0:
-        z *= scale
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = 1 - z * z if with_grad else None
-        z *= softcap
-    log_p = torch.log_softmax(z, dim=-1)
-    at = labels.unsqueeze(1)
-    found = log_p.gather(1, at).squeeze(1)
-    if not with_grad:
-        return found, None
-    dz = log_p.exp_().neg_()
-    dz.scatter_add_(1, at, dz.new_ones((1, 1)).expand(at.shape))
-    if slope is not None:
-        dz *= slope
-    return found, dz * scale if scale != 1.0 else dz
+def _head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias).to(accumulator(x))
