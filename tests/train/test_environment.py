@@ -1,12 +1,14 @@
 """Episodes over several turns: ids stay as they were sampled, and the environment's are never trained."""
 
 import importlib.util
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from ropewalk.chat.template import Template
-from ropewalk.train.environment import Limits, Step, TemplateTalk, play, run_episode
+from ropewalk.train.environment import Failed, Generated, Limits, Step, TemplateTalk, play, run_episode, single
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guess_number.py"
 
@@ -30,7 +32,7 @@ def says(talk, *replies, end=True):
 
     def generate(ids):
         said = talk.template.encode(next(coming)) + ([2] if end else [])
-        return said, [-0.5] * len(said)
+        return Generated(said, [-0.5] * len(said), [3] * len(said), end)
 
     return generate
 
@@ -50,7 +52,8 @@ def test_an_episode_is_the_conversation_as_the_template_writes_it_and_only_repli
     assert talk.template.decode(trained, skip_special_tokens=False) == "50<|im_end|>Is it 42?<|im_end|>"
     assert [value for value, own in zip(found.logprobs, found.trained) if not own] == [0.0] * found.trained.count(False)
     assert {value for value, own in zip(found.logprobs, found.trained) if own} == {-0.5}
-    assert (found.reward, found.end, found.replies) == (1.0, "done", ["50", "Is it 42?"])
+    assert found.versions == [3 if own else 0 for own in found.trained]
+    assert (found.reward, found.end, found.ended, found.replies) == (1.0, "done", True, ["50", "Is it 42?"])
     assert not any(found.trained[: found.prompt])
 
 
@@ -58,7 +61,7 @@ def test_ids_that_tokenising_would_not_give_are_kept(talk, game):
     spelt = [talk.template.encode(letter)[0] for letter in "50"]
 
     def generate(ids):
-        return [*spelt, 0, 2], [-0.1] * 4  # an id in the middle that no text has
+        return Generated([*spelt, 0, 2], [-0.1] * 4, [0] * 4, True)  # an id in the middle that no text has
 
     found = run_episode(game(), {"number": 1}, talk, generate, Limits(turns=1))
     assert found.ids[found.prompt :] == [*spelt, 0, 2]
@@ -69,7 +72,7 @@ def test_a_reply_without_an_end_is_given_one_that_is_not_trained(talk, game):
     found = run_episode(game(), {"number": 2}, talk, says(talk, "1", "2", end=False))
     text = talk.template.decode(found.ids[found.prompt :], skip_special_tokens=False)
     assert text == "1<|im_end|>\n<|im_start|>user\nhigher<|im_end|>\n<|im_start|>assistant\n2"
-    assert sum(found.trained) == 2
+    assert (sum(found.trained), found.ended) == (2, False)
 
 
 def test_rewards_add_up_and_turns_and_tokens_are_bounded(talk, game):
@@ -104,6 +107,66 @@ def test_episodes_are_played_side_by_side(talk, game):
     ends = []
     for one, reply in zip(games, ("1", "2")):
         with pytest.raises(StopIteration) as stopped:
-            one.send(([*talk.template.encode(reply), 2], [0.0, 0.0]))
+            one.send(Generated([*talk.template.encode(reply), 2], [0.0, 0.0], [0, 0], True))
         ends.append(stopped.value.value.end)
     assert ends == ["done", "done"]
+
+
+def test_a_plain_completion_is_an_episode_of_one_turn():
+    found = single([5, 6], Generated([7, 2], [-0.1, -0.2], [4, 5], True, routed(3)), "seven")
+    assert (found.ids, found.trained, found.prompt) == ([5, 6, 7, 2], [False, False, True, True], 2)
+    assert (found.logprobs, found.versions) == ([0.0, 0.0, -0.1, -0.2], [0, 0, 4, 5])
+    assert (found.replies, found.reward, found.end, found.ended) == (["seven"], 0.0, "done", True)
+    assert found.routing[:, 0, 0].tolist() == [0, 1, 2, -1]  # the last id was never read
+    assert single([5], Generated([7], [-0.1], [0], False), "seven").end == "tokens"
+    with pytest.raises(ValueError, match="1 log-probs and 2 versions for 2 ids"):
+        single([5], Generated([7, 2], [-0.1], [0, 0], True), "seven")
+
+
+def test_the_routing_of_an_id_is_that_of_its_first_reading(talk, game):
+    lengths = []
+
+    def generate(ids):
+        lengths.append(len(ids) + 2)
+        said = [*talk.template.encode("1" if len(lengths) == 1 else "2"), 2]
+        routing = routed(lengths[-1] - 1, 10 * len(lengths))
+        routing[1] = -1  # came from what was read before, by another request
+        return Generated(said, [0.0, 0.0], [0, 0], True, routing)
+
+    found = run_episode(game(), {"number": 2}, talk, generate)
+    first, second = lengths
+    known = found.routing[:, 0, 0].tolist()
+    assert (found.end, found.routing.shape) == ("done", (second, 2, 3))
+    assert known == [10, -1, *range(12, 10 + first - 1), *range(20 + first - 1, 20 + second - 1), -1]
+
+
+def test_an_environment_elsewhere_is_waited_for_and_its_failure_ends_the_episode(talk):
+    class Elsewhere:
+        def __init__(self):
+            self.answers = [Future(), Future(), Future()]
+            self.coming = iter(self.answers)
+
+        def reset(self, row):
+            return next(self.coming)
+
+        def step(self, reply):
+            return next(self.coming)
+
+    env = Elsewhere()
+    playing = play(env, {}, talk)
+    assert next(playing) is env.answers[0]
+    ids = playing.send([{"role": "user", "content": "?"}])
+    assert talk.template.decode(ids).endswith("?\nassistant\n")
+    said = Generated([*talk.template.encode("a"), 2], [0.0, 0.0], [0, 0], True)
+    assert playing.send(said) is env.answers[1]
+    assert len(playing.send(Step([{"role": "user", "content": "!"}], reward=0.5))) > len(ids)
+    assert playing.send(said) is env.answers[2]
+    with pytest.raises(StopIteration) as stopped:
+        playing.send(Failed("it hung"))
+    found = stopped.value.value
+    assert (found.end, found.reward, found.error, sum(found.trained)) == ("failed", 0.0, "it hung", 4)
+
+
+def routed(length, first=0):
+    """Row i of expert first + i."""
+    return torch.arange(first, first + length, dtype=torch.int16)[:, None, None].repeat(1, 2, 3)

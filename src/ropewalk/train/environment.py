@@ -11,15 +11,39 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ropewalk.chat.template import Template
 from ropewalk.train.reward_functions import Message
 
+if TYPE_CHECKING:  # the processes of environments are light
+    from torch import Tensor
+
 REPLY = "271828182845904523536"  # stands for a reply where only what a template writes after one is wanted
-Generated = tuple[Sequence[int], Sequence[float]]  # ids, the last one an end where there is one; their log-probs
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was sampled behind the ids that were given.  generator -> episode"""
+
+    ids: Sequence[int]  # the last one an end where there is one
+    logprobs: Sequence[float]
+    versions: Sequence[int]  # of the adapter that sampled each
+    ended: bool  # by itself, rather than by a limit
+    routing: Tensor | None = None  # int16 [ids given and sampled, layers, k], from the first one on; -1 or missing: unknown
+
+
 Generate = Callable[[Sequence[int]], Generated]
+End = Literal["done", "turns", "tokens", "failed"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In the place of what an environment should have answered."""
+
+    error: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,18 @@ class Env(Protocol):
         ...
 
     def step(self, reply: str) -> Step:
+        """What follows from the model's reply."""
+        ...
+
+
+class RemoteEnv(Protocol):
+    """One conversation whose environment is elsewhere: what it answers comes later, or `Failed` does."""
+
+    def reset(self, row: Mapping[str, Any]) -> Future[Sequence[Message] | Failed]:
+        """The first messages, for a row of the data."""
+        ...
+
+    def step(self, reply: str) -> Future[Step | Failed]:
         """What follows from the model's reply."""
         ...
 
@@ -89,16 +125,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class Episode:
-    """One conversation, ready to be learnt from.  rollouts -> trainer"""
+    """One conversation, or one completion, ready to be learnt from.  rollouts -> trainer"""
 
     ids: list[int]
     trained: list[bool]  # whether an id was sampled
     logprobs: list[float]  # of ids that were sampled; 0 elsewhere
+    versions: list[int]  # of the adapter that sampled an id; 0 elsewhere
     prompt: int  # ids of the first prompt
     replies: list[str]
-    reward: float
-    end: Literal["done", "turns", "tokens", "failed"]
+    reward: float  # of the environment
+    end: End
     error: str = ""  # of the environment, with its traceback
+    routing: Tensor | None = None  # int16 [len(ids), layers, k], the experts of each id; -1 where they are not known
+    ended: bool = False  # whether the last reply ended by itself
+
+
+Playing = Generator["Sequence[int] | Future[Any]", Any, Episode]
 
 
 @dataclass
@@ -107,71 +149,131 @@ class _Record:
     prompt: int
     trained: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     replies: list[str] = field(default_factory=list)
     reward: float = 0.0
+    routing: Tensor | None = None
+    ended: bool = False
 
-    def sampled(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        self._add(ids, True, logprobs)
+    @classmethod
+    def of(cls, prompt: Sequence[int]) -> _Record:
+        record = cls([], len(prompt))
+        record.said(prompt)
+        return record
+
+    def sampled(self, generated: Generated, reply: str) -> None:
+        self._add(generated.ids, True, generated.logprobs, generated.versions)
+        self.replies.append(reply)
+        self.ended = generated.ended
+        if generated.routing is not None:
+            self._route(generated.routing)
 
     def said(self, ids: Sequence[int]) -> None:
-        self._add(ids, False, [0.0] * len(ids))
+        self._add(ids, False, [0.0] * len(ids), [0] * len(ids))
 
-    def _add(self, ids: Sequence[int], trained: bool, logprobs: Sequence[float]) -> None:
-        if len(ids) != len(logprobs):
-            raise ValueError(f"{len(logprobs)} log-probs for {len(ids)} ids")
+    def _add(self, ids: Sequence[int], trained: bool, logprobs: Sequence[float], versions: Sequence[int]) -> None:
+        if not len(ids) == len(logprobs) == len(versions):
+            raise ValueError(f"{len(logprobs)} log-probs and {len(versions)} versions for {len(ids)} ids")
         self.ids += ids
         self.trained += [trained] * len(ids)
         self.logprobs += logprobs
+        self.versions += versions
 
-    def end(self, end: Literal["done", "turns", "tokens", "failed"], error: str = "") -> Episode:
-        begun = [False] * self.prompt, [0.0] * self.prompt
+    def _route(self, routing: Tensor) -> None:
+        """Takes what is known of the routing; where an id was read again in a later turn, its first reading counts."""
+        if len(routing) > len(self.ids):
+            raise ValueError(f"the routing of {len(routing)} ids for {len(self.ids)}")
+        whole = self._routing_of(len(self.ids), like=routing)
+        part = whole[: len(routing)]
+        unknown = part < 0
+        part[unknown] = routing[unknown]
+        self.routing = whole
+
+    def _routing_of(self, length: int, like: Tensor) -> Tensor:
+        known = like[:0] if self.routing is None else self.routing
+        whole = like.new_full((length, *like.shape[1:]), -1)
+        whole[: len(known)] = known
+        return whole
+
+    def end(self, end: End, error: str = "") -> Episode:
+        routing = None if self.routing is None else self._routing_of(len(self.ids), like=self.routing)
         reward = 0.0 if error else self.reward
         return Episode(
-            self.ids, begun[0] + self.trained, begun[1] + self.logprobs, self.prompt, self.replies, reward, end, error
+            self.ids,
+            self.trained,
+            self.logprobs,
+            self.versions,
+            self.prompt,
+            self.replies,
+            reward,
+            end,
+            error,
+            routing,
+            self.ended,
         )
 
 
-def play(
-    env: Env, row: Mapping[str, Any], talk: Talk, limits: Limits = Limits()
-) -> Generator[Sequence[int], Generated, Episode]:
-    """One episode as a generator: gives the ids to go on from, is sent what was generated. Many can be played side by side."""
-    try:
-        begun = talk.begin(env.reset(row))
-    except Exception as error:
-        return _Record([], 0).end("failed", _told(error))
-    record = _Record(list(begun), len(begun))
+def single(prompt_ids: Sequence[int], generated: Generated, text: str) -> Episode:
+    """A prompt and its completion, which reads as `text`: an episode of one turn, without an environment."""
+    record = _Record.of(prompt_ids)
+    record.sampled(generated, text)
+    return record.end("done" if generated.ended else "tokens")
+
+
+def play(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Limits = Limits()) -> Playing:
+    """One episode as a generator: many can be played side by side.
+
+    It gives the ids to go on from, and is sent what was `Generated`; or what an environment elsewhere will answer, a future, and is
+    sent its result.
+    """
+    first = yield from _answer(env.reset, row)
+    begun = first if isinstance(first, Failed) else _trying(talk.begin, first)
+    if isinstance(begun, Failed):
+        return _Record.of([]).end("failed", begun.error)
+    record = _Record.of(begun)
     if len(begun) >= limits.tokens:
         return record.end("tokens")
     while True:
-        ids, logprobs = yield tuple(record.ids)
-        record.sampled(ids, logprobs)
-        record.replies.append(talk.read(ids))
-        try:
-            step = env.step(record.replies[-1])
-            record.reward += step.reward
-        except Exception as error:
-            return record.end("failed", _told(error))
+        generated = yield tuple(record.ids)
+        record.sampled(generated, talk.read(generated.ids))
+        step = yield from _answer(env.step, record.replies[-1])
+        if isinstance(step, Failed):
+            return record.end("failed", step.error)
+        record.reward += step.reward
         if step.done:
             return record.end("done")
         if len(record.replies) >= limits.turns:
             return record.end("turns")
-        following = talk.follow(step.messages, ids[-1] if ids else None)
+        following = _trying(talk.follow, step.messages, generated.ids[-1] if generated.ids else None)
+        if isinstance(following, Failed):
+            return record.end("failed", following.error)
         if len(record.ids) + len(following) >= limits.tokens:
             return record.end("tokens")
         record.said(following)
 
 
-def run_episode(env: Env, row: Mapping[str, Any], talk: Talk, generate: Generate, limits: Limits = Limits()) -> Episode:
+def run_episode(
+    env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, generate: Generate, limits: Limits = Limits()
+) -> Episode:
     """One episode with a function that generates."""
     playing = play(env, row, talk, limits)
     try:
-        ids = next(playing)
+        asked = next(playing)
         while True:
-            ids = playing.send(generate(ids))
+            asked = playing.send(asked.result() if isinstance(asked, Future) else generate(asked))
     except StopIteration as stopped:
         episode: Episode = stopped.value
         return episode
 
 
-def _told(error: Exception) -> str:
-    return "".join(traceback.format_exception(error)).strip()
+def _answer(ask: Callable[..., Any], given: Any) -> Generator[Future[Any], Any, Any]:
+    """What an environment answers, waited for where it is elsewhere."""
+    answer = _trying(ask, given)
+    return (yield answer) if isinstance(answer, Future) else answer
+
+
+def _trying(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return Failed("".join(traceback.format_exception(error)).strip())
