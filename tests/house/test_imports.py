@@ -28,7 +28,7 @@ FOLDERS = {
         *("config", "jobs", "engine", "chat", "files", "models", "registry", "checks", "sandbox", "tenants"),
         *("database", "vault", "ids", "failpoints", "folders"),
     },
-    "jobs": {"config", "registry", "files", "database", "ids"},
+    "jobs": {"config", "registry", "files", "tenants", "vault", "database", "ids", "failpoints", "folders"},
     "train": {
         "config",
         "data",
@@ -51,7 +51,7 @@ FOLDERS = {
     "files": {"batches", "tenants", "database", "vault", "sandbox", "home", "ids", "failpoints", "folders"},
     "batches": {"tenants", "database", "vault", "ids", "failpoints"},
     "tenants": {"database", "vault", "home", "ids"},
-    "migrations": {"batches", "compare", "files", "tenants", "database"},
+    "migrations": {"batches", "compare", "files", "jobs", "tenants", "database"},
     "checks": {"patterns", "sandbox", "schemas"},
     "schemas": {"patterns"},
     "patterns": set(),

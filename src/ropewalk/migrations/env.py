@@ -5,6 +5,7 @@ from alembic import context
 import ropewalk.batches.tables
 import ropewalk.compare.tables
 import ropewalk.files.tables
+import ropewalk.jobs.tables
 import ropewalk.tenants.tables  # noqa: F401  (they put their tables into `metadata`)
 from ropewalk.database import metadata
 
