@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -91,7 +92,7 @@ class Job:
     tail: list[int]  # ids of the tail that are still to read
     leader: Job | None  # the sample that reads the prompt for all of them
     constraint: Constraint | None
-    random: torch.Generator
+    random: Random
     at_once: bool = False  # whether a picture is read in one pass
     seen: Any = None  # what the model's eyes made of the picture at hand
     inside: int = 0  # ids of the first span of `todo` that have been read
@@ -106,6 +107,11 @@ class Job:
     @property
     def scope(self) -> str:
         return self.request.scope
+
+    @property
+    def told_at(self) -> float:
+        """The temperature at which log-probabilities are told."""
+        return (self.request.sampling.temperature or 1.0) if self.request.tempered else 1.0
 
     @property
     def reading(self) -> int:
@@ -377,12 +383,9 @@ class Engine:
             for row, job in zip(allowed, jobs):
                 if job.constraint is not None:
                     job.constraint.mask(row)
-        ids = choose(allowed, [job.request.sampling for job in jobs], [job.random for job in jobs])
-        logprobs = [0.0] * len(jobs)
-        if any(job.request.logprobs for job in jobs):
-            picked = plain.gather(1, torch.tensor(ids, device=plain.device)[:, None])[:, 0]
-            logprobs = (picked - torch.logsumexp(plain, -1)).tolist()
-        for job, id, logprob in zip(jobs, ids, logprobs):
+        told = [job.told_at for job in jobs] if any(job.request.logprobs for job in jobs) else []
+        ids, logprobs = choose(allowed, [job.request.sampling for job in jobs], [job.random for job in jobs], plain, told)
+        for job, id, logprob in zip(jobs, ids, logprobs or [0.0] * len(jobs)):
             self._produced(job, id, logprob)
 
     def _produced(self, job: Job, id: int, logprob: float) -> None:

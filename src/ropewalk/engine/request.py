@@ -77,6 +77,7 @@ class Request:
     samples: int = 1
     scope: str = ""  # whose it is: what one scope has read is never found by another
     logprobs: bool = False
+    tempered: bool = False  # log-probabilities at the temperature of sampling, not truncated; otherwise the model's own
 
     @property
     def length(self) -> int:
@@ -91,7 +92,9 @@ class Event:
     id: str
     sample: int
     ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()  # of the ids, under the model as it is, whatever the sampling
+    logprobs: tuple[
+        float, ...
+    ] = ()  # of the ids, under the model as it is, or at the request's temperature where it is to be `tempered`
     finish: Finish = ""
     read: int | None = None  # ids of the prefix that were found; told once, with the first event
     created: int | None = None  # ids of the prefix that were read now and kept
