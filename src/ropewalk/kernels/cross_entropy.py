@@ -122,21 +122,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def of_chunk(z: Tensor, targets: Tensor, softcap: float | None, scale: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """log p [c] of one chunk, and the gradients of -log p to the head's output z [c, V] before scale and cap; z is overwritten."""
+def of_chunk(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+    with_grad: bool,
+    *,
+    temperature: float = 1.0,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log p [c] of one chunk, and the gradients of -log p to the head's output z [c, V] before scale and cap; z is overwritten.
+
+    The temperature divides the logits that come out of scale and cap; into `entropy` [c], where given, goes that of each row.
+    """
+    if softcap is None:
+        scale /= temperature
     if scale != 1.0:
         z *= scale
     slope = None
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = 1 - z * z if with_grad else None
-        z *= softcap
+        slope = (1 - z * z).div_(temperature) if with_grad else None
+        z *= softcap / temperature
     log_p = torch.log_softmax(z, dim=-1)
     at = targets.unsqueeze(1)
     found = log_p.gather(1, at).squeeze(1)
+    if entropy is not None:
+        p = torch.exp(log_p, out=z)
+        torch.neg(torch.linalg.vecdot(p, log_p), out=entropy)
+        dz = p
     if not with_grad:
         return found, None
-    dz = log_p.exp_()
+    if entropy is None:
+        dz = log_p.exp_()
     dz.scatter_add_(1, at, dz.new_full((1, 1), -1.0).expand(at.shape))
     if slope is not None:
         dz *= slope

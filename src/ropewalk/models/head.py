@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ropewalk.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from ropewalk.kernels.log_probs import linear_log_probs, of_logits
+from ropewalk.kernels.log_probs import LogProbs, linear_log_probs, of_logits
 
 Isolation = Literal["positions", "one row", "unpacked"]
 """How samples packed into a row are kept apart: the model reads it from position ids; it does so if all rows are laid end to
@@ -78,35 +78,70 @@ class Head:
         self, model: nn.Module, ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **extra: Any
     ) -> Tensor:
         """log p of the token at t given those before it, [B, T] float32; 0 where labels[b, t] is -100. Labels are not shifted."""
+        return self.log_probs_at(model, ids, labels, position_ids, **extra).of_labels
+
+    def log_probs_at(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        **extra: Any,
+    ) -> LogProbs:
+        """The same [B, T] at a temperature, which divides the logits, with the entropy of what each token was drawn from."""
+
+        def of(ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> LogProbs:
+            return self._log_probs(model, ids, labels, position_ids, temperature, entropy, extra)
+
         if position_ids is not None and self.isolation == "unpacked":
             # Where each token of the rows that are made comes from: numbers take the place of ids.
             places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-            found = torch.zeros(ids.numel(), device=ids.device)
+            values, entropies = [], []
             for place, target, where in unpack(places, labels, position_ids):
-                part = self._log_probs(model, ids.flatten()[place], target, where, extra)
-                kept = target != IGNORED
-                found = found.index_add(0, place[kept], part[kept])
-            return found.view_as(ids)
+                part, kept = of(ids.flatten()[place], target, where), target != IGNORED
+                values.append((place[kept], part.of_labels[kept]))
+                if part.entropy is not None:
+                    entropies.append((place[kept], part.entropy[kept]))
+            return LogProbs(_put(ids, values), _put(ids, entropies) if entropies else None)
         if position_ids is not None and self.isolation == "one row":
             ((flat, targets, positions),) = self._apart(ids, labels, position_ids)
-            return self._log_probs(model, flat, targets, positions, extra).view_as(ids)
-        return self._log_probs(model, ids, labels, position_ids, extra)
+            found = of(flat, targets, positions)
+            return LogProbs(found.of_labels.view_as(ids), None if found.entropy is None else found.entropy.view_as(ids))
+        return of(ids, labels, position_ids)
 
     def _log_probs(
-        self, model: nn.Module, ids: Tensor, labels: Tensor, position_ids: Tensor | None, extra: dict[str, Any]
-    ) -> Tensor:
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        temperature: float,
+        entropy: bool,
+        extra: dict[str, Any],
+    ) -> LogProbs:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         if self.after is None or not _only_multiplies(output_module(model)):
-            logits = run(model, ids, position_ids, **extra).logits
-            found = of_logits(logits.flatten(0, 1).float(), targets)
+            logits = run(model, ids, position_ids, **extra).logits.flatten(0, 1).float()
+            found = of_logits(logits if temperature == 1.0 else logits / temperature, targets, entropy=entropy)
         else:
             head = output_module(model)
             with instead_of(head, nothing) as seen:
                 run(model, ids, position_ids, **extra)
             scale, softcap = self.after.scale, self.after.softcap
-            hidden = seen[0].flatten(0, 1)
-            found = linear_log_probs(hidden, head.weight, targets, bias=head.bias, scale=scale, softcap=softcap)
-        return torch.nn.functional.pad(found.view_as(ids)[:, :-1], (1, 0))
+            found = linear_log_probs(
+                seen[0].flatten(0, 1),
+                head.weight,
+                targets,
+                bias=head.bias,
+                scale=scale,
+                softcap=softcap,
+                temperature=temperature,
+                entropy=entropy,
+            )
+        return LogProbs(*(None if part is None else _behind(part.view_as(ids)) for part in found))  # type: ignore[arg-type]
 
     def _apart(self, ids: Tensor, labels: Tensor, position_ids: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         if position_ids is None or self.isolation == "positions":
@@ -123,7 +158,7 @@ def output_head(model: nn.Module) -> Head:
     model.eval()
     try:
         with torch.no_grad():
-            isolation = _find_isolation(model)
+            isolation = find_isolation(model)
             try:
                 return Head(_prove(model), isolation)
             except _NotProven as why:
@@ -194,6 +229,19 @@ def _padded(ids: Tensor, labels: Tensor, spans: list[tuple[int, int]]) -> tuple[
     out_ids = pad([ids[start:end] for start, end in spans], batch_first=True)
     out_labels = pad([labels[start:end] for start, end in spans], batch_first=True, padding_value=IGNORED)
     return out_ids, out_labels, torch.arange(out_ids.shape[1], device=ids.device).expand(out_ids.shape)
+
+
+def _behind(predictions: Tensor) -> Tensor:
+    """[B, T]: what was found at t - 1 about the token at t, at t."""
+    return torch.nn.functional.pad(predictions[:, :-1], (1, 0))
+
+
+def _put(ids: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values at their places in rows shaped as ids [B, T], 0 elsewhere."""
+    found = parts[0][1].new_zeros(ids.numel())
+    for place, values in parts:
+        found = found.index_add(0, place, values)
+    return found.view_as(ids)
 
 
 class _NotProven(Exception):
@@ -284,7 +332,7 @@ def _measure(model: nn.Module, head: nn.Module, ids: Tensor) -> AfterHead:
     return after
 
 
-def _find_isolation(model: nn.Module) -> Isolation:
+def find_isolation(model: nn.Module) -> Isolation:
     """Swap the first of two packed samples and see whether the logits of the second change."""
     if "position_ids" not in _accepted(model):
         return "unpacked"

@@ -17,10 +17,14 @@ from transformers import PreTrainedModel
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
+from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
+from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.head import Head, output_head
-from ropewalk.models.load import load_base
+from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
+from ropewalk.models.score_head import ScoreHead, score_head
+from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
 
 # What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.
@@ -58,13 +62,17 @@ class Pupil:
             trainable=full,
             overrides=config.overrides_of_model_config,
             random_weights=config.reinit_weights and resume is None,
+            scored=scored_by(config),
         )
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         _fit_vocabulary(model, prepared.template.vocabulary, config)
         if full and config.unfrozen_parameters:
             _unfreeze(model, config.unfrozen_parameters)
-        head = output_head(model)
+        if scored_by(config):
+            # A classifier of transformers reads a sequence's score at its last token that is not this one.
+            model.config.get_text_config().pad_token_id = prepared.template.pad_id
+        head = score_head(model) if scored_by(config) else output_head(model)
         adapter = None if full else attach(model, lora_spec(config), seed=config.seed)
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
@@ -108,6 +116,35 @@ class Pupil:
         with self.quietly(), self.adapter.enabled(False):
             return self.head.log_probs(self.model, ids, labels, position_ids)
 
+    def policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
+        """log p of every sampled token at the temperature it was sampled at, [T]; 0 where nothing was sampled."""
+        return self._of_policy(batch, temperature, entropy=False).of_labels
+
+    def policy_log_probs_with_entropy(self, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy in nats of what each was drawn from, [T], which is constant."""
+        found = self._of_policy(batch, temperature, entropy=True)
+        assert found.entropy is not None
+        return found.of_labels, found.entropy
+
+    def base_policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
+        """The same of the base, which is this model with its adapter switched off; constant."""
+        assert self.adapter is not None, "without an adapter there is no base to compare with"
+        with self.quietly(), self.adapter.enabled(False):
+            return self._of_policy(batch, temperature, entropy=False).of_labels
+
+    def _of_policy(self, batch: PolicyBatch, temperature: float, *, entropy: bool) -> LogProbs:
+        device = self.model.device
+        ids, labels, positions = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.labels, batch.position_ids))
+        with self._where_activations_wait():
+            found = self.head.log_probs_at(self.model, ids, labels, positions, temperature=temperature, entropy=entropy)
+        return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
+
+    def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
+        assert isinstance(self.head, ScoreHead), "this model writes text"
+        with self._where_activations_wait():
+            return self.head.scores(self.model, ids, labels, position_ids)
+
     @contextmanager
     def quietly(self) -> Iterator[None]:
         """Within it nothing is dropped out and no gradient is kept; after it the model is in the mode it was in."""
@@ -137,7 +174,12 @@ class Pupil:
             self.adapter.load(folder)
             return
         saved = load_base(
-            folder, dtype=self.model.dtype, device="cpu", attn_implementation="eager", experts_implementation=None
+            folder,
+            dtype=self.model.dtype,
+            device="cpu",
+            attn_implementation="eager",
+            experts_implementation=None,
+            scored=scored_by(self.config),
         )
         self.model.load_state_dict(saved.state_dict())
 
@@ -159,6 +201,12 @@ class Pupil:
         temporary.rename(folder)
 
 
+def scored_by(config: Run) -> Scored | None:
+    """What the run's model scores, where it is no model that writes."""
+    kind = scored(config)
+    return None if kind is None else Scored(tokens=kind == "steps", outputs=OUTPUTS[kind])
+
+
 def lora_spec(config: Run) -> LoraSpec:
     """What the adapter covers and how, from the run's keys."""
     modules = config.lora_target_modules
@@ -177,7 +225,7 @@ def lora_spec(config: Run) -> LoraSpec:
         rslora=config.peft_use_rslora,
         dora=config.peft_use_dora,
         layers_to_transform=config.peft_layers_to_transform,
-        modules_to_save=tuple(config.lora_modules_to_save or ()),
+        modules_to_save=tuple(dict.fromkeys([*(config.lora_modules_to_save or ()), *(("score",) if scored(config) else ())])),
         alora_invocation_tokens=config.alora_invocation_tokens,
     )
 

@@ -1,0 +1,195 @@
+"""Policy micro-batches: the same log-probs and gradients however the samples of a step are laid out."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ropewalk.config.run import parse_run
+from ropewalk.models.experts import NAME, register_experts
+from ropewalk.models.head import output_head
+from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.tiny import tiny_config
+from ropewalk.train.environment import Episode
+from ropewalk.train.policy_batches import lay_out
+from ropewalk.train.policy_losses import METHODS, PolicyInput, Totals, policy_loss
+from ropewalk.train.pupil import Pupil
+
+PAD = 0
+RUN = parse_run("{base_model: base, datasets: [{path: rows.jsonl}], output_dir: run, adapter: lora, learning_rate: 1e-3}")
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3_moe": {},
+    "gemma2": {"sliding_window": 6},  # narrower than the prompts, and than some answers
+    "qwen3_next": {},  # carries a state, so that packed samples get rows of their own
+}
+STEP = [(7, (5, 2, 9)), (1, (3, 3)), (12, (4, 4, 1, 8)), (3, (6,))]  # ids of each prompt, and of each answer to it
+
+
+def episode(ids, trained, prompt, logprobs=None, routing=None):
+    logprobs = [-1.5 if sampled else 0.0 for sampled in trained] if logprobs is None else logprobs
+    return Episode(ids, trained, logprobs, [0] * len(ids), prompt, [], 0.0, "done", routing=routing)
+
+
+def step(sizes=STEP, seed=0):
+    """Groups of answers to a prompt; the last answer of each is of two turns, with words between that nobody sampled."""
+    draw = np.random.default_rng(seed)
+    groups = []
+    for prompt, answers in sizes:
+        first = draw.integers(64, 256, prompt).tolist()
+        group = []
+        for number, answer in enumerate(answers):
+            said = [3, 4] if number == len(answers) - 1 else []
+            ids = [*first, *draw.integers(64, 256, answer).tolist(), *said, *draw.integers(64, 256, len(said)).tolist()]
+            trained = [False] * prompt + [True] * answer + [False] * len(said) + [True] * len(said)
+            group.append(episode(ids, trained, prompt))
+        groups.append(group)
+    return groups
+
+
+def pupil_of(architecture, dtype=torch.float64, **overrides):
+    register_experts()
+    torch.manual_seed(0)
+    config = tiny_config(architecture, **ARCHITECTURES.get(architecture, {}) | overrides)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=NAME).to(dtype).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    head = output_head(model)
+    adapter = attach(model, LoraSpec(r=4), seed=0, dtype=dtype)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters().items():
+            if name.endswith("lora_B"):
+                parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=dtype) * 0.1)
+    return Pupil(model, adapter, head, RUN)
+
+
+def learnt(pupil, batches, advantage, temperature=0.7):
+    """The log-probs of every sample's sampled ids, and the gradients of a step's loss."""
+    parameters = [p for _, p in pupil.trainable()]
+    totals = Totals(len(advantage), sum(batch.trained for batch in batches))
+    found = {}
+    for batch in batches:
+        logp = pupil.policy_log_probs(batch, temperature)
+        mask, sample = torch.from_numpy(batch.labels[0] != -100), torch.from_numpy(batch.sample[0])
+        given = PolicyInput(
+            logp, mask, sample, advantage[list(batch.samples)], behaviour=torch.from_numpy(batch.behaviour[0]).double()
+        )
+        policy_loss(given, METHODS["dapo"], totals).loss.backward()
+        for index, number in enumerate(batch.samples):
+            found[number] = logp.detach()[mask & (sample == index)]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return found, gradients
+
+
+def alone(pupil, groups, temperature=0.7):
+    """The log-probs of every sample's sampled ids from a row of its own, through whole logits."""
+    found = {}
+    for number, sample in enumerate(e for group in groups for e in group):
+        logits = pupil.model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0, :-1]
+        logp = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(sample.ids[1:])[:, None])[:, 0]
+        found[number] = logp[torch.tensor(sample.trained[1:])]
+    return found
+
+
+def same(ours, theirs, tolerance=1e-9):
+    (values, gradients), (their_values, their_gradients) = ours, theirs
+    assert values.keys() == their_values.keys()
+    assert all(torch.allclose(values[n], their_values[n], atol=tolerance) for n in values)
+    assert all(torch.allclose(a, b, atol=tolerance) for a, b in zip(gradients, their_gradients))
+
+
+ADVANTAGE = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 0.7, -0.2, 0.4, -2.0, 1.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_samples_are_worth_what_they_are_worth_alone(architecture):
+    pupil, groups = pupil_of(architecture), step()
+    plain = lay_out(groups, tokens=40, shared=False, pad=PAD, multiple=8)
+    assert 1 < len(plain) < 10
+    mine = learnt(pupil, plain, ADVANTAGE)
+    rows = lay_out(groups, tokens=1, shared=False, pad=PAD, multiple=1)
+    assert len(rows) == 10
+    same(mine, learnt(pupil, rows, ADVANTAGE))
+    expected = alone(pupil, groups)
+    assert all(torch.allclose(mine[0][n], expected[n].detach(), atol=1e-5) for n in expected)
+
+
+def test_a_row_holds_ids_labels_positions_and_what_was_noted_when_they_were_sampled():
+    group = [episode([7, 8, 9], [False, False, True], 2, [0, 0, -0.5]), episode([7, 8, 5, 6], [False, False, True, True], 2)]
+    (plain,) = lay_out([group], tokens=16, shared=False, pad=PAD, multiple=8)
+    assert plain.ids.tolist() == [[7, 8, 9, 7, 8, 5, 6, 0]]
+    assert plain.labels.tolist() == [[-100, -100, 9, -100, -100, 5, 6, -100]]
+    assert plain.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert plain.sample.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+    assert plain.behaviour.tolist() == [[0, 0, -0.5, 0, 0, -1.5, -1.5, 0]]
+    assert (plain.samples, plain.tokens, plain.trained, plain.shared) == ((0, 1), 7, 3, None)
+    (shared,) = lay_out([group], tokens=16, shared=True, pad=PAD, multiple=8)
+    assert shared.ids.tolist() == [[7, 8, 9, 8, 5, 6, 0, 0]]
+    assert shared.labels.tolist() == [[-100, -100, 9, -100, 5, 6, -100, -100]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 1, 2, 3, 4, 5]]
+    assert [(piece.prompt, piece.branches) for piece in shared.shared.pieces] == [(1, (2, 3))]
+
+
+def test_samples_that_train_nothing_are_left_out_and_the_others_keep_their_numbers():
+    failed = episode([], [], 0)
+    (batch,) = lay_out([[failed, *step()[0]], [failed]], tokens=64, shared=True, pad=PAD, multiple=8)
+    assert batch.samples == (1, 2, 3)
+    assert lay_out([[failed]], tokens=64, shared=True, pad=PAD, multiple=8) == []
+
+
+def test_only_several_answers_to_one_prompt_of_more_than_an_id_share_it_and_never_more_than_a_row_holds():
+    other = episode([70, 71, 72], [False, False, True], 2)
+    groups = [*step(), [*step()[0][:1], other]]
+    rows = lay_out(groups, tokens=30, shared=True, pad=PAD, multiple=8)
+    prompts = {n: piece.prompt for row in rows if row.shared for n, piece in zip_pieces(row)}
+    assert prompts == {0: 6, 1: 6, 2: 6, 5: 11, 6: 11, 7: 11, 8: 11} | {n: 0 for n in prompts if n in (3, 4, 9, 10, 11)}
+    assert [piece.branches for row in rows if row.shared for piece in row.shared.pieces if piece.prompt == 11] == [
+        (5, 13),
+        (5, 2),
+    ]
+    assert all(row.tokens <= 30 for row in rows)
+    assert sorted(n for row in rows for n in row.samples) == list(range(12))
+
+
+def zip_pieces(row):
+    numbers = iter(row.samples)
+    return [(next(numbers), piece) for piece in row.shared.pieces for _ in piece.branches]
+
+
+def test_the_experts_that_read_an_id_lie_beside_it():
+    known = torch.arange(3 * 2, dtype=torch.int16).view(3, 1, 2)
+    group = [episode([7, 8, 9], [False, False, True], 2, routing=known[:2]), episode([7, 8, 5], [False, False, True], 2)]
+    (batch,) = lay_out([group], tokens=16, shared=False, pad=PAD, multiple=4)
+    assert batch.routing.dtype == torch.int16
+    assert batch.routing[:, 0].tolist() == [[0, 1], [2, 3]] + [[-1, -1]] * 6
+
+
+def test_the_temperature_divides_the_logits_before_the_softmax_and_the_entropy_is_that_of_what_was_sampled():
+    pupil, groups = pupil_of("gemma2"), step()
+    (batch,) = lay_out(groups, tokens=200, shared=False, pad=PAD, multiple=8)
+    logp, entropy = pupil.policy_log_probs_with_entropy(batch, 0.7)
+    assert torch.equal(logp, pupil.policy_log_probs(batch, 0.7))
+    expected = alone(pupil, groups)
+    for index, number in enumerate(batch.samples):
+        at = torch.from_numpy((batch.labels[0] != -100) & (batch.sample[0] == index))
+        assert torch.allclose(logp[at], expected[number], atol=1e-5)
+    row = torch.tensor([groups[0][0].ids])
+    p = torch.softmax(pupil.model(input_ids=row, use_cache=False).logits[0] / 0.7, -1)
+    begin = batch.samples.index(0)
+    at = torch.from_numpy((batch.labels[0] != -100) & (batch.sample[0] == begin))
+    assert torch.allclose(entropy[at], -(p * p.log()).sum(-1)[6:11], atol=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_the_base_is_the_pupil_without_its_adapter():
+    pupil, groups = pupil_of("llama"), step()
+    (batch,) = lay_out(groups, tokens=200, shared=False, pad=PAD, multiple=8)
+    with pupil.adapter.enabled(False):
+        expected = pupil.policy_log_probs(batch, 0.7).detach()
+    base = pupil.base_policy_log_probs(batch, 0.7)
+    assert torch.equal(base, expected)
+    assert not torch.allclose(base, pupil.policy_log_probs(batch, 0.7), atol=1e-3)
