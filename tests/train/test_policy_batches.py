@@ -71,7 +71,7 @@ def learnt(pupil, batches, advantage, temperature=0.7):
     totals = Totals(len(advantage), sum(batch.trained for batch in batches))
     found = {}
     for batch in batches:
-        logp = pupil.policy_log_probs(batch, temperature).of_labels
+        logp = pupil.policy_log_probs(batch, temperature)
         mask, sample = torch.from_numpy(batch.labels[0] != -100), torch.from_numpy(batch.sample[0])
         given = PolicyInput(
             logp, mask, sample, advantage[list(batch.samples)], behaviour=torch.from_numpy(batch.behaviour[0]).double()
@@ -171,8 +171,8 @@ def test_the_experts_that_read_an_id_lie_beside_it():
 def test_the_temperature_divides_the_logits_before_the_softmax_and_the_entropy_is_that_of_what_was_sampled():
     pupil, groups = pupil_of("gemma2"), step()
     (batch,) = lay_out(groups, tokens=200, shared=False, pad=PAD, multiple=8)
-    logp, entropy = pupil.policy_log_probs(batch, 0.7, entropy=True)
-    assert torch.equal(logp, pupil.policy_log_probs(batch, 0.7).of_labels)
+    logp, entropy = pupil.policy_log_probs_with_entropy(batch, 0.7)
+    assert torch.equal(logp, pupil.policy_log_probs(batch, 0.7))
     expected = alone(pupil, groups)
     for index, number in enumerate(batch.samples):
         at = torch.from_numpy((batch.labels[0] != -100) & (batch.sample[0] == index))
@@ -189,7 +189,7 @@ def test_the_base_is_the_pupil_without_its_adapter():
     pupil, groups = pupil_of("llama"), step()
     (batch,) = lay_out(groups, tokens=200, shared=False, pad=PAD, multiple=8)
     with pupil.adapter.enabled(False):
-        expected = pupil.policy_log_probs(batch, 0.7).of_labels.detach()
-    base = pupil.base_policy_log_probs(batch, 0.7).of_labels
+        expected = pupil.policy_log_probs(batch, 0.7).detach()
+    base = pupil.base_policy_log_probs(batch, 0.7)
     assert torch.equal(base, expected)
-    assert not torch.allclose(base, pupil.policy_log_probs(batch, 0.7).of_labels, atol=1e-3)
+    assert not torch.allclose(base, pupil.policy_log_probs(batch, 0.7), atol=1e-3)

@@ -116,19 +116,28 @@ class Pupil:
         with self.quietly(), self.adapter.enabled(False):
             return self.head.log_probs(self.model, ids, labels, position_ids)
 
-    def policy_log_probs(self, batch: PolicyBatch, temperature: float, *, entropy: bool = False) -> LogProbs:
-        """log p of every sampled token at the temperature it was sampled at, [T], and the entropy it was drawn from; 0 elsewhere."""
+    def policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
+        """log p of every sampled token at the temperature it was sampled at, [T]; 0 where nothing was sampled."""
+        return self._of_policy(batch, temperature, entropy=False).of_labels
+
+    def policy_log_probs_with_entropy(self, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy in nats of what each was drawn from, [T], which is constant."""
+        found = self._of_policy(batch, temperature, entropy=True)
+        assert found.entropy is not None
+        return found.of_labels, found.entropy
+
+    def base_policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
+        """The same of the base, which is this model with its adapter switched off; constant."""
+        assert self.adapter is not None, "without an adapter there is no base to compare with"
+        with self.quietly(), self.adapter.enabled(False):
+            return self._of_policy(batch, temperature, entropy=False).of_labels
+
+    def _of_policy(self, batch: PolicyBatch, temperature: float, *, entropy: bool) -> LogProbs:
         device = self.model.device
         ids, labels, positions = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.labels, batch.position_ids))
         with self._where_activations_wait():
             found = self.head.log_probs_at(self.model, ids, labels, positions, temperature=temperature, entropy=entropy)
         return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
-
-    def base_policy_log_probs(self, batch: PolicyBatch, temperature: float) -> LogProbs:
-        """The same of the base, which is this model with its adapter switched off; constant."""
-        assert self.adapter is not None, "without an adapter there is no base to compare with"
-        with self.quietly(), self.adapter.enabled(False):
-            return self.policy_log_probs(batch, temperature)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
