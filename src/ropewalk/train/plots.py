@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 36, 40
-COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c")
+COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#5c940d", "#868e96")
 Series = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
 
@@ -33,6 +33,15 @@ def line_plot(title: str, x_name: str, y_name: str, series: Sequence[Series]) ->
         "@media(prefers-color-scheme:dark){text{fill:#ced4da}}</style>"
         f'<text x="{LEFT}" y="20" style="font-weight:600;font-size:14px">{escape(title)}</text>{"".join(body)}</svg>\n'
     )
+
+
+def stacked(plots: Sequence[str]) -> str:
+    """Several plots as one document, one below the other."""
+    if len(plots) == 1:
+        return plots[0]
+    size = f'width="{WIDTH}" height="{HEIGHT}"'
+    body = "".join(plot.replace("<svg ", f'<svg y="{HEIGHT * number}" {size} ', 1) for number, plot in enumerate(plots))
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * len(plots)}">{body}</svg>\n'
 
 
 class _Scale:

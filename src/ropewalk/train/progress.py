@@ -14,7 +14,9 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ropewalk.train.plots import line_plot
+from ropewalk.train.headlines import evaluation_line, panel_rows, step_line
+from ropewalk.train.run_plots import plots_of
+from ropewalk.train.samples_page import samples_page
 
 Event = dict[str, Any]
 
@@ -49,29 +51,13 @@ def read_events(path: Path) -> list[Event]:
 
 
 def write_plots(events: Path, folder: Path) -> None:
-    """`loss.svg`, `throughput.svg` and `rate.svg` from an event log."""
+    """All plots of an event log, and beside the log `samples.html` where completions were logged."""
     folder.mkdir(exist_ok=True)
     log = read_events(events)
-    steps = [e for e in log if e["event"] == "step"]
-    evals = [e for e in log if e["event"] == "eval"]
-    x = [e["step"] for e in steps]
-    loss = [("training loss", x, [e["loss"] for e in steps])]
-    if evals:
-        loss.append(("evaluation loss", [e["step"] for e in evals], [e["loss"] for e in evals]))
-    speed = [("tokens/s", x, [e["tokens_per_second"] for e in steps])]
-    rate = [("learning rate", x, [e["learning_rate"] for e in steps])]
-    compared = [name for name in ("rewards/chosen", "rewards/rejected", "rewards/margins") if steps and name in steps[0]]
-    if compared:
-        rewards = [(name.removeprefix("rewards/"), x, [e[name] for e in steps]) for name in compared]
-        share = [("training", x, [e["rewards/accuracies"] for e in steps])]
-        if evals:
-            share.append(("evaluation", [e["step"] for e in evals], [e["rewards/accuracies"] for e in evals]))
-        (folder / "rewards.svg").write_text(line_plot("Implicit rewards", "step", "reward", rewards), encoding="utf-8")
-        (folder / "accuracy.svg").write_text(line_plot("Preferred rightly", "step", "share", share), encoding="utf-8")
-    unit = "loss of a comparison" if compared else "nats per trained token"
-    (folder / "loss.svg").write_text(line_plot("Loss", "step", unit, loss), encoding="utf-8")
-    (folder / "throughput.svg").write_text(line_plot("Throughput", "step", "tokens per second", speed), encoding="utf-8")
-    (folder / "rate.svg").write_text(line_plot("Learning rate", "step", "learning rate", rate), encoding="utf-8")
+    for name, plot in plots_of(log).items():
+        (folder / name).write_text(plot, encoding="utf-8")
+    if page := samples_page(log, events.parent.name):
+        events.with_name("samples.html").write_text(page, encoding="utf-8")
 
 
 class Screen:
@@ -112,19 +98,13 @@ class Screen:
         if self._live:
             self._live.update(self._panel())
         elif values["step"] % self.every == 0 or values["step"] in (1, self.total):
-            self.say(
-                f"step {values['step']}/{self.total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-                f"{values['tokens_per_second']:.0f} tok/s  {values['memory'] / 1e6:.0f} MB  {self._left()} left{_compared(values)}"
-            )
+            self.say(step_line(values, self.total, self._left()))
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         self._evaluated = values
-        best = "  (best so far)" if values["best"] else ""
         if self._live:
             self._live.update(self._panel())
-        self.say(
-            f"step {values['step']}  evaluation loss {values['loss']:.4f} over {values['trained']} tokens{_compared(values)}{best}"
-        )
+        self.say(evaluation_line(values))
 
     def _left(self) -> str:
         done = self._last["step"] - self._first_step
@@ -134,24 +114,10 @@ class Screen:
     def _panel(self) -> Panel:
         if not self._last:
             return Panel("waiting for the first step", title=self.title)
-        values = self._last
         grid = Table.grid(padding=(0, 2))
-        evaluation = f"{self._evaluated['loss']:.4f}" if self._evaluated else "-"
-        grid.add_row("step", f"{values['step']} / {self.total}", "loss", f"{values['loss']:.4f}", "evaluation", evaluation)
-        grid.add_row("epoch", f"{values['epoch']:.2f}", "learning rate", f"{values['learning_rate']:.2e}", "left", self._left())
-        speed, memory = f"{values['tokens_per_second']:.0f}", f"{values['memory'] / 1e6:.0f} MB"
-        if "rewards/margins" in values:
-            margin, right = f"{values['rewards/margins']:.3f}", f"{values['rewards/accuracies']:.3f}"
-            grid.add_row("margin", margin, "accuracy", right)
-        grid.add_row("tokens/s", speed, "gradient norm", f"{values['gradient_norm']:.3f}", "memory", memory)
+        for row in panel_rows(self._last, self._evaluated, self.total, self._left()):
+            grid.add_row(*row)
         whole = Table.grid()
         whole.add_row(grid)
-        whole.add_row(ProgressBar(total=self.total, completed=values["step"], width=60))
+        whole.add_row(ProgressBar(total=self.total, completed=self._last["step"], width=60))
         return Panel(whole, title=self.title, expand=False)
-
-
-def _compared(values: Mapping[str, Any]) -> str:
-    """What a line says of preferences, where there are any."""
-    if "rewards/margins" not in values:
-        return ""
-    return f"  margin {values['rewards/margins']:.3f}  accuracy {values['rewards/accuracies']:.3f}"
