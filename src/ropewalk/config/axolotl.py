@@ -105,7 +105,7 @@ _IGNORED = {
         gradio_server_port gradio_max_new_tokens gradio_temperature
     """,
     "no method that reads it is switched on": """
-        vllm ebft center_rewards_coefficient max_prompt_len eaft_alpha eaft_k jagged_restart_warmup_steps
+        vllm ebft max_prompt_len eaft_alpha eaft_k jagged_restart_warmup_steps
         jagged_restart_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload adam_epsilon2
         adam_beta3 dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of
         qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits
@@ -113,14 +113,13 @@ _IGNORED = {
         pose_max_context_len pose_num_chunks scaling_softmax_factor scaling_softmax_bias fp8_enable_fsdp_float8_all_gather
         nvfp4_merge_aware_start_step image_size image_resize_algorithm role_boundaries processor_kwargs
         liger_use_token_scaling model_quantization_config_kwargs grokfast_lamb spectrum_model_name lr_div_factor
-        optim_target_modules num_labels kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
+        optim_target_modules kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
         kd_online_server kd_online_timeout kd_temperature_min
     """,
 }
 
 # way out -> keys. The run would differ from what was asked for.
 _REFUSED = {
-    "reward models are not supported yet; a check in a reward function needs none": "reward_model process_reward_model",
     "training on images or audio is not supported yet; train the text part: remove it and name text datasets": """
         processor_type freeze_mm_modules
     """,
@@ -262,7 +261,7 @@ _REFUSED_IN_TRL = {
     "it would make the probabilities of the sampler differ from those of the model; remove it": "repetition_penalty",
     "not supported; remove it": """
         vllm_guided_decoding_regex generation_kwargs sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
-        off_policy_mask_threshold use_bias_correction_kl replay_buffer_size replay_recompute_logps reroll_start_fraction
+        use_bias_correction_kl replay_buffer_size replay_recompute_logps reroll_start_fraction
         reroll_max_groups
     """,
     "write it at the top of the configuration": "chat_template_kwargs",
@@ -271,7 +270,6 @@ _REFUSED_IN_TRL = {
 # Keys of a data source that are Axolotl's and have no effect here that was asked for.
 _OF_SOURCES = {
     "this belongs into the mapping of type": "prompt_format chosen_format rejected_format completion_format",
-    "step-wise rewards are not supported yet": "step_separator max_completion_length train_on_last_step_only",
     "distillation is not supported yet": "logprobs_field temperature",
     "synthetic rows are not made here; name real ones": "length sequence_length min_input_id max_input_id seed",
     "this form is no longer used; write type: chat_template with field_messages and message_property_mappings": """

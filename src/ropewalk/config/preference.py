@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from ropewalk.config.keys import AboveZero, Group, Number, key, not_a_switch, one_or_more
+from ropewalk.config.scoring import scored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,8 +65,14 @@ class PreferenceKeys(Group):
     cpo_alpha: Number | None = key("Weight of the likelihood of chosen answers; default 1 for cpo, 0 for simpo.")
 
 
-def held(run: Run) -> Literal["pairs", "judged"] | None:
-    """What a row of the run's data holds beside plain text; None: the run is no training by preferences."""
+Held = Literal["pairs", "judged", "ranked", "steps"]
+
+
+def held(run: Run) -> Held | None:
+    """What a row of the run's data holds beside plain text: answers that are compared, or (ranked, steps) scored; None: nothing."""
+    kind = scored(run)
+    if kind is not None:
+        return "ranked" if kind == "answers" else "steps"
     return METHODS.get(run.rl or "")
 
 
@@ -77,7 +84,7 @@ def conflicts_of_preference(run: Run) -> Iterator[tuple[Place, str]]:
             yield (name,), f"key '{name}' is for rl: {' or '.join(methods)}; add that, or remove the key"
     for at, source in enumerate(run.datasets or ()):
         for name in ("field_chosen", "field_rejected", "field_completion", "field_label"):
-            if getattr(source, name) is not None and method is None:
+            if getattr(source, name) is not None and held(run) is None:
                 yield ("datasets", at, name), f"key 'datasets.{at}.{name}' is for preferences; add rl: dpo, orpo, simpo or kto"
     if method is None:
         return

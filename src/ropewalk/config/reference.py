@@ -22,6 +22,7 @@ from ropewalk.config.keys import (
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys, TrlKeys
 from ropewalk.config.run import Run
+from ropewalk.config.scoring import ScoringKeys
 
 _HEAD = """# Configuration
 
@@ -41,6 +42,7 @@ _SECTIONS: tuple[tuple[type[BaseModel], str], ...] = (
     (ReinforcementKeys, "Training by rewards"),
     (TrlKeys, "Training by rewards: the block `trl`"),
     (PreferenceKeys, "Training by preferences"),
+    (ScoringKeys, "Training of reward models"),
     (OutputKeys, "Evaluation, saving and logging"),
 )
 

@@ -1,7 +1,7 @@
 """YAML -> one frozen Run. Derived values are properties, and nothing rewrites what was written. No torch.
 
 document.py   the YAML and its lines        keys.py    every key that has an effect: type, default, sentence
-reinforcement.py   those of training by rewards   preference.py   and by preferences
+reinforcement.py   those of training by rewards   preference.py   by preferences   scoring.py   and of reward models
 axolotl.py    every other key of Axolotl's  rules.py   what cannot go together
 faults.py     what is wrong, in words         reference.py  the page and the schema made from keys.py
 """
@@ -21,6 +21,7 @@ from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, O
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rules import conflicts
+from ropewalk.config.scoring import ScoringKeys
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
 
@@ -33,8 +34,8 @@ ATTENTION_SWITCHES = {
 }
 
 
-class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, OutputKeys):
-    """One training, as asked for: the keys of the seven groups and what follows from them."""
+class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, ScoringKeys, OutputKeys):
+    """One training, as asked for: the keys of the eight groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)
@@ -255,6 +256,9 @@ def ignored_keys(run: Run) -> dict[str, str]:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
     if run.trl is not None and not run.by_rewards:
         ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
+    for name in ("num_labels", "center_rewards_coefficient"):
+        if getattr(run, name) and not (run.reward_model or (run.process_reward_model and name == "num_labels")):
+            ignored[name] = "no method that reads it is switched on; reward_model: true is one"
     if run.optimizer.startswith("paged_"):
         ignored["optimizer"] = "its state is not paged to the host; see the memory estimate"
     if run.experts_implementation not in (None, run.experts):

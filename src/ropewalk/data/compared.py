@@ -21,18 +21,18 @@ def lay_out_pairs(rows: Rows, lines: Sequence[NDArray[np.int64]], width: int | N
         laid = [[answer for pair in line for answer in pair] for line in halves]
     else:
         laid = [[answer] for line in halves for pair in line for answer in pair]
-    return _numbered(laid, rows.pad, width, multiple, pairs=True)
+    return numbered(laid, rows.pad, width, multiple, pairs=True)
 
 
 def lay_out_judged(
     rows: Rows, lines: Sequence[NDArray[np.int64]], partners: NDArray[np.int64], width: int | None, multiple: int
 ) -> Batch:
     """Judged answers, and beside them each prompt with the answer of its partner, by which KTO measures how far the model has gone."""
-    batch = _numbered([[rows[int(row)] for row in line] for line in lines], rows.pad, width, multiple)
+    batch = numbered([[rows[int(row)] for row in line] for line in lines], rows.pad, width, multiple)
     twins = [[_mismatched(rows, int(row), int(partners[row]), batch.ids.shape[1]) for row in line] for line in lines]
     assert batch.compared is not None
     wanted = rows.marks[np.concatenate(lines)] > 0
-    mismatched = _numbered(twins, rows.pad, None, multiple)
+    mismatched = numbered(twins, rows.pad, None, multiple)
     return replace(batch, compared=replace(batch.compared, wanted=wanted, mismatched=mismatched))
 
 
@@ -59,7 +59,7 @@ def _mismatched(rows: Rows, row: int, partner: int, longest: int) -> Pair:
     return joined[0][:longest], joined[1][:longest]
 
 
-def _numbered(lines: Sequence[Sequence[Pair]], pad: int, width: int | None, multiple: int, *, pairs: bool = False) -> Batch:
+def numbered(lines: Sequence[Sequence[Pair]], pad: int, width: int | None, multiple: int, *, pairs: bool = False) -> Batch:
     """The laid out batch with the number of every token's answer."""
     batch = lay_out(lines, pad, width, multiple)
     sample = np.zeros_like(batch.ids)

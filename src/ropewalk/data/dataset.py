@@ -75,9 +75,10 @@ class Compared:
     """Which answers of a batch are compared with what: samples 2 p and 2 p + 1 are the pair p, the chosen one first; or each is judged."""
 
     sample: NDArray[np.int64]  # [B, T]: which answer a token belongs to; padding belongs to the one before it
-    units: int  # pairs, or judged answers
-    wanted: NDArray[np.bool_] | None = None  # [units], of judged answers
+    units: int  # pairs, judged answers, or steps that are scored
+    wanted: NDArray[np.bool_] | None = None  # [units], of judged answers and of steps
     mismatched: Batch | None = None  # each prompt of judged answers with the answer to another
+    margins: NDArray[np.float32] | None = None  # [units], by how much the chosen of a pair is to score higher
 
 
 @dataclass(frozen=True)
@@ -253,12 +254,16 @@ def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, list[t
                 block = tokeniser.chunk(Chunk(chunk.path, row[0], None, (row,)))
                 for (ids, mask), mark in zip(block.rows(), block.marks.tolist()):
                     number += 1
-                    cut = mark if kind == "pairs" else len(ids)
+                    cut = mark if kind in ("pairs", "ranked", "steps") else len(ids)
+                    end = len(ids) - (kind == "ranked")
                     parts = [
-                        _spans(tokeniser.template, ids[p].tolist(), mask[p].tolist()) for p in (slice(cut), slice(cut, None))
+                        _spans(tokeniser.template, ids[p].tolist(), mask[p].tolist()) for p in (slice(cut), slice(cut, end))
                     ]
-                    if kind == "pairs":
+                    if kind in ("pairs", "ranked"):
                         yield [(f"pair {number}, chosen", parts[0]), (f"pair {number}, rejected", parts[1])]
+                    elif kind == "steps":
+                        verdicts = ", ".join("right" if right else "wrong" for right in ids[cut:])
+                        yield [(f"row {number}, steps {verdicts}", parts[0])]
                     elif kind == "judged":
                         yield [(f"row {number}, {'wanted' if mark > 0 else 'not wanted'}", parts[0])]
                     else:

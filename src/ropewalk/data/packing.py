@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropewalk.config.preference import held
+from ropewalk.config.preference import Held, held
 from ropewalk.config.run import Run
 from ropewalk.data.compared import lay_out_judged, lay_out_pairs, partners_of
 from ropewalk.data.dataset import Batch, Rows
 from ropewalk.data.laying import MULTIPLE, lay_out
+from ropewalk.data.scored import lay_out_ranked, lay_out_steps, lengths_of
 from ropewalk.data.stream import Stream
 
 WINDOW = 1 << 15  # rows packed together: enough for a tight fit, few enough for random neighbours
@@ -34,10 +35,10 @@ class Plan(Sequence[Batch]):
         width: int | None,
         multiple: int,
         partners: NDArray[np.int64] | None = None,
-        pairs: bool = False,
+        kind: Held | None = None,
         packed: bool = False,
     ) -> None:
-        self._rows, self._batches, self._partners, self._pairs, self._packed = rows, batches, partners, pairs, packed
+        self._rows, self._batches, self._partners, self._kind, self._packed = rows, batches, partners, kind, packed
         self._width, self._multiple = width, multiple
 
     def __len__(self) -> int:
@@ -46,8 +47,12 @@ class Plan(Sequence[Batch]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        if self._pairs:
+        if self._kind == "pairs":
             return lay_out_pairs(self._rows, self._batches[number], self._width, self._multiple, packed=self._packed)
+        if self._kind == "ranked":
+            return lay_out_ranked(self._rows, self._batches[number], self._width, self._multiple, packed=self._packed)
+        if self._kind == "steps":
+            return lay_out_steps(self._rows, self._batches[number], self._width, self._multiple)
         if self._partners is not None:
             return lay_out_judged(self._rows, self._batches[number], self._partners, self._width, self._multiple)
         lines = [[self._rows[int(row)] for row in line] for line in self._batches[number]]
@@ -69,16 +74,17 @@ def batches(
     size = (run.eval_batch_size if evaluation else None) or run.micro_batch_size
     packed = run.eval_packing if evaluation else run.packing
     kind = held(run)
-    if kind == "pairs" and packed:
+    if kind in ("pairs", "ranked") and packed:
         length *= 2  # a packed line holds whole pairs, of which each answer may be as long as a row
     if packed:
-        lines = pack(rows.lengths, order, length, in_order=ordered or run.sample_packing_sequentially, generator=generator)
+        in_order = ordered or run.sample_packing_sequentially
+        lines = pack(lengths_of(rows, kind), order, length, in_order=in_order, generator=generator)
     else:
         lines = [np.array([row]) for row in _by_length(order, rows, size, generator, run.group_by_length)]
     grouped = [lines[at : at + size] for at in range(0, len(lines), size)]
     width, multiple = length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE
     partners = partners_of(rows, order) if kind == "judged" else None
-    return Plan(rows, grouped, width, multiple, partners, kind == "pairs", packed)
+    return Plan(rows, grouped, width, multiple, partners, kind, packed)
 
 
 def pack(

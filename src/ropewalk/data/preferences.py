@@ -7,6 +7,7 @@ message of a conversation is compared.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from ropewalk.config.run import DataSource, PromptFormat, Run
 from ropewalk.data.conversations import COLUMNS as CONVERSATIONS
 from ropewalk.data.conversations import conversation_reader
 from ropewalk.data.formats import Conversation, Pieces, Reader, fill, missing, reader_of, text_of
+from ropewalk.data.stepwise import YES_AND_NO, Steps, steps_reader
 from ropewalk.errors import ConfigError, DataError
 
 Answered = Conversation | Pieces
@@ -28,6 +30,7 @@ class Pair:
 
     chosen: Answered
     rejected: Answered
+    margin: float = 0.0  # by how much the chosen one is to score higher, for reward models
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Judged:
     wanted: bool
 
 
-PreferenceReader = Callable[[Mapping[str, Any]], Pair | Judged]
+PreferenceReader = Callable[[Mapping[str, Any]], Pair | Judged | Steps]
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ def example_reader(source: DataSource, run: Run) -> Reader | PreferenceReader:
     kind = held(run)
     if kind is None:
         return reader_of(source, run)
-    return _pair_reader(source, run) if kind == "pairs" else _judged_reader(source, run)
+    if kind == "steps":
+        return steps_reader(source)
+    return _judged_reader(source, run) if kind == "judged" else _pair_reader(source, run)
 
 
 def template_named(source: DataSource, run: Run) -> DataSource:
     """The source with the chat template that its format's name asks for, as chatml.intel does."""
-    family = source.type.split(".")[0] if isinstance(source.type, str) else ""
+    family = source.type.removeprefix("bradley_terry.").split(".")[0] if isinstance(source.type, str) else ""
     if held(run) is None or family not in FAMILIES[1:] or source.chat_template or source.chat_template_jinja:
         return source
     return source.model_copy(update={"chat_template": family})
@@ -90,7 +95,7 @@ def _pair_reader(source: DataSource, run: Run) -> PreferenceReader:
         )
         if both[0] == both[1]:
             raise DataError("equals the preferred answer, so there is nothing to learn", key=columns.rejected)
-        return Pair(*both)
+        return Pair(both[0], both[1], _margin(row) if run.reward_model else 0.0)
 
     return read
 
@@ -102,13 +107,22 @@ def _judged_reader(source: DataSource, run: Run) -> PreferenceReader:
         if columns.label not in row:
             raise missing(row, columns.label)
         label = row[columns.label]
-        known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-        wanted = known.get(str(label).strip().lower())
+        wanted = YES_AND_NO.get(str(label).strip().lower())
         if wanted is None:
             raise DataError(f"expected true or false, found {str(label)[:60]!r}", key=columns.label)
         return Judged(answered(row, columns.completion, "completion"), wanted)
 
     return read
+
+
+def _margin(row: Mapping[str, Any]) -> float:
+    """The column `margin` of a pair, which may be left out."""
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"expected a number, found {str(value)[:60]!r}", key="margin")
+    return float(value)
 
 
 def _columns(source: DataSource) -> Columns:
@@ -127,9 +141,10 @@ def _columns(source: DataSource) -> Columns:
 
 
 def _format(kind: str | None) -> str:
-    if kind is None or kind == "chat_template":
+    if kind in (None, "chat_template", "bradley_terry", "bradley_terry.chat_template"):
         return "default"
-    family, _, name = kind.partition(".")
+    assert kind is not None
+    family, _, name = kind.removeprefix("bradley_terry.").partition(".")
     if family not in FAMILIES or name not in FORMATS:
         near = difflib.get_close_matches(kind, NAMES, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(NAMES)}"

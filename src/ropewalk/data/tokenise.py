@@ -17,6 +17,7 @@ from ropewalk.config.run import DataSource, Run
 from ropewalk.data.formats import Conversation, Example, Ids, Pieces, Text
 from ropewalk.data.preferences import Judged, Pair, example_reader, template_named
 from ropewalk.data.rows import Chunk
+from ropewalk.data.stepwise import Steps, as_ids
 from ropewalk.errors import DataError
 
 Ids32 = NDArray[np.int32]
@@ -40,8 +41,9 @@ class BadRow:
 class Block:
     """The tokenised rows of a chunk, one after another.
 
-    A pair is one row, its answers one after the other. The mark of a row is 0; of a pair, where the second answer begins; of a judged
-    answer, how long its prompt is, below 0 where the answer is not wanted.
+    A pair is one row, its answers one after the other; one that is scored has its margin behind them. Steps that are scored have their
+    verdicts, 0 or 1, behind them. The mark of a row is 0; of a pair, where the second answer begins; of a judged answer, how long its
+    prompt is, below 0 where the answer is not wanted; of steps, where the verdicts begin.
     """
 
     ids: Ids32
@@ -72,6 +74,7 @@ class Tokeniser:
         self.longest = (run.eval_sequence_len if evaluation else None) or run.sequence_len
         self.shortest = 2 if run.min_sample_len is None else max(run.min_sample_len, 2)
         self.excess, self.skips = run.excess_length_strategy, run.on_bad_row == "skip"
+        self.source, self.scored = source, run.reward_model
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process makes its own: readers are closures, which cannot be sent.
@@ -100,8 +103,12 @@ class Tokeniser:
                 ids, mask = self.tokens(example)
                 cut = [slice(at, at + self.longest) for at in range(0, len(ids), self.longest)]
                 return [(*row, 0) for part in cut for row in self._fitting(ids[part], mask[part], counts)]
+            case Pair(chosen, rejected, margin) if self.scored:
+                return self._ranked(chosen, rejected, margin, counts)
             case Pair(chosen, rejected):
                 return self._pair(chosen, rejected, counts)
+            case Steps() as steps:
+                return self._steps(steps, counts)
             case Judged(answer, wanted):
                 rows = self._whole(answer, counts)
                 return [(ids, mask, mask.index(True) * (1 if wanted else -1)) for ids, mask in rows]
@@ -116,6 +123,38 @@ class Tokeniser:
             return []
         ((ids, mask),), ((more, answer),) = first, second
         return [(ids + more, [*mask, False, *answer[1:]], len(ids))]
+
+    def _ranked(self, chosen: Example, rejected: Example, margin: float, counts: Counter[str]) -> list[Tokenised]:
+        """The same of answers that are scored: what is trained is the token where the score is read."""
+        rows = self._pair(chosen, rejected, counts)
+        found = []
+        for ids, _, cut in rows:
+            ends = {self._last(ids[:cut]), cut + self._last(ids[cut:])}
+            # The margin's bits as one more number: there is no other place in a row for it.
+            bits = int(np.float32(margin).view(np.int32))
+            found.append(([*ids, bits], [at in ends for at in range(len(ids) + 1)], cut))
+        return found
+
+    def _last(self, ids: list[int]) -> int:
+        """Where a classifier of transformers reads the score of a sequence: at its last token that is no padding."""
+        return max(at for at, token in enumerate(ids) if token != self.template.pad_id or at == 0)
+
+    def _steps(self, steps: Steps, counts: Counter[str]) -> list[Tokenised]:
+        """Prompt and steps, each of them scored at its last token, or at that of the last one alone."""
+        prompt, texts = as_ids(self.template, steps.prompt, steps.texts, self.source.step_separator)
+        ids, mask = prompt, [False] * len(prompt)
+        for number, text in enumerate(texts, 1):
+            ends = number == len(texts) or not self.source.train_on_last_step_only
+            ids, mask = ids + text, [*mask, *[False] * (len(text) - 1), ends]
+        if self.source.max_completion_length:
+            most = len(prompt) + self.source.max_completion_length
+            ids, mask = ids[:most], mask[:most]
+        verdicts = steps.right[-1:] if self.source.train_on_last_step_only else steps.right
+        if not any(mask):
+            counts["no step ends within max_completion_length"] += 1
+            return []
+        rows = self._fitting(ids, mask, counts)
+        return [([*kept, *map(int, verdicts[: sum(ends)])], [*ends, *[False] * sum(ends)], len(kept)) for kept, ends in rows]
 
     def _whole(self, example: Example, counts: Counter[str]) -> Iterator[tuple[list[int], list[bool]]]:
         """An example that is not cut into rows: as it is, truncated, or nothing."""

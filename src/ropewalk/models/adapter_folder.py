@@ -93,7 +93,7 @@ def config(adapter: Adapter) -> dict[str, Any]:
             alphas.setdefault(name, spec.effective_alpha(name, expert=True))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(adapter.model, "prepare_inputs_for_generation") else None,
+        "task_type": _task(adapter.model),
         "base_model_name_or_path": adapter.model.config._name_or_path or None,
         "inference_mode": True,
         "r": spec.r,
@@ -114,6 +114,13 @@ def config(adapter: Adapter) -> dict[str, Any]:
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _task(model: Any) -> str | None:
+    """What PEFT calls what a model does."""
+    classes = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    named = next((task for ending, task in classes.items() if type(model).__name__.endswith(ending)), None)
+    return named or ("CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None)
 
 
 def _targets(adapter: Adapter) -> tuple[list[str], list[str]]:

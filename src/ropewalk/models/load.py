@@ -7,11 +7,20 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -20,10 +29,29 @@ from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.folder import check_folder, read_config, tensor_names
 from ropewalk.models.hub import resolve_base
 from ropewalk.models.quantized import quantization
+from ropewalk.models.targets import SCORES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_SENSES = re.compile(r"vision|visual|audio|image|talker|speech")
 FLASH_MAX_HEAD = 256  # the widest head that flash attention 2 computes
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model scores instead of writing: whole sequences, or each of their tokens."""
+
+    tokens: bool
+    outputs: int
+
+    def maker(self, config: PretrainedConfig) -> Any:
+        """The class of transformers that makes such a model."""
+        found: Any = AutoModelForTokenClassification if self.tokens else AutoModelForSequenceClassification
+        if type(config) not in found._model_mapping:
+            raise ModelError(
+                f"transformers has no model of type '{config.model_type}' that scores {'tokens' if self.tokens else 'sequences'}; "
+                "name a base of another architecture, such as qwen3, llama or gemma2"
+            )
+        return found
 
 
 def load_base(
@@ -40,10 +68,16 @@ def load_base(
     overrides: Mapping[str, Any] | None = None,
     random_weights: bool = False,
     whole: bool = False,
+    scored: Scored | None = None,
 ) -> PreTrainedModel:
-    """The model in eval mode, frozen unless trainable (full fine-tuning); of a multimodal one, its text part or the `whole`."""
+    """The model in eval mode, frozen unless trainable (full fine-tuning); of a multimodal one, its text part or the `whole`.
+
+    One that is `scored` has a new layer, or the base's own, in place of its output head (models/score_head.py).
+    """
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
     config = override(load_config(folder, trust_remote_code=trust_remote_code, whole=whole), overrides or {})
+    if scored is not None:
+        config.num_labels = scored.outputs
     place = pick_device(device)
     options: dict[str, Any] = {
         "config": config,
@@ -69,9 +103,9 @@ def load_base(
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
         options["quantization_config"] = quantization(quantize)
     with quiet():
-        maker = AutoModelForImageTextToText if whole else auto_class(config)
+        maker = AutoModelForImageTextToText if whole else scored.maker(config) if scored else auto_class(config)
         model, found = (_from_config(maker, options), {}) if random_weights else _from_pretrained(maker, folder, options)
-    _check_complete(folder, found)
+    _check_complete(folder, found, new=scored is not None)
     model.requires_grad_(trainable)
     return model.eval()
 
@@ -219,8 +253,8 @@ def _from_pretrained(maker: Any, folder: Path, options: dict[str, Any]) -> tuple
     return model, found
 
 
-def _check_complete(folder: Path, found: dict[str, Any]) -> None:
-    missing = sorted(found.get("missing_keys") or [])
+def _check_complete(folder: Path, found: dict[str, Any], *, new: bool = False) -> None:
+    missing = sorted(key for key in found.get("missing_keys") or [] if not (new and key.split(".")[0] in SCORES))
     wrong = sorted(str(key) for key in found.get("mismatched_keys") or [])
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} of the model's tensors, first '{missing[0]}'; fetch or save it again")

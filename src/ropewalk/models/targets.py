@@ -20,6 +20,7 @@ from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules, projections
 
 ALL_LINEAR = "all-linear"
+SCORES = ("score", "classifier")  # what classifiers of transformers call the layer that takes the output head's place
 _UP_NAMES = frozenset({"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "mlp1", "input_linear"})
 _DOWN_NAMES = frozenset({"down_proj", "w2", "mlp2", "output_linear"})
 _ROUTER = re.compile(r"(^|\.)(gate|router|gating|[a-z_]*router[a-z_]*|shared_expert_gate)(\.|$)")
@@ -123,7 +124,7 @@ def text_part(model: Any) -> str:
 def special(model: Any, modules: dict[str, nn.Module]) -> set[str]:
     """Linear layers that 'all-linear' leaves alone: the output head, routers and gates of shared experts."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {name for name, module in modules.items() if module is head}
+    found = {name for name, module in modules.items() if module is head} | (set(SCORES) & modules.keys())
     blocks = {name.rpartition(".")[0]: module for name, module in expert_modules(model)}
     for name, module in modules.items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ropewalk.config.preference import BETA, REFERENCED, held
 from ropewalk.config.run import Run
+from ropewalk.config.scoring import scored
 from ropewalk.data.dataset import Batch
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.train.distributed import World
 from ropewalk.train.preference_losses import Judged, Pairs, Preferred, cpo, dpo, kto, likelihood, mismatched_kl, orpo, simpo
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.samples import sum_by_sample, tokens_by_sample
+from ropewalk.train.scoring import Ranking, StepJudging
 
 Measures = dict[str, float]
 
@@ -179,6 +181,8 @@ _JUDGED = ("chosen", "rejected", "rewards/chosen", "rewards/rejected", "right")
 
 def objective_of(run: Run, pupil: Pupil, device: torch.device, world: World) -> Objective:
     """What the run's method minimises."""
+    if (kind := scored(run)) is not None:
+        return Ranking(pupil, device, world, run) if kind == "answers" else StepJudging(pupil, device, world, run)
     return Likelihood(pupil, device) if held(run) is None else Comparison(pupil, device, world, run)
 
 

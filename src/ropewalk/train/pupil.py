@@ -139,6 +139,12 @@ class Pupil:
             found = self.head.log_probs_at(self.model, ids, labels, positions, temperature=temperature, entropy=entropy)
         return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
 
+    def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
+        assert isinstance(self.head, ScoreHead), "this model writes text"
+        with self._where_activations_wait():
+            return self.head.scores(self.model, ids, labels, position_ids)
+
     @contextmanager
     def quietly(self) -> Iterator[None]:
         """Within it nothing is dropped out and no gradient is kept; after it the model is in the mode it was in."""

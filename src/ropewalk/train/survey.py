@@ -16,7 +16,7 @@ from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
 from ropewalk.models.memory import estimate, free
-from ropewalk.train.pupil import lora_spec
+from ropewalk.train.pupil import lora_spec, scored_by
 
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k")
 
@@ -43,7 +43,8 @@ def survey(folder: Path, run: Run) -> Survey:
     config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
     try:
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=run.trust_remote_code)
+            maker = scored.maker(config) if (scored := scored_by(run)) else auto_class(config)
+            model = maker.from_config(config, trust_remote_code=run.trust_remote_code)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(f"{folder}: no model can be built from its config.json: {str(error).splitlines()[0]}") from error
     text = config.get_text_config()
