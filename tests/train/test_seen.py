@@ -94,7 +94,7 @@ def test_a_plot_of_several_parts_has_a_curve_for_each_measure_and_one_for_the_ev
     parts = tree.findall(f"{SVG}svg")
     points = [[len(curve.get("points").split()) for curve in part.findall(f"{SVG}polyline")] for part in parts]
     assert points == [[3, 1], [3, 3], [3]]  # training and evaluation; correct and form; groups that teach
-    texts = {text.text for text in tree.iter(f"{SVG}text")}
+    texts = {text.text for tag in ("text", "tspan") for text in tree.iter(SVG + tag)}
     assert {"training", "evaluation", "correct", "form", "Groups that teach"} <= texts
 
 

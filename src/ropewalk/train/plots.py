@@ -19,14 +19,14 @@ def line_plot(title: str, x_name: str, y_name: str, series: Sequence[Series]) ->
     x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
     place = _Scale(x_ticks, y_ticks)
-    body = [_axes(place, x_ticks, y_ticks, x_name, y_name)]
+    body, names = [_axes(place, x_ticks, y_ticks, x_name, y_name)], []
     for number, (name, curve) in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in curve)
         body.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
-        if len(curves) > 1:
-            place_at = f'x="{WIDTH - RIGHT}" y="{TOP + 16 * number}" text-anchor="end"'
-            body.append(f'<text {place_at} style="fill:{colour}">{escape(name)}</text>')
+        names.append(f'<tspan style="fill:{colour}">{escape(name)}</tspan>')
+    if len(curves) > 1:  # beside the title, where no curve runs
+        body.append(f'<text x="{WIDTH - RIGHT}" y="20" text-anchor="end">{" &#160; ".join(names)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         "<style>text{font:12px system-ui,sans-serif;fill:#495057}.g{stroke:#adb5bd;stroke-opacity:.45}"

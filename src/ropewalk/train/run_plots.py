@@ -22,7 +22,9 @@ def plots_of(log: Events) -> dict[str, str]:
         "rate.svg": line_plot("Learning rate", "step", "learning rate", _curves(steps, {"learning_rate": "learning rate"})),
     }
     if any(is_rewarded(step) for step in steps):
-        return found | _rewarded(steps, evals)
+        # An evaluation by rewards has no loss to set beside the policy's.
+        loss = line_plot("Loss", "step", "loss of the policy", _curves(steps, {"loss": "loss"}))
+        return found | {"loss.svg": loss} | _rewarded(steps, evals)
     if any("rewards/margins" in step for step in steps):
         return found | _compared(steps, evals)
     return found
@@ -90,6 +92,4 @@ def _with_evaluation(steps: Events, evals: Events, measure: str, what: str = "")
 
 
 def _loss_unit(steps: Events) -> str:
-    if any(is_rewarded(step) for step in steps):
-        return "loss of the policy"
     return "loss of a comparison" if any("rewards/margins" in step for step in steps) else "nats per trained token"
