@@ -33,7 +33,7 @@ jobs = Table(
     Column("method", Text, nullable=False),  # supervised, dpo, reinforcement
     Column("hyperparameters", JSON, nullable=False),  # as they were asked for, and what "auto" became
     Column("seed", BigInteger, nullable=False),
-    Column("metadata", JSON),
+    Column("metadata", JSON(none_as_null=True)),
     Column("training_file", Text, nullable=False),
     Column("validation_file", Text),
     Column("file_bytes", BigInteger, nullable=False),
@@ -64,7 +64,7 @@ job_events = Table(
     Column("level", Text, nullable=False),
     Column("kind", Text, nullable=False),  # message or metrics
     Column("message", Text, nullable=False),  # never a word of a file
-    Column("data", JSON),
+    Column("data", JSON(none_as_null=True)),
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("job_id", "key"),
 )
