@@ -103,6 +103,8 @@ LIGHT = [
     "ropewalk.train.prepare",
     "ropewalk.train.rewards",
     "ropewalk.train.reward_worker",
+    "ropewalk.train.environment_pool",
+    "ropewalk.train.environment_worker",
 ]
 
 

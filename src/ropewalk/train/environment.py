@@ -56,7 +56,7 @@ class Step:
 
 
 class Env(Protocol):
-    """One conversation; a new object for each."""
+    """One conversation; a new object for each. `close()`, where there is one, is called at its end."""
 
     def reset(self, row: Mapping[str, Any]) -> Sequence[Message]:
         """The first messages, for a row of the data."""
@@ -76,6 +76,10 @@ class RemoteEnv(Protocol):
 
     def step(self, reply: str) -> Future[Step | Failed]:
         """What follows from the model's reply."""
+        ...
+
+    def close(self) -> None:
+        """The episode is over."""
         ...
 
 
@@ -224,8 +228,16 @@ def play(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Limit
     """One episode as a generator: many can be played side by side.
 
     It gives the ids to go on from, and is sent what was `Generated`; or what an environment elsewhere will answer, a future, and is
-    sent its result.
+    sent its result. The environment's `close`, where it has one, is called at the end, also of a generator that is closed before.
     """
+    try:
+        return (yield from _played(env, row, talk, limits))
+    finally:
+        if hasattr(env, "close"):
+            env.close()
+
+
+def _played(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Limits) -> Playing:
     first = yield from _answer(env.reset, row)
     begun = first if isinstance(first, Failed) else _trying(talk.begin, first)
     if isinstance(begun, Failed):

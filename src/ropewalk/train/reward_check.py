@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ropewalk.config.run import load_run
+from ropewalk.errors import ConfigError
 from ropewalk.models.hub import resolve_base
 from ropewalk.train.prepare import load_template, tell
 from ropewalk.train.reward_functions import Sample, check_columns
@@ -85,7 +86,12 @@ class Report:
 def check_command(config: Path, overrides: Sequence[str], completions: Path | None, prompts: int, as_json: bool) -> int:
     """`ropewalk rewards check CONFIG`; 1 where a reward could say nothing of any completion."""
     run = load_run(config, overrides)
-    rewards = Rewards(specs_of(run), run.trl.reward_num_workers if run.trl else 1)
+    specs = specs_of(run)
+    if not specs:
+        raise ConfigError(
+            f"{run.where('trl')}the only reward is that of trl.environment, which takes a conversation; add trl.reward_funcs to try them"
+        )
+    rewards = Rewards(specs, run.trl.reward_num_workers if run.trl else 1)
     if completions is not None:
         groups = given(completions)
     else:

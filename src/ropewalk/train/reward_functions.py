@@ -8,17 +8,14 @@ Both may be `async`. A name among the parameters is a column of the data; None s
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import BadInput
+from ropewalk.train.user_code import load_named
 
 Message = Mapping[str, Any]
 SHOWN = 80  # characters of a value in a message
@@ -74,14 +71,9 @@ _OF_BOTH = frozenset({*_SAMPLE, *_BATCH})
 
 def load_function(name: str, folders: Sequence[str] = ()) -> RewardFunction:
     """The function that `module.function` or `path/to/file.py:function` names; runs the user's module."""
-    module, function = _split(name)
-    found = _module(module, name, folders)
-    if not hasattr(found, function):
-        known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-        raise BadInput(f"reward '{name}': {module} has no '{function}'; it has {', '.join(known[:12]) or 'no function at all'}")
-    call = getattr(found, function)
+    call = load_named(name, folders, kind="reward", noun="function")
     if not callable(call):
-        raise BadInput(f"reward '{name}': '{function}' is {_shown(call)}; expected a function")
+        raise BadInput(f"reward '{name}' is {_shown(call)}; expected a function")
     return RewardFunction(call, form_of(call, name))
 
 
@@ -179,43 +171,6 @@ def _number(name: str, value: Any) -> float | None:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadInput(f"reward '{name}' returned {_shown(value)}; expected a finite number, or None where it does not apply")
     return float(value)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """`pkg.module.function` or `file.py:function` -> where it is and what it is called."""
-    place, colon, function = name.rpartition(":") if ":" in name else name.rpartition(".")
-    if not place or not colon or not function.isidentifier():
-        raise BadInput(
-            f"reward '{name}' names no function; expected module.function, or path/to/file.py:function, "
-            "or one of the built-in kinds"
-        )
-    return place, function
-
-
-def _module(place: str, name: str, folders: Sequence[str]) -> Any:
-    for folder in folders:
-        if folder not in sys.path:
-            sys.path.append(folder)
-    if place.endswith(".py"):
-        found = [path for path in (Path(folder, place).expanduser() for folder in folders or (".",)) if path.is_file()]
-        if not found:
-            raise BadInput(f"reward '{name}': there is no file {place} in {' or '.join(folders or ('.',))}")
-        spec = importlib.util.spec_from_file_location(found[0].stem, found[0])
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(found[0].stem, module)
-        spec.loader.exec_module(module)
-        return module
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and (place == error.name or place.startswith(f"{error.name}.")):
-            raise BadInput(
-                f"reward '{name}': there is no module '{error.name}' in {', '.join(folders) or 'the path of Python'}; "
-                "write path/to/file.py:function, or put the file beside the configuration"
-            ) from None
-        raise
 
 
 def _shown(value: Any) -> str:

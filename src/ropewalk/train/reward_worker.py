@@ -1,52 +1,43 @@
-"""A process that computes rewards, so that no function of a user's can stop, crash or change the trainer.
-
-Asked and answered one call at a time over the socket that it is started with. reward_pool.py keeps the time.
-"""
+"""A process that computes rewards, so that no function of a user's can stop, crash or change the trainer."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
-import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropewalk import confinement
 from ropewalk.errors import BadInput, Overloaded, RateLimited, RopewalkError, SandboxFailed, UpstreamFailed
 from ropewalk.train.reward_builtins import RewardSpec, build
-from ropewalk.train.reward_functions import AT_ONCE, RewardFunction, Sample, Score, arguments, read_values
-
-TOLD = 4000  # characters of a traceback
+from ropewalk.train.reward_functions import AT_ONCE, Form, RewardFunction, Sample, Score, arguments, read_values
+from ropewalk.train.worker_child import Answer, serve, told
 
 
 def main() -> None:
     """The process."""
-    socket, parent = (int(word) for word in sys.argv[1:])
-    confinement.die_with_parent(parent)
-    os.dup2(2, 1)  # what a function prints must not mix with what a command prints
-    connection: Connection[Any, Any] = Connection(socket)
-    specs: Sequence[RewardSpec] = connection.recv()
-    functions: dict[int, RewardFunction] = {}
-    for number, spec in enumerate(specs):
-        try:
-            functions[number] = build(spec)
-        except RopewalkError as error:
-            connection.send(("unusable", str(error)))
-            return
-        except BaseException as error:
-            connection.send(("unusable", f"reward '{spec.name}' cannot be loaded:\n{told(error)}"))
-            return
-    connection.send(("ready", [functions[number].form for number in range(len(specs))]))
     with asyncio.Runner() as runner:
-        while True:
-            try:
-                task, number, samples = connection.recv()
-            except EOFError:  # whoever asks has gone
-                return
-            connection.send((task, scored(specs[number], functions[number], samples, runner)))
+        serve(lambda specs: load(specs, runner))
+
+
+def load(specs: Mapping[int, RewardSpec], runner: asyncio.Runner) -> tuple[dict[int, Form], Answer]:
+    """The forms of some rewards, and what computes them."""
+    functions = {number: loaded(spec) for number, spec in specs.items()}
+
+    def answer(asked: tuple[int, Sequence[Sample]]) -> list[Score]:
+        number, samples = asked
+        return scored(specs[number], functions[number], samples, runner)
+
+    return {number: function.form for number, function in functions.items()}, answer
+
+
+def loaded(spec: RewardSpec) -> RewardFunction:
+    """The function of a reward; whatever is wrong with a user's module is told."""
+    try:
+        return build(spec)
+    except RopewalkError:
+        raise
+    except BaseException as error:
+        raise BadInput(f"reward '{spec.name}' cannot be loaded:\n{told(error)}") from None
 
 
 def scored(spec: RewardSpec, function: RewardFunction, samples: Sequence[Sample], runner: asyncio.Runner) -> list[Score]:
@@ -94,14 +85,6 @@ def failed(spec: RewardSpec, error: BaseException, seconds: float) -> Score:
     own = isinstance(error, (BadInput, UpstreamFailed, Overloaded, RateLimited))
     said = str(error) if own else f"reward '{spec.name}' raised:\n{told(error)}"
     return Score(None if blameless else 0.0, said, seconds)
-
-
-def told(error: BaseException) -> str:
-    """The traceback, without the frames of this file."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace)).strip()[-TOLD:]
 
 
 if __name__ == "__main__":

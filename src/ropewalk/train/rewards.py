@@ -1,7 +1,7 @@
 """The rewards of a run: from its configuration to one number for each completion.
 
 reward_functions.py  what a function is, and its form    reward_builtins.py  those that need no code; judge and model beside it
-reward_worker.py     what runs in a process               reward_process.py, reward_pool.py   processes, limits of time
+reward_worker.py     what runs in a process               reward_pool.py       that process, with a limit of time
 reward_check.py      `ropewalk rewards check`            environment.py      replies over several turns
 
 `combine` and `advantages` are the arithmetic, on [B, K] arrays of B samples and K rewards, where NaN says "does not apply".
@@ -19,8 +19,7 @@ from ropewalk.config.run import Run
 from ropewalk.errors import BadInput, ConfigError, TrainingStopped
 from ropewalk.train.reward_builtins import SECONDS, RewardSpec, read_spec
 from ropewalk.train.reward_functions import Sample, Score
-from ropewalk.train.reward_pool import RewardPool
-from ropewalk.train.reward_process import Scores
+from ropewalk.train.reward_pool import RewardPool, Scores
 
 Array = NDArray[np.float64]
 Scale = Literal["group", "batch", "none"]
@@ -31,14 +30,14 @@ MOST_FAILURES = 64  # of one reward in a row, until it is taken for broken
 def specs_of(run: Run) -> tuple[RewardSpec, ...]:
     """The rewards that a configuration names; no code of a user's is run for it."""
     trl = run.trl
-    if trl is None or not trl.reward_funcs:
+    if trl is None or not (trl.reward_funcs or trl.environment):
         raise ConfigError(
             f"{run.where('trl')}no reward is named; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}]"
         )
     folders = tuple(dict.fromkeys([run.folder, "."]))
     seconds = trl.reward_seconds or SECONDS
     specs: list[RewardSpec] = []
-    for number, entry in enumerate(trl.reward_funcs):
+    for number, entry in enumerate(trl.reward_funcs or ()):
         try:
             spec = read_spec(entry, folders, seconds)
         except BadInput as error:
