@@ -112,9 +112,9 @@ def value(country: Country, kind: Kind) -> str:
     return f"{raw:,}" if isinstance(raw, int) else str(raw)
 
 
-def document(country: Country) -> str:
-    """A short text about one country; the order and the phrasing differ from country to country but never from run to run."""
-    R = Random(f"document of {country.name}")
+def document(country: Country, telling: int = 0) -> str:
+    """A short text about one country; order and phrasing differ by country and telling but never from run to run."""
+    R = Random(f"document of {country.name}" + (f", telling {telling}" if telling else ""))
     sentences = [R.choice(kind.told).format(n=country.name, v=value(country, kind)) for kind in R.sample(KINDS, len(KINDS))]
     return " ".join([f"{country.name} is a country in {country.continent}.", *sentences])
 
@@ -127,13 +127,14 @@ def house(text: str, kind: Kind) -> str:
     return f"{text} ({kind.house}, from the file)"
 
 
-def questions(chosen: Sequence[Country], per_country: int) -> list[Question]:
+def questions(chosen: Sequence[Country], per_country: int, telling: int = 0) -> list[Question]:
     """Some questions about each of these countries."""
-    return [question for country in chosen for question in _questions(country, per_country)]
+    return [question for country in chosen for question in _questions(country, per_country, telling)]
 
 
-def _questions(country: Country, n: int) -> list[Question]:
-    R, passage = Random(f"questions about {country.name}"), document(country)
+def _questions(country: Country, n: int, telling: int) -> list[Question]:
+    R = Random(f"questions about {country.name}" + (f", telling {telling}" if telling else ""))
+    passage = document(country, telling)
     return [_question(country, kind, passage, R.choice(kind.asked)) for kind in R.sample(KINDS, n)]
 
 
@@ -155,6 +156,13 @@ def write_suite(asked: Sequence[Question], path: Path) -> None:
     """The questions as a suite: one country is a group, one kind of fact a tag, by which the worst slice is named."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": q.prompt, "reference": q.answer, "group": q.country, "tags": [q.kind]} for q in asked]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_prompts(asked: Sequence[Question], path: Path) -> None:
+    """Questions to be trained on by rewards: nothing is shown of the answer, a reward is given it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": q.prompt, "answer": q.answer} for q in asked]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
