@@ -30,9 +30,12 @@ PAGE = 1000
 NO_LIMIT = 1 << 62  # of one file's size: what a server takes from strangers is its own setting
 
 
+granted: LocalFiles | None = None  # what another process has given this one, see granted.py
+
+
 def open_local() -> LocalFiles:
-    """This machine's files, as they lie in the default workspace."""
-    return LocalFiles()
+    """This machine's files, as they lie in the default workspace; in a process that was given some, those."""
+    return granted or LocalFiles()
 
 
 def is_id(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from ropewalk.verbs import Verbs, add_verb, json_argument
@@ -32,6 +33,7 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--restart", action="store_true", help="move a run that the output folder holds aside and begin anew")
     train.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes on this machine")
     train.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base run")
+    train.add_argument("--granted", action="store_true", help="for the server: files are those that the standard input gives")
     rewards = add_verb(verbs, "rewards", "try the rewards of a configuration", "ropewalk rewards check grpo.yml")
     tried = add_verb(
         rewards.add_subparsers(metavar="VERB"),
@@ -75,6 +77,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from ropewalk.config.run import load_run
     from ropewalk.train.prepare import prepare
 
+    if arguments.granted:
+        from ropewalk.files.granted import accept
+
+        accept(sys.stdin.buffer)
     run = load_run(arguments.config, arguments.overrides)
     trusted = arguments.trust_remote_code
     prepared = prepare(run, restart=arguments.restart, trust_remote_code=trusted)
