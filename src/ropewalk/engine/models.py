@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,11 +40,13 @@ from ropewalk.files.token_ledger import TokenLedger
 from ropewalk.models.folder import sees
 from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
-from ropewalk.registry import Registry
+from ropewalk.registry import Entry, Registry
 from ropewalk.tenants.caller import RIGHTS, Caller
 
 START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
 RETRY_SECONDS = 15.0
+LEND_SECONDS = 120.0  # an answer that takes longer is cut off when a job wants the device
+LENT = "a training job has the device; ask again in a while"
 THINKING = ("<think>", "[THINK]", "<|channel", "enable_thinking", "reasoning_content")  # in a chat template
 AHEAD = 2  # files that are read ahead at once: questions come first
 AHEAD_TRIES = 20
@@ -114,6 +117,7 @@ class Models:
         self._remote_files = RemoteFiles(store)
         self._meanings: Meanings | None = None  # made at the first question
         self._opening = asyncio.Lock()
+        self._lent, self._lent_bases = "", list[Path]()  # why no engine may start, while a job has the device; those that ran
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
         self._reading_ahead = asyncio.Semaphore(AHEAD)
@@ -121,8 +125,9 @@ class Models:
         store.erasers[PLACE] = self._erase_copy
         store.arrivals.append(self._arrived)
 
-    async def answerer(self, name: str, *, loaded: bool = True) -> Answers:
-        """Who answers for this name now. `loaded`: ready to answer, not only to count."""
+    async def answerer(self, name: str, caller: Caller | None = None, *, loaded: bool = True) -> Answers:
+        """Who answers for this name now, to this caller (None: the machine itself). `loaded`: to answer, not only to count."""
+        await asyncio.to_thread(self.admit, name, caller)
         return Counted(name, await self._answerer(name, loaded), self.ledger)
 
     async def _answerer(self, name: str, loaded: bool) -> Answers:
@@ -153,21 +158,34 @@ class Models:
         picture = is_picture(await self.store.show(caller, file_id))
         block = Image(FileId(file_id)) if picture else Document(FileId(file_id))
         request = MessagesRequest(name, 0, (Turn("user", (block,)),))
-        return await (await self.answerer(name)).warm(caller, request)
+        return await (await self.answerer(name, caller)).warm(caller, request)
 
-    def listed(self) -> list[Listed]:
-        """All that is served, newest first."""
+    def admit(self, name: str, caller: Caller | None) -> None:
+        """NotFound for what was trained in another workspace, or for another of its users; an alias is everybody's."""
+        if caller is None or (self.serving.models is not None and name in self.serving.models):
+            return
+        with suppress(NotFound):
+            entry = self.registry.resolve(name)
+            if entry.name == name and not _may_see(caller, entry):
+                raise _unknown(name) from None
+            return
+
+    def listed(self, caller: Caller | None = None) -> list[Listed]:
+        """All that is served to a caller (None: to anybody), newest first."""
+        entries = {entry.name: entry for entry in self.registry.entries()}
         if self.serving.models is not None:
-            found = [self._listed(name) for name in self.serving.models]
+            trained = [name for name, entry in entries.items() if "job" in entry.lineage and name not in self.serving.models]
+            names = [*self.serving.models, *(name for name in trained if caller is None or _may_see(caller, entries[name]))]
         else:
-            entries = {entry.name: entry for entry in self.registry.entries()}
-            named = {**entries, **{alias: entries[to] for alias, to in self.registry.aliases().items() if to in entries}}
-            found = [self._listed(name) for name in named]
+            seen = [name for name, entry in entries.items() if caller is None or _may_see(caller, entry)]
+            names = [*seen, *(alias for alias, to in self.registry.aliases().items() if to in entries)]
+        found = [self._listed(name) for name in dict.fromkeys(names)]
         return sorted(found, key=lambda listed: (listed.created, listed.name), reverse=True)
 
-    def find(self, name: str) -> Listed:
+    def find(self, name: str, caller: Caller | None = None) -> Listed:
         """One of them; NotFound for a name that is not served."""
-        if self.serving.models is not None and name not in self.serving.models:
+        self.admit(name, caller)
+        if self.serving.models is not None and name not in self.serving.models and not self._by_job(name):
             raise _unknown(name)
         return self._listed(name)
 
@@ -195,6 +213,28 @@ class Models:
     async def stats(self) -> dict[str, Any]:
         """What the engines' prefix stores did, by base."""
         return {str(folder): await base.client.stats() for folder, base in self._bases.items()}
+
+    async def lend(self) -> None:
+        """Answers what is being answered, ends all engines and so frees their device; until it is taken back, no answer is begun."""
+        self._lent = LENT
+        for base in self._bases.values():
+            base.client.held = LENT
+        late = time.monotonic() + LEND_SECONDS
+        while any(base.client.busy for base in self._bases.values()) and time.monotonic() < late:
+            await asyncio.sleep(0.05)
+        self._lent_bases = [folder for folder, base in self._bases.items() if base.client.running]
+        for base in self._bases.values():
+            await _stop(base)
+
+    async def take_back(self) -> None:
+        """Answers again; engines that ran before are started again."""
+        self._lent = ""
+        for folder, base in self._bases.items():
+            base.client.held = ""
+            if folder in self._lent_bases:
+                base.starting = asyncio.create_task(base.client.start())
+                base.starting.add_done_callback(_noticed)
+        self._lent_bases = []
 
     async def close(self) -> None:
         """Ends all engines."""
@@ -245,6 +285,8 @@ class Models:
             return self._published(name)
         served = self.serving.models.get(name)
         if served is None:
+            if self._by_job(name):
+                return self._published(name)
             raise _unknown(name)
         if served.remote is not None:
             return Target()
@@ -256,6 +298,14 @@ class Models:
             return Target(base, folder.resolve())
         found = self._published(served.adapter)
         return found if base is None else Target(base, found.adapter)
+
+    def _by_job(self, name: str) -> bool:
+        """Whether a job has made it: that is served at once, also where names are listed."""
+        try:
+            entry = self.registry.resolve(name)
+        except NotFound:
+            return False
+        return entry.name == name and "job" in entry.lineage
 
     def _published(self, name: str) -> Target:
         try:
@@ -306,6 +356,7 @@ class Models:
                 weights, template = await asyncio.to_thread(_opened, folder)
                 settings = self._settings(folder, weights)
                 base = self._bases[folder] = Base(mark, weights, template, EngineClient(settings))
+                base.client.held = self._lent
             return base
 
     def _settings(self, folder: Path, weights: str) -> EngineSettings:
@@ -397,6 +448,17 @@ async def _stop(base: Base) -> None:
         with suppress(RopewalkError, asyncio.CancelledError):
             await base.starting
     await base.client.stop()
+
+
+def _noticed(starting: asyncio.Task[None]) -> None:
+    if not starting.cancelled() and (error := starting.exception()) is not None:  # whoever asks next is told
+        log.error("an engine has not come back: %s", error)
+
+
+def _may_see(caller: Caller, entry: Entry) -> bool:
+    """Whether what was trained in a workspace, if it was, is the caller's."""
+    workspace, user = entry.lineage.get("workspace"), entry.lineage.get("user")
+    return workspace in (None, caller.workspace_id) and (user is None or caller.user_id in (None, user))
 
 
 def _unknown(name: str) -> NotFound:
