@@ -17,6 +17,7 @@ from ropewalk.engine.request import FORGOTTEN, Event, Request, Span
 from ropewalk.errors import BadInput, EngineDied, Overloaded
 
 MOST_SIZES = 10_000  # of pictures, whose ids are remembered
+HELD_SECONDS = 15.0
 
 
 Pixels = Callable[[Iterable[str]], Awaitable[dict[str, bytes]]]
@@ -37,6 +38,7 @@ class EngineClient:
         self.settings = settings
         self.longest = settings.longest or 0  # known once it has started
         self.eyes: Eyes | None = None  # likewise
+        self.held = ""  # why the process may not be started now
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
@@ -49,8 +51,12 @@ class EngineClient:
     async def start(self) -> None:
         """Starts the process, if it is not there; raises what keeps it from starting."""
         async with self._starting:
-            if self._process is not None and self._process.returncode is None:
+            if self._process is not None and self._process.returncode is None and not self.held:
                 return
+            if self.held:
+                error = Overloaded(self.held)
+                error.retry_after = HELD_SECONDS
+                raise error
             process, first = await child.start("ropewalk.engine.worker", asdict(self.settings))
             if not first:
                 raise EngineDied(f"the engine for {self.settings.base} did not start; its messages are on the error stream")
@@ -119,6 +125,11 @@ class EngineClient:
     async def stats(self) -> dict[str, Any]:
         """What the prefix store did, and how many requests there are."""
         return await self._call("stats") if self.running else {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being answered."""
+        return bool(self._streams)
 
     @property
     def running(self) -> bool:

@@ -179,7 +179,7 @@ async def _page(
     answers: tuple[Answer, ...] = (),
 ) -> Response:
     models: Models = request.app.state.models
-    names = tuple(sorted(listed.name for listed in await asyncio.to_thread(models.listed)))
+    names = tuple(sorted(listed.name for listed in await asyncio.to_thread(models.listed, visitor.caller)))
     listing = await store_of(request).list(visitor.caller, MOST_FILES)
     known = {file.id for file in listing.files}
     older = await store_of(request).find(

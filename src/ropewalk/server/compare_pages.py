@@ -192,7 +192,7 @@ async def _candidate(request: Request, visitor: Visitor, value: str) -> Candidat
 
 async def _new_page(request: Request, visitor: Visitor) -> NewPage:
     store, caller = store_of(request), visitor.caller
-    listed = await asyncio.to_thread(request.app.state.models.listed)
+    listed = await asyncio.to_thread(request.app.state.models.listed, caller)
     models = tuple(Choice(SERVED + one.name, one.name, "") for one in listed)
     cards = [one for one in await known.list_candidates(store, caller, 200) if not one.runs]
     made = await suites.list_suites(store, caller, 100)

@@ -105,7 +105,9 @@ async def home(request: Request, visitor: Visitor) -> Response:
     recent = await records.list_comparisons(store, caller, RECENT)
     given = {one.id: await records.latest(store, caller, one.id) for one in recent if one.state == "done"}
     standing = await promotions.standing(store, caller, state.registry)
-    aliases, listed = await asyncio.gather(asyncio.to_thread(state.registry.aliases), asyncio.to_thread(state.models.listed))
+    aliases, listed = await asyncio.gather(
+        asyncio.to_thread(state.registry.aliases), asyncio.to_thread(state.models.listed, caller)
+    )
     entries = await asyncio.to_thread(state.registry.entries)
     async with store.database.reading() as connection:
         scope = ("user", f"{caller.workspace_id}/{caller.user_id}") if caller.user_id else ("workspace", caller.workspace_id)

@@ -62,7 +62,9 @@ async def count_tokens(request: Request) -> JSON:
     """POST /v1/messages/count_tokens"""
     asked = await _asked(request, counting=True)
     models: Models = request.app.state.models
-    answerer = await models.answerer(asked.model, loaded=bool(asked.images()))  # only the model knows how it sees
+    answerer = await models.answerer(
+        asked.model, caller_of(request), loaded=bool(asked.images())
+    )  # only the model knows how it sees
     return JSON({"input_tokens": await unless_gone(request, answerer.count(caller_of(request), asked))})
 
 
@@ -92,7 +94,7 @@ async def warm(request: Request) -> JSON:
     block |= {"type": "image" if is_picture(file) else "document", "source": {"type": "file", "file_id": id}}
     asked = {**around, "max_tokens": 0, "messages": [{"role": "user", "content": [block]}]}
     whole = read_request(Node(asked), version_of(request))
-    answerer = await models.answerer(whole.model)
+    answerer = await models.answerer(whole.model, caller)
     usage = await unless_gone(request, answerer.warm(caller, whole))
     told = {"cache_creation_input_tokens": usage.cache_creation, "cache_read_input_tokens": usage.cache_read}
     return JSON({"type": "file_warmed", "file_id": id, "model": whole.model, "usage": told})
@@ -141,7 +143,7 @@ async def answer_of(
     models: Models, metrics: Metrics, caller: Caller, asked: MessagesRequest
 ) -> AsyncGenerator[ReplyEvent, None]:
     """A reply as it comes, and counted."""
-    answerer = await models.answerer(asked.model)
+    answerer = await models.answerer(asked.model, caller)
     async with aclosing(answerer.stream(caller, asked)) as events:
         async for event in events:
             if isinstance(event, Ended):

@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from ropewalk.engine.models import Listed
 from ropewalk.errors import BadInput, NotFound
+from ropewalk.server.auth import caller_of
 from ropewalk.server.files import DEFAULT_LIMIT, MAX_LIMIT, limit_of
 from ropewalk.server.openapi import STRING, named, operation, query
 from ropewalk.server.wire import JSON, capabilities, dialect, model_info, model_list
@@ -31,7 +32,7 @@ async def list_models(request: Request) -> JSON:
     """GET /v1/models"""
     dialect(request.headers)
     limit, asked = limit_of(request), request.query_params
-    models = [_described(listed) for listed in await asyncio.to_thread(request.app.state.models.listed)]
+    models = [_described(listed) for listed in await asyncio.to_thread(request.app.state.models.listed, caller_of(request))]
     wanted = {*asked.getlist("lifecycle[]"), *asked.getlist("lifecycle")}
     if unknown := wanted - {*LIFECYCLES}:
         raise BadInput(f"lifecycle[]: '{sorted(unknown)[0][:40]}' is none; expected {', '.join(LIFECYCLES)}")
@@ -52,7 +53,7 @@ async def show_model(request: Request) -> JSON:
     dialect(request.headers)
     id = request.path_params["model_id"]
     try:
-        return JSON(_described(await asyncio.to_thread(request.app.state.models.find, id)))
+        return JSON(_described(await asyncio.to_thread(request.app.state.models.find, id, caller_of(request))))
     except NotFound:
         raise NotFound(f"Model `{id[:200]}` not found.") from None
 
