@@ -29,13 +29,18 @@ class TrlKeys(Group):
         min_length=1,
     )
     reward_weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = key("One weight per reward; default 1.")
-    reward_num_workers: Positive = key("Processes that compute rewards.", 1)
+    reward_num_workers: Positive = key("Processes that compute rewards, and as many that hold environments.", 1)
     reward_seconds: AboveZero | None = key(
-        "Own: seconds that one call of a reward may take before its process is replaced; default 10."
+        "Own: seconds that one call of a reward or an environment may take before its process is replaced; default 10."
     )
-    scale_rewards: Annotated[Literal["group", "batch", "none"], BeforeValidator(_scale)] = key(
-        "What rewards are divided by: the standard deviation of their group (also true), of the batch, or nothing (also false).",
-        "group",
+    environment: str | None = key(
+        "Own: what answers the model over several turns: module.Class or path/to/file.py:Class; its rewards are added to the others."
+    )
+    max_turns: Positive = key("Own: the most replies of an episode.", 8)
+    max_episode_tokens: Positive | None = key("Own: the most tokens of an episode, prompt and all; default: sequence_len.")
+    scale_rewards: Annotated[Literal["group", "batch", "none"], BeforeValidator(_scale)] | None = key(
+        "What rewards are divided by: the standard deviation of their group (also true), of the batch, or nothing (also false); "
+        "default: as the loss's paper does."
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = key(
         "Whether rewards are added up before they are standardised, or after (GDPO); default: what rl says."
@@ -56,6 +61,31 @@ class TrlKeys(Group):
     ) = key("The loss; default dapo.")
     importance_sampling_level: Literal["token", "sequence"] | None = key(
         "Whether ratios are of tokens or of whole completions."
+    )
+    delta: Annotated[float, Field(gt=1)] | None = key(
+        "The most that a ratio counts where the advantage is negative (dual clip)."
+    )
+    off_policy_mask_threshold: AboveZero | None = key(
+        "Leave out a bad completion whose mean log-probability has fallen by more than this since it was sampled."
+    )
+    correction: Literal["bypass", "decoupled"] = key(
+        "Own: whether ratios are taken to the policy that sampled, or to the one before the step, which is then computed once more.",
+        "bypass",
+    )
+    correction_weight: Literal["none", "tis", "icepop"] = key(
+        "Own: the weight for the difference to the policy that sampled: truncated (tis, decoupled only), or 0 outside the bounds.",
+        "none",
+    )
+    correction_bounds: tuple[AboveZero, AboveZero] = key("Own: the bounds of correction_weight.", (0.5, 2.0))
+    correction_keep: tuple[AboveZero, AboveZero] | None = key(
+        "Own: keep a completion only while the geometric mean of its ratios to the policy that sampled lies within these bounds."
+    )
+    overlong_tokens: Count = key(
+        "Own: so many of the last tokens before the limit cost up to 1 of the reward (DAPO); 0: none.", 0
+    )
+    replay_routing: bool = key(
+        "Own: in training, experts are those that were picked when the tokens were sampled; their weights are computed anew.",
+        False,
     )
     num_iterations: Positive = key("Optimizer steps over each batch of completions.", 1)
     mask_truncated_completions: bool = key("Learn nothing from completions that did not end by themselves.", False)

@@ -157,6 +157,18 @@ def _reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
             ("trl", "generation_batch_size"),
             f"trl.generation_batch_size {trl.generation_batch_size} is no multiple of trl.num_generations {trl.num_generations}",
         )
+    if trl.correction == "bypass" and trl.correction_weight == "tis":
+        yield (
+            ("trl", "correction_weight"),
+            "trl.correction_weight tis with correction bypass would count the sampler's difference twice; "
+            "write trl.correction: decoupled, or leave tis out",
+        )
+    if run.alora_invocation_tokens:
+        yield (
+            ("alora_invocation_tokens",),
+            f"rl: {run.rl} writes with the adapter from the first token on, so that it cannot be an activated one; "
+            "remove alora_invocation_tokens",
+        )
     if run.pretraining_dataset:
         yield ("pretraining_dataset",), f"rl: {run.rl} needs prompts; name them under datasets, not pretraining_dataset"
 

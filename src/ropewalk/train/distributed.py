@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return [float(v) for v in total.tolist()]
+
+    def gather(self, values: Sequence[Value]) -> list[Value]:
+        """Everybody's values, in the order of their ranks."""
+        if self.size == 1:
+            return list(values)
+        found: list[list[Value]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, list(values))
+        return [value for part in found for value in part]
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
         """Replaces every gradient by its sum over all processes; a parameter that got none here counts as zeros."""

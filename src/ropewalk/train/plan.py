@@ -15,7 +15,7 @@ from ropewalk.data.preferences import example_reader
 from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
-from ropewalk.train.prepare import load_template, refuse_rewards
+from ropewalk.train.prepare import load_template
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"
@@ -68,7 +68,6 @@ def check_command(config: Path, overrides: Sequence[str], offline: bool, as_json
 
 def check(run: Run, *, offline: bool = False) -> Plan:
     """Looks at base and data as far as they are here (or may be fetched: configuration and tokenizer, never weights)."""
-    refuse_rewards(run)
     unchecked: dict[str, str] = {}
     folder = find_base(run, offline)
     if folder is None:

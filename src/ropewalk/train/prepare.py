@@ -10,9 +10,9 @@ from pathlib import Path
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
 from ropewalk.data.dataset import Data, open_data
-from ropewalk.errors import ConfigError
 from ropewalk.models.hub import ensure_tokenizer, resolve_base
 from ropewalk.train.folder import RunFolder, join_folder, open_folder
+from ropewalk.train.questions import Questions, open_questions
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,13 @@ class Prepared:
     run: Run
     base: Path
     template: Template
-    data: Data
+    data: Data | Questions  # prompts, where it is trained by rewards
     folder: RunFolder
     trusted: bool = False  # whether code that comes with the base may run; said on the command line only
 
 
-def refuse_rewards(run: Run) -> None:
-    """Training by rewards is understood and not done yet."""
-    if run.by_rewards:
-        raise ConfigError(
-            f"{run.where('rl')}training by rewards (rl: {run.rl}) is not supported yet; `ropewalk rewards check CONFIG` tries its "
-            "rewards on completions of the base already"
-        )
-
-
 def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
     """Checks and opens all that a run needs but the model; raises what the user must mend."""
-    refuse_rewards(run)
     path = Path(run.output_dir)
     folder = (
         open_folder(path, run.model_dump(mode="json"), restart=restart or not run.resumes) if leads() else join_folder(path)
@@ -47,7 +37,7 @@ def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False,
         told = None if quiet else tell
         base = resolve_base(run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=told)
         template = load_template(run, base)
-        data = open_data(run, template, quiet=quiet or not leads())
+        data = open_questions(run, template) if run.by_rewards else open_data(run, template, quiet=quiet or not leads())
         return Prepared(run, base, template, data, folder, trust_remote_code)
     except BaseException:
         folder.close()

@@ -14,22 +14,20 @@ from typing import Any
 
 import torch
 
-from ropewalk.config.preference import held
 from ropewalk.config.run import Run
-from ropewalk.data.packing import batches
-from ropewalk.data.stream import Stream
-from ropewalk.data.streaming import StreamBatches
 from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
-from ropewalk.train.objective import Measures, objective_of
+from ropewalk.train.lessons import Lessons, Taught
+from ropewalk.train.objective import Measures
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
-from ropewalk.train.pace import Pace, Step
 from ropewalk.train.prepare import Prepared, leads, prepare, tell
 from ropewalk.train.process import asked_to_stop, own_device, peak_memory, set_threads, step_seed
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
+from ropewalk.train.questions import Questions
+from ropewalk.train.reinforcement import Rewarded
 from ropewalk.train.trackers import Tracker, start_trackers
 
 
@@ -77,25 +75,16 @@ class Fit:
         self.config, self.folder, self.device, self.world = prepared.run, prepared.folder, device, world
         self.prepared = prepared
         config = self.config
-        self.pace = Pace(
-            lambda epoch: batches(prepared.data.train, config, seed=config.seed, epoch=epoch),
-            group=config.accumulation * world.size,
-            num_epochs=config.num_epochs,
-            max_steps=config.max_steps,
-        )
+        self.lessons = lessons_of(prepared, device, world)
         self.checkpoints = Checkpoints(self.folder.checkpoints)
         newest = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else self.checkpoints.newest()
         self.position = read_position(newest) if newest else Position()
-        endless = self.pace.batches(0) if isinstance(prepared.data.train, Stream) else None
-        self.stream = endless if isinstance(endless, StreamBatches) else None
-        if self.stream is not None:
-            self.stream.seek(self.position.data)
-        self.screen = Screen(self.folder.path.name, self.pace.total, every=config.logging_steps or 1, quiet=quiet)
-        self.screen.say(f"{self.pace.total} steps, {len(prepared.data.train)} rows; loading {prepared.base}")
+        total, rows = self.lessons.total, self.lessons.rows
+        self.screen = Screen(self.folder.path.name, total, every=config.logging_steps or 1, quiet=quiet)
+        self.screen.say(f"{total} steps, {rows} rows; loading {prepared.base}")
         self.pupil = Pupil.load(prepared, device, resume=newest)
         for notice in (*prepared.data.notices, *self.pupil.notices):
             self.screen.say(notice)
-        self.objective = objective_of(config, self.pupil, device, world)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.pupil.trainable(),
@@ -110,14 +99,15 @@ class Fit:
         if newest:
             restore_optimizer(newest, self.optimizer)
             self.screen.say(f"going on from step {self.position.step} ({newest})")
-        self.saves_every = config.save_every(self.pace.per_epoch, self.pace.total)
-        self.evaluates_every = config.eval_every(self.pace.per_epoch, self.pace.total)
+        self.saves_every = config.save_every(self.lessons.per_epoch, total)
+        self.evaluates_every = config.eval_every(self.lessons.per_epoch, total)
         self.high_losses = 0  # in a row, above loss_watchdog_threshold
         self.log: EventLog | None = None
         self.trackers: list[Tracker] = []
 
     def run(self) -> Result:
         try:
+            self.lessons.start(self.pupil, self.position.step, self.position.data)
             self._open_logs()
             return self._train()
         finally:
@@ -128,58 +118,54 @@ class Fit:
         tokens_before = self.position.tokens
         with self.screen, asked_to_stop() as asked:
             self.screen.begin(self.position.step)
-            for number in range(self.position.step, self.pace.total):
+            for number in range(self.position.step, self.lessons.total):
                 if self._out_of_patience():
                     break
-                self._step(self.pace.at(number))
+                self._step(number)
                 self._after_step()
                 if self.world.sum([len(asked)])[0]:
                     self._save()
-                    total = self.pace.total
+                    total = self.lessons.total
                     raise TrainingStopped(f"stopped at step {number + 1} of {total}; the same command goes on from there")
         return self._finish(time.monotonic() - started, self.position.tokens - tokens_before)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, number: int) -> None:
         """One optimizer step over this process's share of the step's micro-batches."""
         begun = time.perf_counter()
-        self.pupil.choose_layers(step.number)
-        torch.manual_seed(step_seed(self.config.seed, step.number, self.world.rank))
-        epoch = self.pace.batches(step.epoch)
-        mine = [epoch[i] for i in range(step.first + self.world.rank, step.last, self.world.size)]
-        weight, tokens = self.world.sum([sum(map(self.objective.weight, mine)), sum(b.tokens for b in mine)])
-        self.objective.begin(mine)
+        self.pupil.choose_layers(number)
+        torch.manual_seed(step_seed(self.config.seed, number, self.world.rank))
+        (tokens,) = self.world.sum([self.lessons.begin(number)])
         loss = 0.0
-        for number, batch in enumerate(mine):
-            part = self.objective.loss(batch) / max(1.0, weight)
+        for batch, part in enumerate(self.lessons.losses()):
             if not math.isfinite(value := float(part.detach())):
-                raise TrainingStopped(self._not_finite(step, number, value))
+                raise TrainingStopped(self._not_finite(number, f"the loss of {self.lessons.name(batch)} is {value}"))
             part.backward()  # type: ignore[no-untyped-call]
             loss += value
         self.world.add_gradients(self.parameters)
         (loss,) = self.world.sum([loss])
-        factor = self._rate_factor(step.number)
+        factor = self._rate_factor(number)
         set_rate(self.optimizer, factor)
         norm = clip(self.parameters, self.config.max_grad_norm)
         if not math.isfinite(norm):
-            raise TrainingStopped(self._not_finite(step, None, norm))
+            raise TrainingStopped(self._not_finite(number, "its gradients are not finite"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.lessons.learnt()
         first = self.position.first_loss if self.position.step else loss
+        tokens_seen = self.position.tokens + int(tokens)
         self.position = replace(
-            self.position, step=step.number + 1, tokens=self.position.tokens + int(tokens), first_loss=first
+            self.position, step=number + 1, tokens=tokens_seen, first_loss=first, data=self.lessons.position()
         )
-        if self.stream is not None:
-            self.position = replace(self.position, data=self.stream.position())
-        if step.number == 0 and held(self.config) is None:
+        if number == 0 and self.config.rl is None:
             self._judge_first_loss(loss)
         self._watch(loss)
-        self._tell_step(self.objective.measured(), loss, norm, factor, int(tokens), time.perf_counter() - begun)
+        self._tell_step(self.lessons.measured(), loss, norm, factor, int(tokens), time.perf_counter() - begun)
 
     def _after_step(self) -> None:
         """Evaluates and saves where due."""
         step, config = self.position.step, self.config
-        last = step == self.pace.total
-        if self.prepared.data.evaluation is not None and (last or _due(step, self.evaluates_every)):
+        last = step == self.lessons.total
+        if self.lessons.examines and (last or _due(step, self.evaluates_every)):
             self._evaluate()
         best = self.position.best_step == step
         wanted = best if config.save_strategy == "best" else _due(step, self.saves_every)
@@ -194,27 +180,16 @@ class Fit:
         return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
 
     def _evaluate(self) -> None:
-        rows = self.prepared.data.evaluation
-        assert rows is not None
-        found = batches(rows, self.config, seed=self.config.seed, epoch=0, shuffle=False, evaluation=True)
-        total = trained = weight = 0.0
-        mine = range(self.world.rank, len(found), self.world.size)
-        with self.pupil.quietly():
-            self.objective.begin(found[i] for i in mine)
-            for batch in (found[i] for i in mine):
-                total += float(self.objective.loss(batch))
-                weight += self.objective.weight(batch)
-                trained += batch.trained
-        total, trained, weight = self.world.sum([total, trained, weight])
-        loss, measured = total / max(1.0, weight), self.objective.measured()
+        found = self.lessons.examine()
+        loss = found.loss
         best = self.position.best_loss is None or loss < self.position.best_loss
         self.position = (
             replace(self.position, best_loss=loss, best_step=self.position.step, bad_evaluations=0)
             if best
             else replace(self.position, bad_evaluations=self.position.bad_evaluations + 1)
         )
-        values = {"step": self.position.step, "loss": loss, "trained": int(trained), "best": best, **measured}
-        self._tell("eval", values, {"eval/loss": loss} | {f"eval/{name}": value for name, value in measured.items()})
+        values = {"step": self.position.step, "loss": loss, "best": best, **found.told}
+        self._tell("eval", values, {"eval/loss": loss} | {f"eval/{name}": float(value) for name, value in found.told.items()})
         self.screen.evaluated(values)
 
     def _save(self) -> None:
@@ -244,8 +219,7 @@ class Fit:
             **_paths(self.prepared),
         )
         if self.world.leads:
-            probe = torch.from_numpy(self.pace.batches(0)[0].ids[:1, :64]).to(self.device)
-            self.pupil.save_result(result.adapter, self.prepared.template, probe)
+            self.pupil.save_result(result.adapter, self.prepared.template, self.lessons.probe().to(self.device))
             write_plots(self.folder.events, self.folder.plots)
             self._tell("end", {"step": self.position.step, "seconds": seconds}, {})
             self.folder.write_record(state="finished", result=asdict(result))
@@ -266,7 +240,7 @@ class Fit:
         return result
 
     def _rate_factor(self, number: int) -> float:
-        config, total = self.config, self.pace.total
+        config, total = self.config, self.lessons.total
         floor, constant = config.cosine_min_lr_ratio or 0.0, config.cosine_constant_lr_ratio or 0.0
         return rate_factor(config.schedule, number, total, config.warmup(total), floor=floor, constant_share=constant)
 
@@ -287,22 +261,17 @@ class Fit:
                 f"{patience}th time in a row; lower learning_rate, or raise the threshold"
             )
 
-    def _not_finite(self, step: Step, number: int | None, value: float) -> str:
-        if number is None:
-            where = "its gradients are not finite"
-        else:
-            index = step.first + self.world.rank + number * self.world.size
-            where = f"the loss of batch {index} of epoch {step.epoch} is {value}"
+    def _not_finite(self, number: int, where: str) -> str:
         newest = self.checkpoints.newest()
         return (
-            f"step {step.number + 1}: {where}. Lower learning_rate or max_grad_norm, or look at the batch with "
+            f"step {number + 1}: {where}. Lower learning_rate or max_grad_norm, or look at the batch with "
             f"`ropewalk check`; last good checkpoint: {newest.name if newest else 'none'}"
         )
 
     def _tell_step(self, measured: Measures, loss: float, norm: float, factor: float, tokens: int, seconds: float) -> None:
         values = {
             "step": self.position.step,
-            "epoch": self.pace.epoch_after(self.position.step),
+            "epoch": self.lessons.epoch_after(self.position.step),
             "loss": loss,
             "learning_rate": self.config.learning_rate * factor,
             "gradient_norm": norm,
@@ -316,6 +285,8 @@ class Fit:
             f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", *measured)
         }
         self._tell("step", values, numbers)
+        for event, more in self.lessons.told():
+            self._tell(event, {"step": self.position.step, **more}, {})
         self.screen.step(values)
 
     def _tell(self, event: str, values: dict[str, Any], numbers: dict[str, float]) -> None:
@@ -331,15 +302,23 @@ class Fit:
             self.log = EventLog(self.folder.events, keep_to_step=self.position.step or None)
             self.trackers = start_trackers(self.config.trackers, self.folder.path, self.config.model_dump(mode="json"))
             if self.position.step == 0:
-                self.log.write("start", step=0, steps=self.pace.total, rows=len(self.prepared.data.train))
+                self.log.write("start", step=0, steps=self.lessons.total, rows=self.lessons.rows)
                 for row in self.prepared.data.bad:
                     self.log.write("bad_row", step=0, **asdict(row))
 
     def _close_logs(self) -> None:
+        self.lessons.close()
         if self.log:
             self.log.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def lessons_of(prepared: Prepared, device: torch.device, world: World) -> Lessons:
+    """What the run learns from."""
+    if isinstance(prepared.data, Questions):
+        return Rewarded(prepared, prepared.data, device, world)
+    return Taught(prepared.run, prepared.data, device, world)
 
 
 def _due(step: int, every: int) -> bool:
