@@ -68,7 +68,17 @@ class Generator:
         self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
     ) -> None:
         """Goes on from these ids, in so many ways; they are read once."""
-        request = Request(key, (), tuple(ids), max_tokens, None, sampling, tuple(stop_ids), samples=samples, logprobs=True)
+        request = Request(
+            key,
+            prefix=(),
+            tail=tuple(ids),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=tuple(stop_ids),
+            samples=samples,
+            logprobs=True,
+            tempered=True,
+        )
         for sample in range(samples):
             self._writing[key, sample] = _Writing()
         self.engine.submit(request)

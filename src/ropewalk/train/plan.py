@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ropewalk.chat.template import Template
 from ropewalk.config.run import DataSource, Run, ignored_keys, load_run
 from ropewalk.data.dataset import previews
 from ropewalk.data.preferences import example_reader
@@ -16,6 +18,9 @@ from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
 from ropewalk.train.prepare import load_template
+from ropewalk.train.prompts import prompts
+from ropewalk.train.questions import groups_of
+from ropewalk.train.rewards import specs_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"
@@ -69,6 +74,8 @@ def check_command(config: Path, overrides: Sequence[str], offline: bool, as_json
 def check(run: Run, *, offline: bool = False) -> Plan:
     """Looks at base and data as far as they are here (or may be fetched: configuration and tokenizer, never weights)."""
     unchecked: dict[str, str] = {}
+    if run.by_rewards and run.trl is not None and run.trl.reward_funcs:
+        specs_of(run)
     folder = find_base(run, offline)
     if folder is None:
         unchecked["base_model"] = f"{run.base_model}: {UNCHECKED}"
@@ -76,7 +83,8 @@ def check(run: Run, *, offline: bool = False) -> Plan:
     rows: list[tuple[str, list[tuple[str, bool]]]] = []
     if folder is not None and here:
         seen = run.model_copy(update={"datasets": here, "pretraining_dataset": None})
-        rows = previews(seen, load_template(run, folder))
+        template = load_template(run, folder)
+        rows = _asked(seen, template) if run.by_rewards else previews(seen, template)
     looked = _NOTHING if folder is None else _look(folder, run)
     return Plan(
         base_model=run.base_model,
@@ -88,6 +96,15 @@ def check(run: Run, *, offline: bool = False) -> Plan:
         previewed=[name for name, _ in rows],
         **looked,
     )
+
+
+def _asked(run: Run, template: Template, n: int = 3) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The first prompts as the model will see them."""
+    found = islice(prompts(run), n)
+    return [
+        (f"prompt {number}", [(template.decode(one.ids(template), skip_special_tokens=False), False)])
+        for number, one in enumerate(found, 1)
+    ]
 
 
 def find_base(run: Run, offline: bool) -> Path | None:
@@ -120,7 +137,8 @@ def _sources_here(run: Run, offline: bool, unchecked: dict[str, str]) -> tuple[D
     for name in ("datasets", "pretraining_dataset", "test_datasets"):
         for index, source in enumerate(getattr(run, name) or ()):
             try:
-                example_reader(source, run)
+                if not run.by_rewards:
+                    example_reader(source, run)
             except ConfigError as error:
                 raise ConfigError(f"{run.where(name, index, 'type')}{error}") from None
             if isinstance(locate(source), HubSet) and offline:
@@ -154,7 +172,15 @@ def _precision(run: Run) -> str:
 
 
 def _steps(run: Run) -> dict[str, Any]:
-    return {
+    rewarded = {}
+    if run.by_rewards and run.trl is not None:
+        groups = groups_of(run)
+        rewarded = {
+            "completions": groups * run.trl.num_generations,
+            "per_prompt": run.trl.num_generations,
+            "longest": run.trl.max_completion_length,
+        }
+    return rewarded | {
         "rows_per_step": run.micro_batch_size * run.accumulation,
         "sequence_len": run.sequence_len,
         "packing": run.packing,
@@ -196,10 +222,14 @@ def _coverage_lines(plan: Plan) -> list[str]:
 
 def _step_lines(plan: Plan) -> list[str]:
     steps = plan.steps
+    run = f"Run       {steps['length']}, {steps['optimizer']}, {steps['schedule']} from {steps['learning_rate']:g}"
+    if "completions" in steps:
+        asked = f"{steps['completions']} completions, {steps['per_prompt']} of each prompt, of up to {steps['longest']} tokens"
+        return [f"Step      {asked}", run]
     rows = f"{steps['rows_per_step']} {'packed ' if steps['packing'] else ''}rows of up to {steps['sequence_len']} tokens"
     return [
         f"Step      {rows} per process: at most {steps['most_tokens_per_step']:,} tokens",
-        f"Run       {steps['length']}, {steps['optimizer']}, {steps['schedule']} from {steps['learning_rate']:g}",
+        run,
     ]
 
 

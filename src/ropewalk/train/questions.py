@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,6 +56,13 @@ def open_questions(run: Run, template: Template) -> Questions:
             f"{run.trl.max_completion_length} fits in sequence_len {run.sequence_len}"
         )
     return Questions(tuple(train), tuple(evaluation), tuple(notices))
+
+
+def groups_of(run: Run, processes: int = 1) -> int:
+    """Prompts of an optimizer step, over all processes."""
+    assert run.trl is not None
+    completions = run.trl.generation_batch_size or run.micro_batch_size * run.accumulation * processes
+    return math.ceil(completions / run.trl.num_generations)
 
 
 def _read(found: Iterable[Prompt], template: Template, room: int) -> tuple[list[Question], int]:

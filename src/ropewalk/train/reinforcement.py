@@ -35,7 +35,7 @@ from ropewalk.train.policy_losses import DEFAULT, METHODS, Method, PolicyInput, 
 from ropewalk.train.prepare import Prepared
 from ropewalk.train.process import step_seed
 from ropewalk.train.pupil import Pupil
-from ropewalk.train.questions import Question, Questions
+from ropewalk.train.questions import Question, Questions, groups_of
 from ropewalk.train.rewards import Rewards, specs_of
 from ropewalk.train.rollouts import Group, Rollouts
 from ropewalk.train.standing import Standing, standings
@@ -72,8 +72,7 @@ class Rewarded:
         # REINFORCE++ takes the divergence from the base off the reward; the others add it to the loss.
         self.in_reward = bool(self.method.beta) and self.method.advantage == "batch"
         self.losing = replace(self.method, beta=0.0) if self.in_reward else self.method
-        completions = trl.generation_batch_size or run.micro_batch_size * run.accumulation * world.size
-        self.groups = math.ceil(completions / trl.num_generations)  # of a step, over all processes
+        self.groups = groups_of(run, world.size)  # of a step, over all processes
         self.ahead = trl.prefetch_depth if trl.async_prefetch else 0
         of_epoch = math.ceil(len(questions.train) / self.groups)
         self.per_epoch = of_epoch * trl.num_iterations
