@@ -27,6 +27,12 @@ class ServerSettings:
     scrub_bytes_per_second: float = 1e6  # at which stored bytes are read and verified, each content once a week; 0: not at all
     batch_requests: int = 4  # of batches that are answered at once, while nobody else waits
     batch_lease_seconds: float = 20.0  # so long after a process has died, another takes up what it was answering
+    jobs_at_once: int = 1  # trainings that this process runs; 0: they wait for another process
+    jobs_running: int = 1  # of one workspace, in all processes together
+    jobs_queued: int = 20  # of one workspace that have not ended, those that run included
+    jobs_file_bytes: int = 2_000_000_000  # of the files of all these
+    job_lease_seconds: float = 20.0  # so long after a process has died, another takes up what it was training
+    job_grace_seconds: float = 30.0  # for a training that is to stop to finish its step and write a checkpoint
     connections: int = 1000  # at once; more are answered 503
     mail: Mail | None = None  # how mail is sent; None: there is none
     digest_seconds: float = 300.0  # between two looks whether a digest is due

@@ -28,6 +28,9 @@ def add_verbs(verbs: Verbs) -> None:
     serve.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="of each workspace without a limit of its own (default: no limit)"
     )
+    serve.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trainings run at once by this process; 0: none (default: %(default)s)"
+    )
     serve.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate; with --tls-key, the server speaks HTTPS")
     serve.add_argument("--tls-key", type=Path, metavar="PEM", help="key of the certificate")
     serve.add_argument(
@@ -62,6 +65,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             drain_seconds=arguments.drain_seconds,
             drain_notice_seconds=arguments.drain_notice_seconds,
             mail=configured_mail(arguments.mail),
+            jobs_at_once=max(0, arguments.jobs),
             serving=replace(serving, preload=(*serving.preload, *arguments.preload)),
         ),
     )

@@ -114,8 +114,9 @@ def _delete_workspace(arguments: argparse.Namespace) -> int:
     from ropewalk.compare.closing import forget
     from ropewalk.files import commands
     from ropewalk.files.verbs import local_files
+    from ropewalk.jobs.closing import forget as forget_jobs
 
-    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, [forget])
+    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, [forget, forget_jobs])
 
 
 def _limit(arguments: argparse.Namespace) -> int:
