@@ -35,6 +35,7 @@ from ropewalk.server import (
     extensions,
     facts,
     files,
+    fine_tuning,
     home_page,
     logs,
     messages,
@@ -66,6 +67,7 @@ ROUTES: list[BaseRoute] = [
     *messages.routes,
     *batches.routes,
     *models.routes,
+    *fine_tuning.routes,
     *comparisons.routes,
     *admin.routes,
     *operations.routes,
@@ -101,6 +103,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
     app.state.batches = batches.runner_of(app)
+    app.state.jobs = fine_tuning.runner_of(app)
     app.state.mailer = digest.mailer_of(settings)
     app.state.comparisons = ComparisonRuns(store, ComparisonRunner(store, app.state.models))
     app.state.draining = False
@@ -112,6 +115,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
     working.append(asyncio.create_task(app.state.batches.run()))
     working.append(asyncio.create_task(app.state.comparisons.run()))
+    working.append(asyncio.create_task(app.state.jobs.run()))
     working.append(asyncio.create_task(digest.send_digests(app)))
     try:
         yield
