@@ -47,6 +47,7 @@ class RopewalkError(Exception):
     claude_type = "api_error"
     exit_code = 1
     error_code: str | None = None  # `error.details.error_code`, by which the SDK chooses the class it raises
+    param: str | None = None  # of a request: where in it stands what is wrong
 
 
 class BadInput(RopewalkError):

@@ -125,7 +125,7 @@ def test_the_vectors_of_a_local_encoder_are_those_of_transformers(encoder_folder
     async def whole(pooling):
         encoder = LocalEncoder(encoder_folder, pooling, 1)
         try:
-            return await encoder.encode(texts)
+            return (await encoder.encode(texts)).vectors
         finally:
             await encoder.close()
 

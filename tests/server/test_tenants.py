@@ -172,6 +172,19 @@ MESSAGES = {
         (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": "none"}), 404, 404),
     ],
 }
+OPENAI = {
+    ("GET", "/openai/v1/files"): [
+        (ask("GET", "/openai/v1/files?after={things.file}"), 200, 400),
+        (ask("GET", "/openai/v1/files?order=asc&after={things.file}"), 200, 400),
+    ],
+    ("GET", "/openai/v1/files/{file_id}"): [(ask("GET", "/openai/v1/files/{things.file}"), 200, 404)],
+    ("GET", "/openai/v1/files/{file_id}/content"): [
+        (ask("GET", "/openai/v1/files/{things.file}/content"), 200, 404),
+        (ask("GET", "/openai/v1/files/{things.file}/content", headers={"range": "bytes=9999-"}), 416, 404),
+        (ask("GET", "/openai/v1/files/{things.file}/content", headers={"if-none-match": "*"}), 304, 404),
+    ],
+    ("DELETE", "/openai/v1/files/{file_id}"): [(ask("DELETE", "/openai/v1/files/{things.file}"), 200, 404)],
+}
 
 BATCHES = {
     ("GET", "/v1/messages/batches"): [(ask("GET", "/v1/messages/batches?after_id={things.batch}"), 200, 200)],
@@ -301,6 +314,10 @@ ADMIN = {
 
 # Routes that take no id of a tenant's, with the reason why they are in no table above.
 WITHOUT_IDS = {
+    ("POST", "/openai/v1/files"): "makes files of the caller's own",
+    ("POST", "/openai/v1/embeddings"): "takes texts",
+    ("GET", "/openai/v1/models"): "what is served, for everybody alike",
+    ("GET", "/openai/v1/models/{model_id}"): "the same",
     ("POST", "/v1/files"): "makes a file of the caller's own",
     ("POST", "/v1/files/resumable"): "begins an upload of the caller's own",
     ("POST", "/v1/messages/batches"): "makes a batch of the caller's own; a file it names is tested below",
@@ -355,7 +372,7 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *MESSAGES, *BATCHES, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {*API, *MESSAGES, *OPENAI, *BATCHES, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -412,7 +429,7 @@ def answer(client, request):
     """Status, headers and body of an answer, without what is another one in every answer."""
     method, path, more = request
     response = client.request(method, path, **more)
-    headers = [(name, value) for name, value in response.headers.multi_items() if name not in ("date", "request-id")]
+    headers = [(name, value) for name, value in response.headers.multi_items() if name not in ("date", "request-id", "x-request-id")]
     return response.status_code, headers, re.sub(rb"req_[A-Za-z0-9]+", b"REQUEST", response.content)
 
 
@@ -508,6 +525,13 @@ def test_what_a_model_has_read_for_another_workspace_is_read_anew(asked, asker_a
     assert first == 0
     assert second > 0
     assert reused(asker)[0] == 0
+
+
+@pytest.mark.parametrize("route", OPENAI, ids=" ".join)
+def test_openai_shapes_answer_alike_for_what_is_anothers_and_for_what_never_was(asked, asker_and_owner, route):
+    asker, owner = asker_and_owner
+    for probe, theirs, others in OPENAI[route]:
+        check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
 @pytest.mark.parametrize("route", PAGES, ids=" ".join)

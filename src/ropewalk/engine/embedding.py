@@ -9,7 +9,8 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -31,13 +32,22 @@ AT_ONCE = 32  # texts of one call: a question waits for no more of another file'
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # texts, dimensions
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What was made of some texts."""
+
+    vectors: Vectors
+    tokens: int = 0  # that were read; 0 where another server does not say
+    cut: tuple[int, ...] = ()  # texts that were longer than the encoder reads
+
+
 class Encoder(Protocol):
     """What makes vectors of texts."""
 
     async def name(self) -> str:
         """Names the encoder's content: vectors of one name can be compared."""
 
-    async def encode(self, texts: Sequence[str]) -> Vectors:
+    async def encode(self, texts: Sequence[str]) -> Encoded:
         """A vector for each text; AT_ONCE of them at most."""
 
     async def close(self) -> None: ...
@@ -58,7 +68,7 @@ class LocalEncoder:
             self._name = f"{digest} {self._settings['pooling']}"
         return self._name
 
-    async def encode(self, texts: Sequence[str]) -> Vectors:
+    async def encode(self, texts: Sequence[str]) -> Encoded:
         async with self._turn:
             process = await self._started()
             assert process.stdin is not None
@@ -73,7 +83,7 @@ class LocalEncoder:
                 await process.wait()
                 raise
         data = np.frombuffer(base64.b64decode(answer["vectors"]), "<f2").astype(np.float32)
-        return data.reshape(len(texts), -1)
+        return Encoded(data.reshape(len(texts), -1), answer["tokens"], tuple(answer["cut"]))
 
     async def close(self) -> None:
         process, self._process = self._process, None
@@ -102,7 +112,7 @@ class RemoteEncoder:
     async def name(self) -> str:
         return f"{self._upstream.remote.url} {self._upstream.remote.model}"
 
-    async def encode(self, texts: Sequence[str]) -> Vectors:
+    async def encode(self, texts: Sequence[str]) -> Encoded:
         asked = {"model": self._upstream.remote.model, "input": list(texts), "encoding_format": "float"}
         answer = await self._upstream.ask("embeddings", asked)
         try:
@@ -113,8 +123,9 @@ class RemoteEncoder:
         if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all():
             raise self._upstream.failed("answered with no vector for each text")
         lengths = np.linalg.norm(found, axis=1, keepdims=True).astype(np.float32)
-        normalised: Vectors = found / np.maximum(lengths, np.float32(1e-12))
-        return normalised
+        told = answer.get("usage")
+        tokens = told.get("prompt_tokens") if isinstance(told, Mapping) else None
+        return Encoded(found / np.maximum(lengths, np.float32(1e-12)), tokens if isinstance(tokens, int) else 0)
 
     async def close(self) -> None:
         return
@@ -131,13 +142,19 @@ class Meanings:
         self, caller: Caller, asked: Sequence[tuple[str, Document]], size: int, question: str
     ) -> list[list[float]]:
         """For each of these files, how near each of its chunks of `size` characters is to the question."""
-        wanted = (await self._encoder.encode([self._options.query + question]))[0]
+        wanted = (await self._encoder.encode([self._options.query + question])).vectors[0]
         return [(await self._of_file(caller, id, document, size) @ wanted).tolist() for id, document in asked]
 
     async def prepare(self, caller: Caller, read: Sequence[tuple[str, Document]], size: int) -> None:
         """Makes the vectors of these files ahead of the first question about them."""
         for id, document in read:
             await self._of_file(caller, id, document, size)
+
+    async def encoded(self, texts: Sequence[str]) -> Encoded:
+        """The vectors of any number of texts, as they stand."""
+        parts = [await self._encoder.encode(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
+        cut = [place * AT_ONCE + i for place, part in enumerate(parts) for i in part.cut]
+        return Encoded(np.concatenate([part.vectors for part in parts]), sum(part.tokens for part in parts), tuple(cut))
 
     async def close(self) -> None:
         await self._encoder.close()
@@ -152,11 +169,7 @@ class Meanings:
             kept = await self._store.derived(file, KIND, name)
             if kept is not None and len(texts) and len(kept) % (2 * len(texts)) == 0:
                 return np.frombuffer(kept, "<f2").astype(np.float32).reshape(len(texts), -1)
-            parts = [
-                await self._encoder.encode([self._options.passage + text for text in texts[start : start + AT_ONCE]])
-                for start in range(0, len(texts), AT_ONCE)
-            ]
-            found = np.concatenate(parts)
+            found = (await self.encoded([self._options.passage + text for text in texts])).vectors
             await self._store.keep_derived(file, KIND, name, found.astype("<f2").tobytes())
             return found
 

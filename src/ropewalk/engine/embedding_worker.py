@@ -40,8 +40,9 @@ class Encoder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
     @torch.inference_mode()
-    def vectors(self, texts: list[str]) -> torch.Tensor:
-        """A vector of length 1 for each text; like lengths are encoded together."""
+    def vectors(self, texts: list[str]) -> tuple[torch.Tensor, int, list[int]]:
+        """A vector of length 1 for each text, the tokens read, and which texts were cut; like lengths are encoded together."""
+        tokens, cut = 0, list[int]()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
         for start in range(0, len(order), AT_ONCE):
@@ -49,10 +50,16 @@ class Encoder:
             asked = [texts[i] for i in chosen]
             batch = self._tokenizer(asked, padding=True, truncation=True, max_length=self._longest, return_tensors="pt")
             batch = {name: batch[name].to(self._device) for name in ("input_ids", "attention_mask")}
+            lengths = batch["attention_mask"].sum(1).tolist()
+            tokens += sum(lengths)
+            cut += [i for i, length in zip(chosen, lengths) if length >= self._longest and self._is_longer(texts[i])]
             hidden = self._model(**batch).last_hidden_state.float()  # B, L, H
             for i, vector in zip(chosen, torch.nn.functional.normalize(self._pooled(hidden, batch["attention_mask"]), dim=-1)):
                 found[i] = vector.cpu()
-        return torch.stack(found)
+        return torch.stack(found), tokens, sorted(cut)
+
+    def _is_longer(self, text: str) -> bool:
+        return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"]) > self._longest
 
     def _pooled(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self._pooling == "cls":
@@ -75,9 +82,9 @@ def main() -> None:
         return
     _write(out, {"ready": True})
     for line in sys.stdin:
-        vectors = encoder.vectors(json.loads(line)["texts"])
+        vectors, tokens, cut = encoder.vectors(json.loads(line)["texts"])
         data = vectors.to(torch.float16).numpy().astype("<f2").tobytes()
-        _write(out, {"vectors": base64.b64encode(data).decode()})
+        _write(out, {"vectors": base64.b64encode(data).decode(), "tokens": tokens, "cut": cut})
 
 
 def _pooling_of(folder: Path) -> str:

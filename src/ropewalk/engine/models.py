@@ -25,7 +25,7 @@ from ropewalk.config.serving import Serving
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.counted import Answers, Counted
-from ropewalk.engine.embedding import LocalEncoder, Meanings, RemoteEncoder
+from ropewalk.engine.embedding import Encoded, LocalEncoder, Meanings, RemoteEncoder
 from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.remote import RemoteAnswerer
 from ropewalk.engine.remote_files import PLACE, RemoteFiles, erase
@@ -188,6 +188,21 @@ class Models:
         if self.serving.models is not None and name not in self.serving.models and not self._by_job(name):
             raise _unknown(name)
         return self._listed(name)
+
+    @property
+    def embedding(self) -> Listed | None:
+        """The encoder of texts, where one is configured."""
+        options = self.serving.embeddings
+        if options is None:
+            return None
+        name = options.remote.model if options.remote is not None else Path(options.base).name
+        return Listed(name, name, self._since, None)
+
+    async def embed(self, texts: Sequence[str]) -> Encoded:
+        """Vectors of texts, as the encoder that is configured makes them."""
+        meanings = self._meant()
+        assert meanings is not None, "callers look at `embedding` first"
+        return await meanings.encoded(texts)
 
     async def preload(self) -> None:
         """Starts the engines that shall not wait for the first question; what keeps one from starting is logged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # what is none is not looked for: not every database can be asked for every text
+
+UNSAID = "user_data"  # the purpose of a file of which none was told
 
 Place = tuple[int, str]  # (created_at, id): where a file stands in a list
 
@@ -39,6 +41,8 @@ class File:
     expires_at: int | None
     expired_at: int | None  # when the bytes were given back
     downloadable: bool
+    purpose: str | None = None  # what it is for, where somebody said so
+    lineage: Mapping[str, Any] | None = None  # of one that was written here: by what, and from which files
 
     @property
     def expired(self) -> bool:
@@ -152,6 +156,7 @@ async def page(
     before: Place | None,
     tag: str | None,
     name: str | None = None,
+    purpose: str | None = None,
 ) -> Listing:
     """Up to `limit` files older than `after`, or newer than `before` and next to it."""
     key = tuple_(files.c.created_at, files.c.id)
@@ -160,6 +165,8 @@ async def page(
         query = query.where(_has_tag(connection, tag))
     if name is not None:
         query = query.where(files.c.filename.istartswith(name, autoescape=True))
+    if purpose is not None:
+        query = query.where(func.coalesce(files.c.purpose, UNSAID) == purpose)
     if before is not None:
         rows = (
             await connection.execute(

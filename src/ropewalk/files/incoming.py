@@ -13,7 +13,8 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, delete, insert, select, update
@@ -27,7 +28,7 @@ from ropewalk.files.blobs import Staged
 from ropewalk.files.catalog import File
 from ropewalk.files.media import sniff
 from ropewalk.files.names import extension_of, stored_name
-from ropewalk.files.tables import blobs, erasures, files, uploads
+from ropewalk.files.tables import FILES, blobs, derived, erasures, files, uploads
 from ropewalk.ids import new_id
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
@@ -40,6 +41,16 @@ if TYPE_CHECKING:
 
 RESERVE_STEP = 16 << 20  # bytes set aside at a time when nobody said how many will come
 HEAD = 1 << 16  # first bytes, by which the media type is told
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a file came about that was written here."""
+
+    kind: str  # of thing, such as questions
+    name: str  # of what wrote it, such as a job's id
+    sources: tuple[str, ...]  # files
+    lineage: Mapping[str, Any]  # what is told of it beside them
 
 
 class Incoming:
@@ -110,8 +121,13 @@ class Incoming:
         expires_in: int | None = None,
         tags: Sequence[str] = (),
         retried: bool = False,
+        purpose: str | None = None,
+        made: Made | None = None,
     ) -> File:
-        """The file, durable; `retried` says that the client may have sent these bytes before and not heard the answer."""
+        """The file, durable; `retried` says that the client may have sent these bytes before and not heard the answer.
+
+        `made`: it was written here, from other files, and goes with them.
+        """
         media = sniff(self._head, filename, mime_type)
         name = stored_name(filename, extension_of(media))
         await self._absorb(self._waiting, last=True)
@@ -125,7 +141,7 @@ class Incoming:
         sha256 = self._digest.hexdigest()
         async with self._store.database.writing() as connection:
             again = await self._sent_before(connection, name, sha256) if retried else None
-            file = again or await self._record(connection, name, media, sha256, expires_in, tags)
+            file = again or await self._record(connection, name, media, sha256, expires_in, tags, purpose, made)
             if again:
                 await self._forget(connection)
                 await connection.execute(insert(erasures).values(place="blobs", stored=self.id))
@@ -157,8 +173,18 @@ class Incoming:
         await quotas.reserve(connection, self._caller, self._reserved)
 
     async def _record(
-        self, connection: AsyncConnection, name: str, media: str, sha256: str, expires_in: int | None, tags: Sequence[str]
+        self,
+        connection: AsyncConnection,
+        name: str,
+        media: str,
+        sha256: str,
+        expires_in: int | None,
+        tags: Sequence[str],
+        purpose: str | None,
+        made: Made | None,
     ) -> File:
+        for source in made.sources if made is not None else ():
+            await self._hold(connection, source)
         # A user's own bytes are shared with nobody: who deletes a file must not learn that somebody else has it too.
         user = self._caller.user_id
         content = hmac.digest(
@@ -194,14 +220,26 @@ class Incoming:
             "created_at": created,
             "expires_at": None if expires_in is None else created + expires_in * 1_000_000,
             "expired_at": None,
+            "purpose": purpose,
+            "lineage": None if made is None else {**made.lineage, "files": list(made.sources)},
         }
         await connection.execute(insert(files).values(row))
+        for source in made.sources if made is not None else ():
+            assert made is not None
+            tie = {"owner": source, "kind": made.kind, "name": made.name, "place": FILES, "stored": row["id"], "size": 0}
+            await connection.execute(insert(derived).values(**tie, created_at=created))
         await self._forget(connection, size=self.size)
         file = await catalog.find(connection, self._caller, row["id"])
         await append(
             connection, self._caller, "file_uploaded", file.id, request_id=self._request_id, detail={"bytes": self.size}
         )
         return file
+
+    async def _hold(self, connection: AsyncConnection, source: str) -> None:
+        """Keeps a file that this one was made from, until the transaction ends; NotFound where it is gone."""
+        alive = select(files.c.id).where(files.c.id == source, catalog.visible(self._caller), files.c.expired_at.is_(None))
+        if not (await connection.execute(alive.with_for_update())).scalar():
+            raise catalog.missing(source)
 
     async def _forget(self, connection: AsyncConnection, size: int | None = None) -> None:
         """The upload is no more; its reservation becomes use, or is given back."""

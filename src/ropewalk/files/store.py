@@ -12,6 +12,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from sqlalchemy import delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import Database, now
-from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable, OutputError
+from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable, NotFound, OutputError
 from ropewalk.failpoints import failpoint
 from ropewalk.files import catalog
 from ropewalk.files.blobs import Blobs, open_blobs
@@ -30,11 +31,12 @@ from ropewalk.files.content import Content
 from ropewalk.files.incoming import Incoming
 from ropewalk.files.receipts import Receipt, issue
 from ropewalk.files.settings import Settings
-from ropewalk.files.tables import blobs, derived, erasures, file_token_days, files
+from ropewalk.files.tables import FILES, blobs, derived, erasures, file_token_days, files
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.secrets import open_secret, workspace_purpose
+from ropewalk.tenants.tables import workspaces
 from ropewalk.tenants.workspaces import ensure_default, find_workspace
 from ropewalk.vault import CHUNK, TAG, Opener, Sealer, Vault, unwrap
 
@@ -139,11 +141,12 @@ class Store:
         before: Place | None = None,
         tag: str | None = None,
         name: str | None = None,
+        purpose: str | None = None,
     ) -> Listing:
         """A page of files, newest first; `name` is how the names begin, in either case."""
         caller.needs("read")
         async with self.database.reading() as connection:
-            return await catalog.page(connection, caller, limit, after, before, tag, name)
+            return await catalog.page(connection, caller, limit, after, before, tag, name, purpose)
 
     async def find(self, caller: Caller, ids: Sequence[str]) -> Files:
         """Those of these files that there are, newest first."""
@@ -189,6 +192,9 @@ class Store:
             await connection.execute(select(files.c.id).where(files.c.id == id, catalog.visible(caller)).with_for_update())
             file = await catalog.find(connection, caller, id)
             counted = await connection.execute(delete(file_token_days).where(file_token_days.c.file_id == id))
+            if file.lineage is not None:  # those that it was made from need not take it along any more
+                ties = derived.c.owner.in_(file.lineage["files"]) & (derived.c.place == FILES) & (derived.c.stored == id)
+                await connection.execute(delete(derived).where(ties))
             gone = await connection.execute(delete(files).where(files.c.id == id))
             if not gone.rowcount:  # somebody else's DELETE was first
                 raise catalog.missing(id)
@@ -250,6 +256,8 @@ class Store:
                 elif place == "path":
                     if not await asyncio.to_thread(_erase_path, stored):
                         continue  # it lies on another machine, whose own sweep will find its name in the table
+                elif place == FILES:
+                    await self._delete_made(stored)
                 elif place not in self.erasers or not await self.erasers[place](stored):
                     continue  # a server that knows how is to do it; the table keeps its name until then
                 done.append((place, stored))
@@ -259,6 +267,16 @@ class Store:
             async with self.database.writing() as connection:
                 await connection.execute(delete(erasures).where(tuple_(erasures.c.place, erasures.c.stored).in_(done)))
         return len(done)
+
+    async def _delete_made(self, id: str) -> None:
+        """Deletes a file that was made from one that is no more, with a receipt of its own."""
+        async with self.database.reading() as connection:
+            query = select(files.c.workspace_id, workspaces.c.organization_id)
+            query = query.join(workspaces, workspaces.c.id == files.c.workspace_id).where(files.c.id == id)
+            row = (await connection.execute(query)).first()
+        if row is not None:
+            with suppress(NotFound):  # somebody else's DELETE was first
+                await self.delete(Caller(row.organization_id, row.workspace_id, None), id)
 
     # -- what is made from files
 

@@ -6,6 +6,8 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, ForeignKey, Index, Lar
 
 from ropewalk.database import metadata
 
+FILES = "files"  # the place of what is a file of its own, which is deleted with those that it was made from
+
 blobs = Table(
     "blobs",
     metadata,
@@ -37,6 +39,8 @@ files = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger),
     Column("expired_at", BigInteger),  # when the bytes were given back
+    Column("purpose", Text),  # what OpenAI's clients say that it is for; null: nothing was said
+    Column("lineage", JSON(none_as_null=True)),  # of one that a model wrote: which model, from which files
     Index("files_workspace_created", "workspace_id", "created_at", "id"),
     Index("files_blob", "blob_id"),
     Index("files_expires", "expires_at"),
@@ -72,7 +76,9 @@ derived = Table(  # everything made from a file; dies with it
     Column("owner", Text, primary_key=True),  # a blob's id, or a file's
     Column("kind", Text, primary_key=True),  # text, tokens, ...
     Column("name", Text, primary_key=True),
-    Column("place", Text, nullable=False),  # blobs: in the blob store; path: of this machine; upstream: of another server
+    Column(
+        "place", Text, nullable=False
+    ),  # blobs: in the blob store; path: of this machine; files: one of them; upstream: of another server
     Column("stored", Text, nullable=False),  # its name there
     Column("size", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),

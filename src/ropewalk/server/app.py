@@ -40,6 +40,9 @@ from ropewalk.server import (
     logs,
     messages,
     models,
+    openai_embeddings,
+    openai_files,
+    openai_models,
     openapi,
     operations,
     pages,
@@ -50,6 +53,7 @@ from ropewalk.server import (
 from ropewalk.server.auth import admit, allowance_of
 from ropewalk.server.comparison_runs import ComparisonRuns
 from ropewalk.server.denied import write_down
+from ropewalk.server.openai_errors import PREFIX, headers_of, is_openai, refusal
 from ropewalk.server.operations import Metrics
 from ropewalk.server.settings import ServerSettings
 from ropewalk.server.wire import JSON, Failure, failure
@@ -57,7 +61,7 @@ from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
 
-API = "/v1/"  # what lies under it needs a key
+API = ("/v1/", PREFIX)  # what lies under them needs a key
 THOROUGH_SECONDS = 3600.0  # between two sweeps that look at every stored name and every row
 DISCONNECTED = 499  # in the log only: the client went away before it was answered
 
@@ -67,6 +71,9 @@ ROUTES: list[BaseRoute] = [
     *messages.routes,
     *batches.routes,
     *models.routes,
+    *openai_models.routes,
+    *openai_files.routes,
+    *openai_embeddings.routes,
     *fine_tuning.routes,
     *comparisons.routes,
     *admin.routes,
@@ -196,7 +203,10 @@ async def _answer(error: Exception, request: Request, exchange: Exchange) -> Non
     # The SDK repeats what failed with 409 or 5xx; where that cannot help, or would do the same thing twice, it is told so.
     if shown.status == 409 or getattr(request.state, "committed", False):
         headers["x-should-retry"] = "false"
-    response = JSON(shown.body(exchange.request_id), shown.status, headers)
+    if is_openai(request.url.path):
+        response = refusal(shown, error, headers)
+    else:
+        response = JSON(shown.body(exchange.request_id), shown.status, headers)
     await response(request.scope, exchange.receive, exchange.send)
 
 
@@ -244,7 +254,8 @@ class Exchange:
         caller: Caller | None = self.scope["state"].get("caller")
         if caller is not None:
             values |= {"anthropic-organization-id": caller.organization_id, "anthropic-workspace-id": caller.workspace_id}
-        values |= allowance_of(Request(self.scope)).headers()
+        allowance = allowance_of(Request(self.scope))
+        values |= headers_of(self.request_id, allowance) if is_openai(self.scope["path"]) else allowance.headers()
         return [(name.encode(), value.encode("latin-1")) for name, value in values.items()]
 
     def close(self, metrics: Metrics, error: BaseException | None) -> None:

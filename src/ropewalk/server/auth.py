@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from ropewalk.errors import AuthenticationFailed, RateLimited
 from ropewalk.files.store import Store
+from ropewalk.server.openai_errors import is_openai
 from ropewalk.tenants import keys
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.limits import Allowance, Limits
@@ -22,9 +23,9 @@ async def admit(request: Request) -> None:
         key = await keys.authenticate(connection, store.pepper, secret)
         if key is None:
             raise AuthenticationFailed("this key opens nothing: it is unknown, revoked or expired")
-        caller, workspace = await keys.admit(
-            connection, key, headers.get("anthropic-workspace-id") or None, headers.get("anthropic-user-id") or None
-        )
+        # What OpenAI's clients call a project is a workspace here.
+        named = headers.get("openai-project" if is_openai(request.url.path) else "anthropic-workspace-id")
+        caller, workspace = await keys.admit(connection, key, named or None, headers.get("anthropic-user-id") or None)
     request.state.caller = caller
     try:
         request.state.allowance = limits.take(workspace.id, workspace.requests_per_minute)

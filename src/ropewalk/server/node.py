@@ -21,7 +21,9 @@ class Node:
 
     def fail(self, why: str) -> BadInput:
         """The error of this value, to be raised."""
-        return BadInput(f"{self.path}: {why}" if self.path else why)
+        error = BadInput(f"{self.path}: {why}" if self.path else why)
+        error.param = self.path or None
+        return error
 
     def at(self, key: str | int) -> str:
         """The path of what lies within."""
@@ -40,14 +42,14 @@ class Node:
     def need(self, key: str) -> Node:
         """The value of a key that has to be there."""
         if key not in self.record():
-            raise BadInput(f"{self.at(key)}: Field required")
+            raise Node(None, self.at(key)).fail("Field required")
         return Node(self.value[key], self.at(key))
 
     def only(self, keys: Collection[str]) -> None:
         """Refuses keys that nobody knows; one that says nothing passes."""
         for key, value in self.record().items():
             if key not in keys and value is not None:
-                raise BadInput(f"{self.at(key[:100])}: Extra inputs are not permitted")
+                raise Node(None, self.at(key[:100])).fail("Extra inputs are not permitted")
 
     def items(self, most: int | None = None) -> Iterator[Node]:
         """The values of a list."""

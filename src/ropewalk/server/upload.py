@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 from starlette.requests import Request
 
@@ -21,13 +22,14 @@ from ropewalk.server.wire import FILES_BETA, Dialect
 MAX_FIELD_BYTES = 16_384
 MAX_OVERHEAD_BYTES = 1 << 20  # of a body beyond its file: headers of parts, and fields
 MAX_TAGS, MAX_TAG = 32, 64
-FIELDS = ("file", "expires_in_seconds", "tags", "tags[]")
 TAG = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{MAX_TAG}}}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
 
 
 class UploadForm:
     """The form of one upload on its way in: fields are gathered, the file goes on to the store as it comes."""
+
+    fields: tuple[str, ...] = ("file", "expires_in_seconds", "tags", "tags[]")
 
     def __init__(self, request: Request, spoken: Dialect, stack: AsyncExitStack) -> None:
         self._request, self._spoken, self._stack = request, spoken, stack
@@ -71,13 +73,15 @@ class UploadForm:
         if self._incoming is None or self._file is None:
             raise BadInput("file: there is no such part in the form; it holds the bytes to upload")
         values = [(name, _decoded(name, value)) for name, value in self._fields]
-        return await self._incoming.finish(
-            self._file.filename,
-            self._file.media_type,
-            expires_in=_expiry([value for name, value in values if name == "expires_in_seconds"]),
-            tags=checked_tags([value for name, value in values if name in ("tags", "tags[]")]),
-            retried=bool(re.fullmatch(r"[1-9][0-9]*", self._request.headers.get("x-stainless-retry-count", ""))),
-        )
+        retried = bool(re.fullmatch(r"[1-9][0-9]*", self._request.headers.get("x-stainless-retry-count", "")))
+        return await self._incoming.finish(self._file.filename, self._file.media_type, retried=retried, **self.about(values))
+
+    def about(self, values: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """What the fields say of the file, as Incoming.finish takes it."""
+        return {
+            "expires_in": _expiry([value for name, value in values if name == "expires_in_seconds"]),
+            "tags": checked_tags([value for name, value in values if name in ("tags", "tags[]")]),
+        }
 
     async def _begin_file(self, part: Begin) -> None:
         if self._file is not None:
@@ -103,8 +107,9 @@ class UploadForm:
         return limit if limit < most <= limit + MAX_FIELD_BYTES else most
 
     def _begin_field(self, name: str) -> None:
-        if name not in FIELDS:
-            raise BadInput(f"{name[:100]}: this is no field of an upload; expected {', '.join(FIELDS[:3])}")
+        if name not in self.fields:
+            known = ", ".join(field for field in self.fields if field != "tags[]")
+            raise BadInput(f"{name[:100]}: this is no field of an upload; expected {known}")
         self._fields.append((name, bytearray()))
 
     def _add(self, data: bytes) -> None:
