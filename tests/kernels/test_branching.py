@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ropewalk.kernels import branching as module
-from ropewalk.kernels.branching import Branching, Piece, branching, plain
+from ropewalk.kernels.branching import Branching, Piece, branching, flex, plain
 
 PIECES = (Piece(7, (3, 5, 1)), Piece(0, (4,)), Piece(2, (9, 9)), Piece(0, (1, 6)))
 
@@ -45,6 +45,13 @@ def test_long_spans_are_taken_by_themselves_and_windows_in_blocks(window, monkey
     monkeypatch.setattr(module, "BLOCK", 3)
     for ours, expected in zip(*both(Branching(PIECES, 50), window)):
         assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_flex_attention_with_its_block_mask_is_the_same(window):
+    row = Branching(PIECES, 52)
+    *inputs, _ = drawn(row, dtype=torch.float32)
+    assert torch.allclose(flex(*inputs, row, 0.3, window), plain(*inputs, row, 0.3, window), atol=1e-5)
 
 
 def test_what_sees_what_worked_out_by_hand():

@@ -16,13 +16,17 @@ from ropewalk.train.policy_losses import METHODS, PolicyInput, Totals, policy_lo
 from ropewalk.train.pupil import Pupil
 
 PAD = 0
-RUN = parse_run("{base_model: base, datasets: [{path: rows.jsonl}], output_dir: run, adapter: lora, learning_rate: 1e-3}")
+RUN = parse_run(
+    "{base_model: base, datasets: [{path: rows.jsonl}], output_dir: run, adapter: lora, learning_rate: 1e-3, rl: grpo, trl: {reward_funcs: [rewards.length]}}"
+)
 ARCHITECTURES = {
     "llama": {},
     "qwen3_moe": {},
-    "gemma2": {"sliding_window": 6},  # narrower than the prompts, and than some answers
+    "gemma3_text": {"sliding_window": 6},  # narrower than the prompts, and than some answers
+    "gemma2": {},  # a soft cap in its attention
     "qwen3_next": {},  # carries a state, so that packed samples get rows of their own
 }
+SHARING = ("llama", "qwen3_moe", "gemma3_text")
 STEP = [(7, (5, 2, 9)), (1, (3, 3)), (12, (4, 4, 1, 8)), (3, (6,))]  # ids of each prompt, and of each answer to it
 
 
@@ -103,6 +107,17 @@ def same(ours, theirs, tolerance=1e-9):
 
 
 ADVANTAGE = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 0.7, -0.2, 0.4, -2.0, 1.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+def test_a_shared_prompt_teaches_what_as_many_prompts_teach(architecture):
+    pupil, groups = pupil_of(architecture), step()
+    assert pupil.shares_prompts
+    rows = learnt(pupil, lay_out(groups, tokens=1, shared=False, pad=PAD, multiple=1), ADVANTAGE)
+    for tokens, multiple in ((200, 8), (40, 1), (30, 16)):
+        shared = lay_out(groups, tokens=tokens, shared=True, pad=PAD, multiple=multiple)
+        assert any(batch.shared for batch in shared)
+        same(learnt(pupil, shared, ADVANTAGE), rows)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,8 +10,10 @@ longest, M queries.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +92,7 @@ class Branching:
     length: int  # T
     device: torch.device | str = "cpu"
     _parts: dict[int, list[_Part]] = field(default_factory=dict, repr=False, compare=False)
+    _masks: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def parts(self, window: int) -> list[_Part]:
         """What is held against what where a query sees `window` keys, its own among them; 0: all before it."""
@@ -112,16 +115,29 @@ class Branching:
 
     def seen(self, window: int) -> Tensor:
         """[T, T]: which token sees which, as it is defined."""
+        place = torch.arange(self.length, device=self.device)
+        return self._sees(window)(0, 0, place[:, None], place)  # type: ignore[no-any-return]
+
+    def block_mask(self, window: int) -> Any:
+        """The same for FlexAttention, which asks once for every two tokens and keeps what it finds by blocks."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._masks:
+            self._masks[window] = create_block_mask(self._sees(window), None, None, self.length, self.length, str(self.device))
+        return self._masks[window]
+
+    def _sees(self, window: int) -> Callable[..., Any]:
         spans = self.spans()
         sizes = torch.tensor([end - begin for begin, end, _ in spans])
-        span = torch.repeat_interleave(torch.tensor([begin for begin, _, _ in spans]), sizes)
-        home = torch.repeat_interleave(torch.tensor([home for _, _, home in spans]), sizes)
-        place = torch.arange(self.length)
-        seen = (place[:, None] >= place) & ((span[:, None] == span) | (home[:, None] == span))
-        if window:
-            at = self.positions()
-            seen &= at[:, None] - at < window
-        return seen.to(self.device)
+        starts, homes = torch.tensor([begin for begin, _, _ in spans]), torch.tensor([home for _, _, home in spans])
+        span, home = (torch.repeat_interleave(which, sizes).to(self.device) for which in (starts, homes))
+        at = self.positions().to(self.device)
+
+        def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            seen = (query >= key) & ((span[query] == span[key]) | (home[query] == span[key]))
+            return seen & (at[query] - at[key] < window) if window else seen
+
+        return sees
 
     def positions(self) -> Tensor:
         """[T]: how far each token is from the beginning of its prompt; branches go on from its end."""
@@ -196,6 +212,8 @@ class Branching:
 
 def branching(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
     """query [T, H, D], key [T, K, D], value [T, K, V] -> [T, H, V]."""
+    if query.device.type == "cuda" and query.dtype != torch.float64 and _compiles():
+        return flex(query, key, value, row, scale, window)
     found: Tensor = _Branching.apply(query, key, value, row.parts(window), scale)  # type: ignore[no-untyped-call]
     return found
 
@@ -205,6 +223,26 @@ def plain(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: floa
     q, k, v = _heads(query[None].transpose(1, 2), key[None].transpose(1, 2), value[None].transpose(1, 2))
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~row.seen(window), float("-inf"))
     return (torch.softmax(scores, dim=-1) @ v)[0].transpose(0, 1)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
+    """The same by FlexAttention, which skips blocks of keys that none of a block of queries sees."""
+    q, k, v = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
+    mask, attention = row.block_mask(window), _flex(query.device.type)
+    out: Tensor = attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+@functools.cache
+def _compiles() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _Branching(torch.autograd.Function):

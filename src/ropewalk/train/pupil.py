@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -19,11 +20,13 @@ from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
+from ropewalk.kernels.branching import Branching, Piece
 from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
 from ropewalk.models.score_head import ScoreHead, score_head
+from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
 
@@ -42,6 +45,9 @@ class Pupil:
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
         if config.packing and head.isolation == "unpacked":
             self.notices += ("this model carries a state over packed samples, so every sample gets a row of its own after all",)
+        self.branching: BranchingModel | None = None
+        if config.by_rewards:
+            self._learn_to_branch()
         self._layers_chosen = False
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
@@ -135,9 +141,36 @@ class Pupil:
     def _of_policy(self, batch: PolicyBatch, temperature: float, *, entropy: bool) -> LogProbs:
         device = self.model.device
         ids, labels, positions = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.labels, batch.position_ids))
-        with self._where_activations_wait():
+        with self._where_activations_wait(), self._attending(batch):
             found = self.head.log_probs_at(self.model, ids, labels, positions, temperature=temperature, entropy=entropy)
         return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether policy batches may be laid out with shared prompts."""
+        return self.branching is not None and self.config.alora_invocation_tokens is None
+
+    def _learn_to_branch(self) -> None:
+        branching = BranchingModel(self.model, self.head)
+        reason = branching.reason
+        if not reason:
+            self.branching = branching
+            if self.config.alora_invocation_tokens is not None:
+                reason = "where an activated adapter begins is sought from the beginning of the prompt on"
+        if reason:
+            self.notices += (f"every answer is trained on together with a prompt of its own, since {reason}",)
+
+    def _attending(self, batch: PolicyBatch) -> AbstractContextManager[Any]:
+        """The attention for a batch: one that knows its pieces, or, where that is no better, the model's own."""
+        if batch.shared is not None:
+            assert self.branching is not None, "shared prompts for a model that was not found to read them"
+            pieces = batch.shared.pieces
+        else:
+            starts = np.flatnonzero(batch.position_ids[0] == 0)
+            if self.branching is None or self.head.isolation != "positions" or len(starts) == 1:
+                return nullcontext()
+            pieces = (Piece(0, tuple(np.diff([*starts, batch.ids.shape[1]]).tolist())),)
+        return self.branching.row(Branching(pieces, batch.ids.shape[1], self.model.device))
 
     def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
@@ -263,5 +296,8 @@ def _recompute(model: PreTrainedModel) -> None:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts = lambda: create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    def contexts() -> tuple[Any, Any]:
+        first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+        return first, kept(again)
+
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
