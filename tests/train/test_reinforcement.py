@@ -153,7 +153,7 @@ def test_methods_with_their_options_take_their_steps(rewarded, tmp_path, trl):
     assert result.steps == 2
     assert all(torch.isfinite(torch.tensor(step["loss"])) for step in steps(tmp_path / "run"))
     if trl.get("beta"):
-        first, second = told(tmp_path / "run", "kl")
+        first, _ = told(tmp_path / "run", "kl")
         assert first[0] == pytest.approx(0, abs=1e-6)
 
 
