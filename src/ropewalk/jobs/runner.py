@@ -44,6 +44,7 @@ class Options:
 
     at_once: int = 1  # jobs of all workspaces; 0: none, they wait for another process
     grace_seconds: float = 60.0  # for a run that is to stop to finish its step and write a checkpoint
+    command: tuple[str, ...] = (sys.executable, "-m", "ropewalk", "train")
 
 
 class JobRunner:
@@ -213,7 +214,9 @@ class JobRunner:
     async def _started(self, folder: JobFolder, granted: bytes, locks: tuple[int, ...]) -> asyncio.subprocess.Process:
         with folder.log.open("ab") as told:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "ropewalk", "train", folder.config.name, "--granted"),
+                *self.options.command,
+                folder.config.name,
+                "--granted",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=told,
                 stderr=told,
