@@ -135,7 +135,9 @@ class DataSource(Group):
     field_rejected: str | None = key("The column of the other answer; default rejected.")
     field_completion: str | None = key("KTO: the column of the answer; default completion.")
     field_label: str | None = key("KTO: the column that says whether the answer is wanted; default label.")
-    step_separator: str = key("stepwise_supervised: what ends every step; its last token is where a step is scored.", "\n")
+    step_separator: str | None = key(
+        "stepwise_supervised: what ends every step, whose last token is where it is scored; default: a line's end."
+    )
     max_completion_length: Positive | None = key("stepwise_supervised: cut the steps of a row to so many tokens.")
     train_on_last_step_only: bool = key("stepwise_supervised: only the last step of a row is scored.", False)
 

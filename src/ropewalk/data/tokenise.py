@@ -141,7 +141,8 @@ class Tokeniser:
 
     def _steps(self, steps: Steps, counts: Counter[str]) -> list[Tokenised]:
         """Prompt and steps, each of them scored at its last token, or at that of the last one alone."""
-        prompt, texts = as_ids(self.template, steps.prompt, steps.texts, self.source.step_separator)
+        separator = "\n" if self.source.step_separator is None else self.source.step_separator
+        prompt, texts = as_ids(self.template, steps.prompt, steps.texts, separator)
         ids, mask = prompt, [False] * len(prompt)
         for number, text in enumerate(texts, 1):
             ends = number == len(texts) or not self.source.train_on_last_step_only

@@ -78,6 +78,8 @@ def load_base(
     config = override(load_config(folder, trust_remote_code=trust_remote_code, whole=whole), overrides or {})
     if scored is not None:
         config.num_labels = scored.outputs
+        if getattr(config, "classifier_dropout", None) is None:
+            config.classifier_dropout = 0.0  # transformers drops a tenth where nothing is said
     place = pick_device(device)
     options: dict[str, Any] = {
         "config": config,

@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropewalk.kernels.cross_entropy import rows_at_once
 from ropewalk.models.experts import LORA, expert_modules, projections, stack_sizes
-from ropewalk.models.head import instead_of, nothing, output_module, run
+from ropewalk.models.head import instead_of, nothing, run
+from ropewalk.models.score_head import last_layer
 
 NAME = "ropewalk_measured"
 
@@ -86,7 +87,7 @@ def measure(model: PreTrainedModel, rows: int, tokens: int, *, on_gpu: bool, who
 def _loss(model: PreTrainedModel, ids: Tensor, whole_logits: bool) -> Tensor:
     if whole_logits:
         return run(model, ids).logits.float().log_softmax(-1).sum()  # type: ignore[no-any-return]
-    head = output_module(model)
+    head = last_layer(model)
     with instead_of(head, nothing) as seen:
         run(model, ids)
     loss: Tensor = _LossStandIn.apply(seen[0].flatten(0, 1), head.weight)  # type: ignore[no-untyped-call]

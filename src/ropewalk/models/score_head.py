@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ropewalk.errors import ModelError
 from ropewalk.kernels.cross_entropy import IGNORED
-from ropewalk.models.head import Head, find_isolation, instead_of, nothing, run, unpack
+from ropewalk.models.head import Head, find_isolation, instead_of, nothing, output_module, run, unpack
 from ropewalk.models.targets import SCORES
 
 
@@ -66,6 +66,11 @@ def score_layer(model: nn.Module) -> nn.Linear:
     """That layer."""
     layer: nn.Linear = getattr(model, score_name(model))
     return layer
+
+
+def last_layer(model: nn.Module) -> nn.Linear:
+    """The layer that scores, or the output head of a model that writes."""
+    return score_layer(model) if any(hasattr(model, name) for name in SCORES) else output_module(model)
 
 
 def _scores(model: nn.Module, ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:

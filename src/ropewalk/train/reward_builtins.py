@@ -5,6 +5,7 @@ format        the completion is <think>...</think> <answer>...</answer>, or othe
 repetition    from 0 down to -1: the share of word n-grams that stood before
 judge         another model gives a mark (reward_judge.py)
 model         a reward model gives a number (reward_model.py)
+process_model a process reward model judges every step (reward_process_model.py)
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "format": ("tags", "partial"),
     "repetition": ("n",),
     "judge": ("url", "model", "api", "key_env", "rubric", "least", "most", "cache"),
-    "model": ("path", "device"),
+    "model": ("path", "base", "device"),
+    "process_model": ("path", "base", "device", "separator", "over", "plain"),
 }
 KINDS = (*CHECKED, *_KEYS)
+_NEEDED: Mapping[str, tuple[str, ...]] = {"judge": ("url", "model"), "model": ("path",), "process_model": ("path",)}
+_OVER = ("min", "mean", "last", "product")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class RewardSpec:
     @property
     def alone(self) -> bool:
         """Whether it has a worker process of its own: what it holds is held once."""
-        return self.kind in ("judge", "model")
+        return self.kind in _NEEDED
 
 
 def read_spec(entry: str | Mapping[str, Any], folders: Sequence[str] = (), seconds: float = SECONDS) -> RewardSpec:
@@ -89,11 +93,22 @@ def read_spec(entry: str | Mapping[str, Any], folders: Sequence[str] = (), secon
             )
     else:
         _check_of(spec, {})
-    if kind not in ("judge", "model"):
+    if kind not in _NEEDED:
         build(spec)
-    elif missing := [key for key in {"judge": ("url", "model"), "model": ("path",)}[kind] if not isinstance(own.get(key), str)]:
+    elif missing := [key for key in _NEEDED[kind] if not isinstance(own.get(key), str)]:
         raise BadInput(f"a reward of kind '{kind}' needs '{missing[0]}', a text")
+    if kind == "process_model":
+        _check_steps(own)
     return spec
+
+
+def _check_steps(params: Mapping[str, Any]) -> None:
+    if params.get("over", "min") not in _OVER:
+        raise BadInput(f"over is {params['over']!r}; expected {', '.join(_OVER)}: how the steps' values are taken together")
+    if not isinstance(params.get("separator", ""), str):
+        raise BadInput(f"separator is {params['separator']!r}; expected the text that ends a step")
+    if not isinstance(params.get("plain", False), bool):
+        raise BadInput(f"plain is {params['plain']!r}; expected true or false: whether messages are read as plain text")
 
 
 def build(spec: RewardSpec) -> RewardFunction:
@@ -108,6 +123,10 @@ def build(spec: RewardSpec) -> RewardFunction:
         from ropewalk.train.reward_model import reward_model  # takes torch
 
         return RewardFunction(reward_model(spec.params), Form(batch=True, asynchronous=False, optional=("prompts",)))
+    if spec.kind == "process_model":
+        from ropewalk.train.reward_process_model import process_reward_model  # takes torch
+
+        return RewardFunction(process_reward_model(spec.params), Form(batch=True, asynchronous=False, optional=("prompts",)))
     made = _MADE.get(spec.kind, _checked)(spec)
     return RewardFunction(made, Form(batch=False, asynchronous=False, rest=True))
 
@@ -197,7 +216,7 @@ def _limit(kind: str, params: Mapping[str, Any], seconds: float) -> float:
     if kind == "code":  # which keeps its own time; a process must start beside it
         own = params.get("seconds", 5.0)
         return seconds + (own if isinstance(own, (int, float)) else 0.0)
-    return max(seconds, {"judge": JUDGE_SECONDS, "model": MODEL_SECONDS}.get(kind, 0.0))
+    return max(seconds, {"judge": JUDGE_SECONDS, "model": MODEL_SECONDS, "process_model": MODEL_SECONDS}.get(kind, 0.0))
 
 
 def _near(word: str, known: Sequence[str]) -> str:

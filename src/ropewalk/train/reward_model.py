@@ -6,34 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
-from ropewalk.errors import ModelError
-from ropewalk.models.hub import resolve_base
 from ropewalk.train.reward_functions import Message
+from ropewalk.train.score_model import folder_of, load_scorer
 
 AT_ONCE = 16  # completions of one forward pass
 
 
 def reward_model(params: Mapping[str, Any]) -> Callable[..., list[float]]:
     """The reward: the model's one number for prompt and completion."""
-    path = resolve_base(params["path"])
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(path)
-    if model.config.num_labels != 1:
-        raise ModelError(
-            f"{params['path']} has {model.config.num_labels} outputs; a reward model has one, the reward: name another, "
-            "or call it in a function of your own"
-        )
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder_of(params["path"]))
+    model = load_scorer(params, tokens=False, outputs=1)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    device = torch.device(params.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device).eval()
+    # The score is read at the last token that is not this one, as it was in training.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     def text(prompt: str | Sequence[Message], completion: str) -> str:
         if isinstance(prompt, str):
-            return prompt + completion
+            end = tokenizer.eos_token or ""  # which ends a text in training
+            return prompt + completion + ("" if completion.endswith(end) else end)
         said = [*prompt, {"role": "assistant", "content": completion}]
         return str(tokenizer.apply_chat_template(said, tokenize=False))
 
@@ -48,7 +41,7 @@ def reward_model(params: Mapping[str, Any]) -> Callable[..., list[float]]:
                 texts[start : start + AT_ONCE], return_tensors="pt", padding=True, truncation=True, add_special_tokens=plain
             )
             with torch.inference_mode():
-                values += model(**batch.to(device)).logits[:, 0].float().tolist()
+                values += model(**batch.to(model.device)).logits[:, 0].float().tolist()
         return values
 
     return reward

@@ -43,7 +43,10 @@ def survey(folder: Path, run: Run) -> Survey:
     config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
     try:
         with torch.device("meta"):
-            maker = scored.maker(config) if (scored := scored_by(run)) else auto_class(config)
+            scored = scored_by(run)
+            if scored is not None:
+                config.num_labels, config.pad_token_id = scored.outputs, 0
+            maker = scored.maker(config) if scored else auto_class(config)
             model = maker.from_config(config, trust_remote_code=run.trust_remote_code)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(f"{folder}: no model can be built from its config.json: {str(error).splitlines()[0]}") from error
