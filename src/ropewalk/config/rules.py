@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ropewalk.chat.families import SOURCES
 from ropewalk.config.preference import conflicts_of_preference
+from ropewalk.config.scoring import conflicts_of_scoring
 
 if TYPE_CHECKING:
     from ropewalk.config.document import Place
@@ -25,6 +26,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from _training(run)
     yield from _reinforcement(run)
     yield from conflicts_of_preference(run)
+    yield from conflicts_of_scoring(run)
     yield from _output(run)
 
 
@@ -136,16 +138,16 @@ def _reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
     if not run.by_rewards:
         return
     trl = run.trl
-    if trl is None or not trl.reward_funcs:
+    if trl is None or not (trl.reward_funcs or trl.environment):
         yield (
             ("rl",),
-            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}]",
+            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}], or trl.environment",
         )
         return
-    if trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
+    if trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs or ()):
         yield (
             ("trl", "reward_weights"),
-            f"trl.reward_weights has {len(trl.reward_weights)} weights for {len(trl.reward_funcs)} rewards; give one for each",
+            f"trl.reward_weights has {len(trl.reward_weights)} weights for {len(trl.reward_funcs or ())} rewards; give one for each",
         )
     if run.rl == "gdpo" and trl.multi_objective_aggregation == "sum_then_normalize":
         yield (
