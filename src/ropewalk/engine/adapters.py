@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ropewalk.engine.cache import Part
+from ropewalk.engine.batch import Part
 from ropewalk.engine.engine import Rows
 from ropewalk.engine.latent import EXPANSION, is_latent
 from ropewalk.engine.recurrent import focus

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ropewalk.engine.cache import ELSEWHERE, Batch, Kind, Pair, Part, Segment
+from ropewalk.engine.batch import Batch, Part
+from ropewalk.engine.cache import ELSEWHERE, Kind, Pair, Segment
+from ropewalk.engine.crowd import Table
 from ropewalk.engine.latent import Latent, is_latent
 from ropewalk.errors import ModelError
 from ropewalk.kernels.attend import Causal, Seen, attend
@@ -57,28 +60,96 @@ def batch_attention(
     if latent is not None:
         query = latent.query(query)
     heads = 1 if latent is not None else key.shape[1]
-    groups = query.shape[1] // heads
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
-    softcap, sinks = options.get("softcap"), options.get("s_aux")
-    sizes = [(part.end - part.begin) * groups for part in batch.parts]
-    packed = torch.cat([_packed(query[:, :, part.begin : part.end], heads) for part in batch.parts], dim=2)
+    sinks = options.get("s_aux")
+    how = _How(
+        heads,
+        query.shape[1] // heads,
+        options.get("scaling") or query.shape[-1] ** -0.5,
+        options.get("softcap"),
+        None if sinks is None else sinks.float().view(heads, -1),
+        latent,
+    )
+    outs = []
+    if batch.crowd is not None:
+        outs.append(_decoded(batch.crowd.table(layer), layer, query[0, :, batch.rows], how))
+    if batch.others:
+        outs += _read(batch.others, layer, query, how)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)  # [H, T, D]
+    out = out.to(query.dtype).transpose(0, 1) if latent is None else latent.result(out[None].to(query.dtype))[0].transpose(0, 1)
+    return (out if batch.order is None else out[batch.order])[None].contiguous(), None
+
+
+@dataclass(frozen=True)
+class _How:
+    """One layer's way to attend."""
+
+    heads: int  # K
+    groups: int  # G
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # [K, G] float32
+    latent: Latent | None
+
+    def pair(self, kept: Pair) -> Pair:
+        return kept if self.latent is None else self.latent.pair(kept)
+
+    def attend(self, query: Tensor, kept: Pair, seen: Seen) -> Partial:
+        return attend(query, *self.pair(kept), seen, self.scale, self.softcap)
+
+
+def _decoded(table: Table, layer: int, query: Tensor, how: _How) -> Tensor:
+    """query [H, B, D] of requests that decode -> [H, B, D] float32: all their pages in one call, and every segment in one."""
+    query = query.reshape(how.heads, how.groups, *query.shape[1:]).transpose(1, 2)  # [K, B, G, D]
+    mine = query if table.owner is None else query[:, table.owner]
+    out, lse = how.attend(mine.transpose(0, 1), table.pool.pair(layer, table.width, table.pages), table.alive)
+    outs, lses = [out.transpose(0, 1)], [lse.transpose(0, 1)]  # [K, P, G, D], [K, P, G]
+    for standing in table.standing:
+        kept = standing.segment.pair(layer)
+        assert kept is not None
+        if standing.last:
+            kept = kept[0][:, :, -standing.last :], kept[1][:, :, -standing.last :]
+        seen = None if standing.seen is None else standing.seen.repeat_interleave(how.groups, 0)
+        out, lse = how.attend(standing.select(query).flatten(1, 2)[None], kept, seen)
+        outs.append(out[0].reshape(how.heads, -1, how.groups, out.shape[-1]))
+        lses.append(lse[0].reshape(how.heads, -1, how.groups))
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+    return _over_pieces(out, lse, table, how.sinks).transpose(1, 2).flatten(0, 1)
+
+
+def _over_pieces(out: Tensor, lse: Tensor, table: Table, sinks: Tensor | None) -> Tensor:
+    """The softmax over all keys [K, B, G, D], from what was found in pieces [K, .., G, D], and sinks that take weight and give nothing."""
+    if table.order is not None:
+        out, lse = out.index_select(1, table.order), lse.index_select(1, table.order)
+    if table.depth == 1 and sinks is None:
+        return out
+    out, lse = (found.reshape(len(found), table.depth, -1, *found.shape[2:]) for found in (out, lse))  # [K, depth, B, G, ..]
+    if table.lacking is not None:
+        lse = lse.masked_fill(table.lacking[:, :, None], float("-inf"))
+    if sinks is not None:
+        lse = torch.cat([lse, sinks[:, None, None].expand(-1, 1, *lse.shape[2:])], dim=1)
+    return (out * lse.softmax(1)[:, : table.depth, ..., None]).sum(1)
+
+
+def _read(parts: Sequence[Part], layer: int, query: Tensor, how: _How) -> list[Tensor]:
+    """Of each request that reads [H, T, D] float32: piece by piece, those that several stand on in one call."""
+    heads, groups, full = how.heads, how.groups, parts[0].reading.layout.kinds[layer] == "full"
+    sizes = [(part.end - part.begin) * groups for part in parts]
+    packed = torch.cat([_packed(query[:, :, part.begin : part.end], heads) for part in parts], dim=2)
     queries = torch.split(packed, sizes, dim=2)
     found = _Partials(sizes)
-    for kept, readers, seen in _shared(batch, layer) if layout.kinds[layer] == "full" else _windows(batch, layer):
-        pair = latent.pair(kept) if latent is not None else kept
+    for kept, readers, seen in _shared(parts, layer) if full else _windows(parts, layer):
         everybody = len(readers) == len(queries)
         together = packed if everybody else torch.cat([queries[index] for index in readers], dim=2)
-        found.add(readers, attend(together, *pair, None if seen is None else seen.repeat_interleave(groups, 0), scale, softcap))
-    for index, part in enumerate(batch.parts):
+        found.add(readers, how.attend(together, kept, None if seen is None else seen.repeat_interleave(groups, 0)))
+    for index, part in enumerate(parts):
         for kept, mask in _own(part, layer, groups):
-            pair = latent.pair(kept) if latent is not None else kept
-            found.add([index], attend(queries[index], *pair, mask, scale, softcap))
+            found.add([index], how.attend(queries[index], kept, mask))
     weights = None
-    if sinks is not None:
-        weights = torch.cat([_sink_rows(sinks, heads, part.end - part.begin) for part in batch.parts], dim=2)
-    joined = found.joined(weights).to(query.dtype)
-    outs = torch.cat([out.reshape(1, heads * groups, -1, out.shape[-1]) for out in torch.split(joined, sizes, dim=2)], dim=2)
-    return (outs if latent is None else latent.result(outs)).transpose(1, 2).contiguous(), None
+    if how.sinks is not None:
+        sinks = how.sinks[None, :, :, None]
+        weights = torch.cat([sinks.expand(-1, -1, -1, part.end - part.begin).flatten(2) for part in parts], dim=2)
+    outs = torch.split(found.joined(weights), sizes, dim=2)
+    return [out.reshape(heads * groups, -1, out.shape[-1]) for out in outs]
 
 
 def _checked(batch: Batch, layer: int, module: Any, given: Pair, mask: Tensor | None, heads: int) -> Latent | None:
@@ -146,19 +217,19 @@ class _Partials:
 Shared = tuple[Pair, list[int], Tensor | None]  # keys and values, the requests that read them, and which of them each sees
 
 
-def _shared(batch: Batch, layer: int) -> list[Shared]:
+def _shared(parts: Sequence[Part], layer: int) -> list[Shared]:
     """Every segment's keys and values, with the requests that stand on it, in the order in which they are read."""
     readers: dict[Segment, list[int]] = defaultdict(list)
-    for index, part in enumerate(batch.parts):
+    for index, part in enumerate(parts):
         for segment in part.reading.segments:
             readers[segment].append(index)
     return [(pair, those, None) for segment, those in readers.items() if (pair := segment.pair(layer)) is not None]
 
 
-def _windows(batch: Batch, layer: int) -> list[Shared]:
+def _windows(parts: Sequence[Part], layer: int) -> list[Shared]:
     """What requests that have one id each still see of the segment that they stand on, in a layer that sees a window."""
     readers: dict[Segment, dict[int, int]] = defaultdict(dict)  # request -> how many of the segment's last keys it sees
-    for index, part in enumerate(batch.parts):
+    for index, part in enumerate(parts):
         if part.end - part.begin == 1 and part.reading.segments:
             tail = part.reading.tails[layer]
             assert tail is not None
@@ -219,8 +290,3 @@ def _ahead(seen: Tensor, part: Part, kind: Kind) -> Tensor:
 def _packed(query: Tensor, heads: int) -> Tensor:
     """[1, H, T, D] -> [1, K, G*T, D]."""
     return query.reshape(1, heads, -1, query.shape[-1])
-
-
-def _sink_rows(sinks: Tensor, heads: int, new: int) -> Tensor:
-    """One sink per query head [H] -> [1, K, G*T]."""
-    return sinks.float().reshape(1, heads, -1, 1).expand(-1, -1, -1, new).reshape(1, heads, -1)

@@ -11,10 +11,9 @@ Legend: K key-value heads, T tokens, D head size, W window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
@@ -113,6 +112,7 @@ class Segment:
     ids: tuple[int, ...]
     layers: tuple[Layer, ...]  # full: its own span; sliding: the last W - 1 or fewer at its end; recurrent: its end
     shift: int = 0  # from the count of ids at its end to the place the model gives them: a picture's lie beside each other
+    routing: Tensor | None = None  # int16 [ids, layers, k]: the experts of each id, where they are recorded
 
     @property
     def end(self) -> int:
@@ -185,6 +185,25 @@ class Tail:
 
 
 @dataclass(eq=False)
+class Held:
+    """What a request that decodes has in one pool of pages, oldest first; see pages.py."""
+
+    pages: list[int] = field(default_factory=list)
+    begin: int = 0  # tokens [begin, length) of its pages are alive
+    length: int = 0
+
+    def __len__(self) -> int:
+        return self.length - self.begin
+
+
+class Keeper(Protocol):
+    """Who keeps what requests that decode have read, for all of them together."""
+
+    def give_back(self, reading: Reading) -> None:
+        """The reading has it to itself again."""
+
+
+@dataclass(eq=False)
 class Reading:
     """One request's way through a model."""
 
@@ -194,6 +213,15 @@ class Reading:
     tails: list[Tail | None] = field(default_factory=list)  # per layer: since the last segment
     states: DynamicCache | None = None  # of recurrent layers
     shift: int = 0  # from `position` to the place that the model gives the next id
+    held: list[Held] = field(default_factory=list)  # while it decodes: per pool, instead of tails
+    keepers: list[Keeper] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)  # int16 [ids, layers, k], since the last segment, where it is recorded
+
+    def gather(self) -> None:
+        """Everything it has read is its own again: it does not decode, or not for now."""
+        keepers, self.keepers = self.keepers, []
+        for keeper in keepers:
+            keeper.give_back(self)
 
     @classmethod
     def after(cls, layout: Layout, segments: Sequence[Segment]) -> Reading:
@@ -210,6 +238,7 @@ class Reading:
 
     def close(self, key: str, ids: Sequence[int]) -> Segment:
         """What was read since the last segment becomes a segment of its own, on which this reading goes on."""
+        self.gather()
         start = self.segments[-1].end if self.segments else 0
         assert start + len(ids) == self.position
         layers: list[Layer] = []
@@ -221,9 +250,21 @@ class Reading:
                 self.tails[number] = Tail()
             states = self.states.layers[number] if self.states is not None and self.layout.states[number] else None
             layers.append(pair if states is None else _state_of(states, pair))
-        segment = Segment(key, start, tuple(ids), tuple(layers), self.shift)
+        routing, self.routed = torch.cat(self.routed) if self.routed else None, []
+        segment = Segment(key, start, tuple(ids), tuple(layers), self.shift, routing)
         self.segments.append(segment)
         return segment
+
+    def routing(self) -> Tensor | None:
+        """int16 [ids read so far, layers, k]: the experts of each, where they are recorded; -1 of a segment that was read before."""
+        known = [*(segment.routing for segment in self.segments), *self.routed]
+        like = next((rows for rows in known if rows is not None), None)
+        if like is None:
+            return None
+        spans = [len(segment.ids) for segment in self.segments] + [len(rows) for rows in self.routed]
+        return torch.cat(
+            [like.new_full((span, *like.shape[1:]), -1) if rows is None else rows for span, rows in zip(spans, known)]
+        )
 
     def window(self, layer: int, count: int) -> Pair:
         """The last `count` keys and values of a layer that keeps no more than its window, also those that its last segment holds."""
@@ -273,75 +314,3 @@ def _restore(layer: Any, state: State) -> None:
 
 def _listed(values: Any, count: int) -> list[Any]:
     return [values[index] for index in range(count)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The ids of one request in one step: rows [begin, end) of everything that the model computes."""
-
-    reading: Reading
-    begin: int
-    end: int
-    mutual: Mapping[Kind, Tensor] = field(
-        default_factory=dict
-    )  # [T, T]: which ids see which, in layers of a kind, also backwards
-
-
-class Batch:
-    """What a model is given as `past_key_values`: the ids of several requests, one after another, without padding."""
-
-    is_compileable = False
-
-    def __init__(self, parts: Sequence[Part], device: torch.device | str = "cpu") -> None:
-        self.parts, self.device = tuple(parts), device
-        self._joined: DynamicCache | None = None
-        self._behind: Tensor | None = None
-        self.attended: set[int] = set()  # layers that have asked for attention
-        self.given: dict[int, Pair] = {}  # per layer: the new keys and values that it was last given
-
-    def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:
-        """0, since positions are given; to a layer that counts for itself, what every row lies behind its position [T]."""
-        if layer_idx is None:
-            return 0
-        if self._behind is None:
-            behind = [part.reading.position - part.begin for part in self.parts]
-            sizes = torch.tensor([part.end - part.begin for part in self.parts])
-            self._behind = torch.repeat_interleave(torch.tensor(behind), sizes).to(self.device)
-        return self._behind
-
-    @contextmanager
-    def joined(self, parts: Sequence[Part], layer_idx: int) -> Iterator[DynamicCache]:
-        """The recurrent states of several readings beside each other; what becomes of them is theirs again afterwards."""
-        layers: list[Any] = [part.reading.states.layers[layer_idx] for part in parts if part.reading.states is not None]
-        if self._joined is None:
-            self._joined = DynamicCache(config=parts[0].reading.layout.config)
-        together: Any = self._joined.layers[layer_idx]
-        for name in ("conv_states", "recurrent_states"):
-            for index in range(together.number_of_states):
-                own = [getattr(layer, name)[index] for layer in layers]
-                if own[0] is not None:
-                    getattr(together, name)[index] = torch.cat(own)
-                    getattr(together, f"is_{name}_initialized")[index] = True
-        for index in range(together.number_of_states):
-            together.conv_kernel_size[index] = layers[0].conv_kernel_size[index]
-            together.has_previous_state[index] = True
-        together.dtype, together.device = layers[0].dtype, layers[0].device
-        yield self._joined
-        for name in ("conv_states", "recurrent_states"):
-            for index in range(together.number_of_states):
-                tensor = getattr(together, name)[index]
-                for row, layer in enumerate(layers):
-                    if tensor is not None:
-                        getattr(layer, name)[index] = tensor[row : row + 1]
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
-        """Appends new keys and values [1, K, T, D] to each request's tail; attention reads them from there."""
-        self.given[layer_idx] = keys, values
-        kept = keys, values
-        if layer_idx in self.parts[0].reading.layout.latents:
-            kept = torch.cat(kept, dim=-1), keys[..., :0]
-        for part in self.parts:
-            tail = part.reading.tails[layer_idx]
-            assert tail is not None
-            tail.append(*(new[:, :, part.begin : part.end] for new in kept))
-        return keys, values

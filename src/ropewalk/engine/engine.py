@@ -419,10 +419,12 @@ class Engine:
                 created=job.created if first else None,
                 version=self.adapters.version(job.request.adapter) if self.adapters and job.request.adapter else 0,
                 error=error,
+                routing=job.reading_on.routing() if finish and self.runner.routing is not None else None,
             )
         )
 
     def _forget(self, job: Job) -> None:
+        self.runner.forget(job.reading_on)
         self._scheduler.remove(job)
         for key in [key for key, reader in self._being_read.items() if reader is job]:
             del self._being_read[key]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from ropewalk.engine.cache import Batch, Part
+from ropewalk.engine.batch import Batch, Part
 
 focus: list[Sequence[Part]] = []  # the parts whose rows a recurrent layer is working on, if it is
 
@@ -49,7 +49,9 @@ def per_request(module: Any, past: str, config: PretrainedConfig) -> None:
         spans = [slice(part.begin, part.end)]
         if not at_once and part.reading.position:
             spans = [slice(row, row + 1) for row in range(part.begin, part.end)]
-        return _beside([plain(hidden[:, span], **_rows(more, hidden, span), **{past: part.reading.states}) for span in spans])
+        return _beside(
+            [plain(hidden[:, span], **_rows(more, hidden, span, apart=False), **{past: part.reading.states}) for span in spans]
+        )
 
     def forward(hidden_states: Tensor, *args: Any, **more: Any) -> Any:
         more |= dict(zip(names[1:], args))
@@ -59,45 +61,49 @@ def per_request(module: Any, past: str, config: PretrainedConfig) -> None:
         more = {
             name: None if name in ("attention_mask", "conv_mask") else given for name, given in more.items() if name != past
         }
-        outs: list[Any] = [None] * len(batch.parts)
-        single = [n for n, part in enumerate(batch.parts) if part.end - part.begin == 1]
-        if len(single) > 1:  # they decode: one call with their states beside each other
-            parts = [batch.parts[n] for n in single]
-            rows = torch.tensor([part.begin for part in parts], device=hidden_states.device)
-            own = hidden_states[0, rows, None]
-            with batch.joined(parts, module.layer_idx) as states, focused(parts):
-                for n, out in zip(single, _apart(plain(own, **_rows(more, hidden_states, rows), **{past: states}))):
-                    outs[n] = out
-        for n, part in enumerate(batch.parts):
-            if outs[n] is None:
-                with focused([part]):
-                    outs[n] = each(hidden_states, part, more)
-        return _beside(outs)
+        outs: list[Any] = []
+        together = batch.decoding if len(batch.decoding) > 1 else []
+        if batch.crowd is not None and together:  # one call with their states beside each other
+            own = hidden_states[0, batch.rows, None]
+            with focused(together):
+                states = batch.crowd.joined(module.layer_idx)
+                outs.append(_turned(plain(own, **_rows(more, hidden_states, batch.rows), **{past: states})))
+        for part in batch.others if together else batch.parts:
+            with focused([part]):
+                outs.append(each(hidden_states, part, more))
+        return _beside(outs) if not together or batch.order is None else _ordered(_beside(outs), batch.order)
 
     module.forward = forward
 
 
-def _rows(more: dict[str, Any], like: Tensor, rows: slice | Tensor) -> dict[str, Any]:
-    """Whatever else a layer is given, of these rows: beside each other, or of several requests that have one each."""
+def _rows(more: dict[str, Any], like: Tensor, rows: slice | Tensor, apart: bool = True) -> dict[str, Any]:
+    """Whatever else a layer is given, of these rows: of several requests that have one each, or beside each other."""
 
     def own(given: Any) -> Any:
         if not isinstance(given, Tensor) or given.shape[:2] != like.shape[:2]:
             return given
-        return given[:, rows] if isinstance(rows, slice) else given[0, rows, None]
+        return given[0, rows, None] if apart else given[:, rows]
 
     return {name: own(given) for name, given in more.items()}
 
 
 def _beside(outs: Sequence[Any]) -> Any:
     """What several requests got [1, T, ..], one tensor or a few, as that of one."""
+    if len(outs) == 1:
+        return outs[0]
     if isinstance(outs[0], Tensor):
         return torch.cat(list(outs), dim=1)
     return tuple(torch.cat(several, dim=1) for several in zip(*outs))
 
 
-def _apart(out: Any) -> list[Any]:
-    """[B, 1, ..], one tensor or a few -> B of [1, 1, ..]."""
-    return list(out.chunk(out.shape[0])) if isinstance(out, Tensor) else list(zip(*(one.chunk(one.shape[0]) for one in out)))
+def _turned(out: Any) -> Any:
+    """[B, 1, ..], one tensor or a few -> [1, B, ..]."""
+    return out.transpose(0, 1) if isinstance(out, Tensor) else tuple(one.transpose(0, 1) for one in out)
+
+
+def _ordered(out: Any, order: Tensor) -> Any:
+    """The rows [1, T, ..], of one tensor or a few, in another order."""
+    return out[:, order] if isinstance(out, Tensor) else tuple(one[:, order] for one in out)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.attention import NAME, register, running
-from ropewalk.engine.cache import ELSEWHERE, Batch, Layout, Part, Reading
+from ropewalk.engine.batch import Batch, Part
+from ropewalk.engine.cache import ELSEWHERE, Layout, Reading
+from ropewalk.engine.crowd import Crowd
 from ropewalk.engine.latent import is_latent
+from ropewalk.engine.pages import Pages
 from ropewalk.engine.recurrent import past_of, per_request
 from ropewalk.errors import ModelError
+from ropewalk.models.routing import Routing
 
 
 class Runner:
@@ -35,6 +40,9 @@ class Runner:
         _check(decoder, self._places or set(self.layout.kinds) <= {"recurrent", "none"})
         latents = frozenset(module.layer_idx for module in decoder.modules() if is_latent(module))
         self.layout = replace(self.layout, latents=latents)
+        self._pages = Pages(self.layout)
+        self._crowd: Crowd | None = None  # those who decode, as long as they are the same
+        self.routing: Routing | None = None
         stateful = set[int]()
         for module in model.modules():
             past = past_of(module)
@@ -70,8 +78,10 @@ class Runner:
             ids += new
             first = reading.position + reading.shift
             positions += range(first, first + len(new))
-        batch = Batch(parts, self.device)
-        with running(batch):
+        batch = Batch(parts, self.device, self._together([reading for reading, new in work if len(new) == 1]))
+        if batch.crowd is not None:
+            batch.crowd.advance()
+        with running(batch), self.routing.record() if self.routing is not None else nullcontext() as seen:
             logits = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 **({"position_ids": torch.tensor([positions], device=self.device)} if self._places else {}),
@@ -89,7 +99,32 @@ class Runner:
             )
         for reading, new in work:
             reading.position += len(new)
+        if seen is not None:
+            experts = seen.selection()
+            for part in parts:
+                part.reading.routed.append(experts[part.begin : part.end])
         return logits[0].float()  # type: ignore[no-any-return]
+
+    def record_routing(self) -> None:
+        """From now on readings keep which experts their ids went to; ModelError where a model's routers cannot be followed."""
+        self.routing = Routing(self.model, lambda ids: self.forward([(Reading.after(self.layout, []), ids)]))
+
+    def forget(self, reading: Reading) -> None:
+        """Lets go of a reading that does not go on."""
+        if self._crowd is not None and any(one is reading for one in self._crowd.readings):
+            self._crowd.settle()
+            self._crowd = None
+
+    def _together(self, decoding: Sequence[Reading]) -> Crowd | None:
+        """Those of a step that read one id after others."""
+        decoding = [reading for reading in decoding if reading.position]
+        if not decoding:
+            return None
+        if self._crowd is None or not self._crowd.is_of(decoding):
+            if self._crowd is not None:
+                self._crowd.settle()
+            self._crowd = Crowd(decoding, self._pages, self.device)
+        return self._crowd
 
 
 def _check(decoder: Any, placed: bool) -> None:

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ropewalk.engine.attention import running
-from ropewalk.engine.cache import Batch, Kind, Part, Reading
+from ropewalk.engine.batch import Batch, Part
+from ropewalk.engine.cache import Kind, Reading
 from ropewalk.engine.request import Picture
 from ropewalk.errors import BadInput, ModelError
 from ropewalk.models.seeing import Seeing

@@ -1,8 +1,9 @@
 """Attention of some queries to some keys that also tells how much weight the keys have, so that pieces can be joined afterwards.
 
-    attend(query [1, K, M, D], keys [1, K, N, D], values [1, K, N, V]) -> result [1, K, M, V] and log-sum-exp [1, K, M], both float32
+    attend(query [P, K, M, D], keys [P, K, N, D], values [P, K, N, V]) -> result [P, K, M, V] and log-sum-exp [P, K, M], both float32
 
-`plain` is the definition. Legend: K key-value heads, M queries, N keys, D size of a query and a key, V of a value.
+`plain` is the definition. Legend: P pieces, of which each has its own keys (1 but for `Alive`), K key-value heads, M queries, N keys,
+D size of a query and a key, V of a value.
 Which kernel runs is said by `way`: each is one call of torch that returns log-sum-exps, for the devices, types and shapes that it takes.
 """
 
@@ -32,13 +33,27 @@ class Causal:
         return _band(self.new, keys, self.window).to(device).repeat(queries // self.new, 1)
 
 
+class Alive:
+    """Which keys of every piece there are [P, N]: all of a piece's queries see them."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask[:, None, None]  # [P, 1, 1, N]
+        self._biases: dict[torch.dtype, Tensor] = {}
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores [P, 1, 1, N]; made once for all layers."""
+        if dtype not in self._biases:
+            self._biases[dtype] = _bias(self.mask, dtype)
+        return self._biases[dtype]
+
+
 @functools.lru_cache(maxsize=16)
 def _band(new: int, keys: int, window: int) -> Tensor:
     seen = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)
     return seen.triu(keys - new - window + 1) if window else seen
 
 
-Seen = Tensor | Causal | None  # [M, N], which query sees which key; None: every one sees all
+Seen = Tensor | Causal | Alive | None  # [M, N], which query sees which key; None: every one sees all
 Way = Literal["plain", "flash on cpu", "flash", "efficient", "flex"]
 LARGE = (
     1 << 22
@@ -59,6 +74,8 @@ def attend(
     chosen = way(query, keys, values, seen, softcap)
     if isinstance(seen, Causal) and chosen != "flash on cpu":
         seen = seen.mask(query.shape[2], keys.shape[2], query.device)
+    if isinstance(seen, Alive) and chosen in ("plain", "flex"):
+        seen = seen.mask
     return WAYS[chosen](query, keys, values, seen, scale, softcap)
 
 
@@ -101,7 +118,7 @@ def way(query: Tensor, keys: Tensor, values: Tensor, seen: Seen, softcap: float 
     """The kernel for these."""
     size, wide = query.shape[-1], values.shape[-1]
     if query.device.type == "cpu":
-        scores = query.shape[1] * query.shape[2] * keys.shape[2]
+        scores = query.shape[:3].numel() * keys.shape[2]
         return "flash on cpu" if softcap is None and (size == wide or (wide < size and scores >= LARGE)) else "plain"
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "plain"
@@ -139,7 +156,13 @@ def flash_on_cpu(
         out, lse = (torch.stack(parts, dim=2).flatten(2, 3) for parts in zip(*groups))
     else:
         mask = seen.mask(query.shape[2], keys.shape[2], query.device) if isinstance(seen, Causal) else seen
-        bias = None if mask is None else _bias(mask, query.dtype)[None, None]
+        bias = (
+            mask.bias(query.dtype)
+            if isinstance(mask, Alive)
+            else None
+            if mask is None
+            else _bias(mask, query.dtype)[None, None]
+        )
         out, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
     return out[..., :wide].float(), lse
 
@@ -153,13 +176,14 @@ def flash(
 
 
 def efficient(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | Alive | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Memory-efficient attention: any mask, float32 too, values of another width."""
     bias = None
     if seen is not None:
-        room = -seen.shape[1] % ALIGNED
-        bias = F.pad(_bias(seen, query.dtype), (0, room))[:, : seen.shape[1]].expand(1, query.shape[1], -1, -1)
+        bias = seen.bias(query.dtype) if isinstance(seen, Alive) else _bias(seen, query.dtype)
+        count = bias.shape[-1]
+        bias = F.pad(bias, (0, -count % ALIGNED))[..., :count].expand(*query.shape[:3], -1)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, keys, values, bias, True, 0.0, False, scale=scale)
     return out.float(), lse[:, :, : query.shape[2]]
 
@@ -179,7 +203,10 @@ def _scores(seen: Tensor | None, softcap: float | None) -> Callable[..., Tensor]
     def change(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         if softcap is not None:
             score = torch.tanh(score / softcap) * softcap
-        return score if seen is None else torch.where(seen[row, column], score, -float("inf"))
+        if seen is None:
+            return score
+        there = seen[row, column] if seen.dim() == 2 else seen[batch, 0, 0, column]
+        return torch.where(there, score, -float("inf"))
 
     return change
 
