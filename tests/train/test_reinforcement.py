@@ -210,3 +210,30 @@ def test_prompts_that_leave_no_room_are_left_out(rewarded, tmp_path):
     fit(rewarded(datasets=source, max_steps=1))
     with pytest.raises(ConfigError, match="leaves no room for a prompt beside"):
         fit(rewarded({"max_completion_length": 64}, datasets=source, output_dir=str(tmp_path / "other")))
+
+
+GUESSING = '''
+class Guessing:
+    """Wants the later half of the vocabulary, in two turns."""
+
+    def reset(self, row):
+        self.turns = 0
+        return [{"role": "user", "content": row["messages"][0]["content"]}]
+
+    def step(self, reply):
+        from ropewalk.train.environment import Step
+
+        self.turns += 1
+        right = sum(letter > "m" for letter in reply) / 8
+        return Step([{"role": "user", "content": "again"}], right / 2, done=self.turns == 2)
+'''
+
+
+def test_an_environment_answers_and_its_rewards_are_learnt_from(rewarded, tmp_path):
+    (tmp_path / "guessing.py").write_text(GUESSING)
+    trl = {"environment": f"{tmp_path}/guessing.py:Guessing", "reward_funcs": None, "max_completion_length": 8}
+    fit(rewarded(trl, sequence_len=128, val_set_size=4))
+    first = steps(tmp_path / "run")[0]
+    assert first["reward"] == first["rewards/Guessing"] > 0
+    assert first["mismatch"] < 1e-5
+    assert 2 <= first["length"] <= 16

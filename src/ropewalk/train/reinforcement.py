@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -27,6 +28,8 @@ from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.train.corrections import Correction
 from ropewalk.train.distributed import World
 from ropewalk.train.environment import Episode
+from ropewalk.train.environment_pool import environment_of
+from ropewalk.train.episodes import Episodes
 from ropewalk.train.generator import Generator
 from ropewalk.train.lessons import Examined
 from ropewalk.train.objective import Measures
@@ -79,9 +82,16 @@ class Rewarded:
         self.total = run.max_steps or math.ceil(run.num_epochs * of_epoch) * trl.num_iterations
         self.rows = len(questions.train)
         self.examines = bool(questions.evaluation)
-        self.rewards = Rewards(specs_of(run), trl.reward_num_workers)
-        self.names = [spec.name for spec in self.rewards.specs]
-        self._started = False
+        self.rewards = Rewards(specs_of(run) if trl.reward_funcs else (), trl.reward_num_workers)
+        environment = environment_of(run)
+        self.host = Episodes(run, environment, prepared.template) if environment else None
+        # What an environment gives counts as it is, before the rewards.
+        self.names = [
+            *([environment.name.replace(":", ".").rpartition(".")[2]] if environment else []),
+            *(spec.name for spec in self.rewards.specs),
+        ]
+        self.weights = np.concatenate([np.ones(len(self.names) - len(self.rewards.weights)), self.rewards.weights])
+        self._open = ExitStack()
         self._orders: dict[int, list[int]] = {}
         self._told: list[tuple[str, dict[str, Any]]] = []
         self._measures: Measures = {}
@@ -89,8 +99,9 @@ class Rewarded:
         self._sums: dict[str, float] = {}
 
     def start(self, pupil: Pupil, step: int, data: dict[str, Any]) -> None:
-        self.rewards.__enter__()
-        self._started = True
+        self._open.enter_context(self.rewards)
+        if self.host is not None:
+            self._open.enter_context(self.host)
         self.pupil, self.step = pupil, step
         slots = min(SLOTS, self.groups * self.trl.num_generations * (1 + self.ahead))
         self.generator = Generator(pupil, running=slots, longest=self.run.sequence_len)
@@ -106,6 +117,7 @@ class Rewarded:
             stop_ids=self.template.stop_ids,
             read=self.template.decode,
             seed=self.run.seed,
+            host=self.host,
         )
         self._agreed = False
 
@@ -151,7 +163,7 @@ class Rewarded:
         asked = self.questions.evaluation
         mine = range(self.world.rank, len(asked), self.world.size)
         groups = self.rollouts.examine([asked[n] for n in mine], list(mine))
-        found = standings(groups, self.run, self.rewards.weights, self.world)
+        found = standings(groups, self.run, self.weights, self.world)
         return Examined(-found.mean, {"reward": found.mean} | self._components(found) | self._lengths(groups))
 
     def epoch_after(self, steps: int) -> float:
@@ -164,9 +176,7 @@ class Rewarded:
         return torch.tensor([self.questions.train[0].ids[:64]])
 
     def close(self) -> None:
-        if self._started:
-            self.rewards.__exit__()
-            self._started = False
+        self._open.close()
 
     # -- what is asked
 
@@ -190,7 +200,7 @@ class Rewarded:
     def _learn_from(self, groups: list[Group]) -> None:
         """Lays a step's groups out as micro-batches, with everything that is the same for every pass over them."""
         begun = time.perf_counter()
-        found = standings(groups, self.run, self.rewards.weights, self.world)
+        found = standings(groups, self.run, self.weights, self.world)
         episodes = [[self._masked(episode) for episode in group.episodes] for group in groups]
         self.totals = self._totals(episodes)
         held = bool(self.method.beta)  # to the base, and so is what has no advantage

@@ -1,0 +1,34 @@
+"""Episodes of a run over several turns: its environment, in processes of its own, asked the run's questions; use as a context."""
+
+from __future__ import annotations
+
+from ropewalk.chat.template import Template
+from ropewalk.config.run import Run
+from ropewalk.train.environment import Playing, TemplateTalk, play
+from ropewalk.train.environment_pool import EnvironmentPool, limits_of
+from ropewalk.train.environment_worker import EnvironmentSpec
+from ropewalk.train.questions import Question
+
+
+class Episodes:
+    """What the rollouts play."""
+
+    def __init__(self, run: Run, spec: EnvironmentSpec, template: Template) -> None:
+        assert run.trl is not None
+        self.pool = EnvironmentPool(spec, run.trl.reward_num_workers)
+        self.talk, self.limits = TemplateTalk(template), limits_of(run)
+
+    def __enter__(self) -> Episodes:
+        self.pool.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    def play(self, question: Question) -> Playing:
+        """One episode, whose environment is given the question's row."""
+        environment = self.pool.begin()
+        try:
+            return (yield from play(environment, question.prompt.row, self.talk, self.limits))
+        finally:
+            environment.close()
