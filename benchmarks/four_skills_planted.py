@@ -11,10 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +27,16 @@ def permuted() -> None:
 
 
 def shifted() -> None:
-    from ropewalk.train.pupil import Pupil
+    from ropewalk.models.head import Head
 
-    right: Any = Pupil.policy_log_probs
+    right: Any = Head.log_probs_at
 
-    def late(self: Pupil, batch: Any, temperature: float, **options: Any) -> Any:
-        """What is found at place t + 1 for the label of t, whose own input it then is."""
-        found = right(self, replace(batch, labels=np.roll(batch.labels, 1, axis=1)), temperature, **options)
-        return type(found)(*(None if part is None else part.roll(-1) for part in found))
+    def late(self: Head, model: Any, ids: Tensor, labels: Tensor, places: Tensor, **options: Any) -> Any:
+        """What is found at place t + 1 for the label of t, which the model has read there."""
+        found = right(self, model, ids, labels.roll(1, dims=1), places, **options)
+        return type(found)(*(None if part is None else part.roll(-1, dims=-1) for part in found))
 
-    Pupil.policy_log_probs = late  # type: ignore[method-assign]
+    Head.log_probs_at = late  # type: ignore[method-assign]
 
 
 def stale() -> None:
