@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
 NEVER = 1 << 62  # a position that no prompt has
@@ -100,6 +103,7 @@ class Event:
     created: int | None = None  # ids of the prefix that were read now and kept
     version: int = 0  # of the adapter
     error: str = ""
+    routing: Tensor | None = None  # at the end, int16 [ids read, layers, k]: the experts of each, where they are recorded
 
 
 def acts_from(ids: Sequence[int], invocation: tuple[int, ...] | None) -> int:
