@@ -48,6 +48,10 @@ def said(*turns, role="role", content="content"):
         ("llama3.ultra", {"prompt": "2 + 2?", "chosen": said(USER, GOOD), "rejected": said(USER, BAD)}),
         (None, {"chosen": said(USER, GOOD), "rejected": said(USER, BAD)}),
         (
+            "chat_template",  # OpenAI's preference fine-tuning
+            {"input": {"messages": said(USER)}, "preferred_output": said(GOOD), "non_preferred_output": said(BAD)},
+        ),
+        (
             "chat_template",
             {
                 "conversations": said(("human", "2 + 2?"), role="from", content="value"),

@@ -90,6 +90,7 @@ def _pair_reader(source: DataSource, run: Run) -> PreferenceReader:
     columns, answered = _columns(source), _answer_reader(source, run)
 
     def read(row: Mapping[str, Any]) -> Pair:
+        row = _renamed(row)
         both = tuple(
             answered(row, column, name) for column, name in ((columns.chosen, "chosen"), (columns.rejected, "rejected"))
         )
@@ -98,6 +99,15 @@ def _pair_reader(source: DataSource, run: Run) -> PreferenceReader:
         return Pair(both[0], both[1], _margin(row) if run.reward_model else 0.0)
 
     return read
+
+
+def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row in the shape of OpenAI's preference fine-tuning, under the names that are usual elsewhere."""
+    if "chosen" in row or not {"input", "preferred_output", "non_preferred_output"} <= row.keys():
+        return row
+    given = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
+    found = {**row, "prompt": given.get("messages"), "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return found | ({"tools": given["tools"]} if given.get("tools") else {})
 
 
 def _judged_reader(source: DataSource, run: Run) -> PreferenceReader:
