@@ -125,6 +125,9 @@ class ToolChoice:
     parallel: bool = True
 
 
+UNBOUNDED = 1 << 30  # the max_tokens of a request that names none: as many as there is room for
+
+
 @dataclass(frozen=True)
 class MessagesRequest:
     """One question, with everything said before."""
@@ -145,6 +148,11 @@ class MessagesRequest:
     caching: Literal["", "5m", "1h"] = ""  # how long what is read is asked to be kept, where a cache_control stands somewhere
     thinking_budget: int = 0  # tokens; 0: as many as the model likes, or as `effort` says
     effort: Effort = ""  # '': nothing was said of it
+    seed: int | None = None
+    min_p: float = 0.0
+    samples: int = 1  # replies; the prompt is read once
+    tokens: bool = False  # whether each id of prompt and reply is told, with log-probabilities
+    raw: str | tuple[int, ...] | None = None  # a prompt as it stands, which no chat template has written, instead of turns
 
     def documents(self) -> list[Document]:
         """All documents, in the order in which citations count them."""
@@ -218,9 +226,28 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Started:
-    """The reply begins."""
+    """The reply begins; told once, whatever the number of samples."""
 
     usage: Usage
+    prompt: tuple[int, ...] = ()  # its ids, where the request asks for them
+
+
+@dataclass(frozen=True)
+class Token:
+    """An id that was sampled."""
+
+    id: int
+    logprob: float  # under the model as it is
+    text: str
+    data: bytes | None  # None: not known
+    version: int = 0  # of the adapter that sampled it
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Ids of the reply, ahead of what they say; where the request asks for them."""
+
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True)
@@ -260,4 +287,4 @@ class Ended:
     usage: Usage
 
 
-ReplyEvent: TypeAlias = Retrieved | Started | BlockStarted | Delta | CitationAdded | BlockEnded | Ended
+ReplyEvent: TypeAlias = Retrieved | Started | Sampled | BlockStarted | Delta | CitationAdded | BlockEnded | Ended

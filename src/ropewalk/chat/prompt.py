@@ -63,6 +63,11 @@ class Prompt:
     def length(self) -> int:
         return sum(len(piece.ids) for piece in self.prefix) + len(self.tail)
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of it."""
+        return (*(id for piece in self.prefix for id in piece.ids), *self.tail)
+
     def usage(self, created: int, read: int, output: int = 0) -> Usage:
         """What the prompt cost: its first `read` ids were read before, the `created` after them now, and kept."""
         shares: dict[str, tuple[int, int]] = {}

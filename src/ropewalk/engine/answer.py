@@ -11,20 +11,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from tokenizers.decoders import DecodeStream
 
 from ropewalk.chat.citations import Citable, Citables, wanted
 from ropewalk.chat.citing import Citing
 from ropewalk.chat.framing import framing
-from ropewalk.chat.messages import Ended, Excerpt, MessagesRequest, ReplyEvent, Retrieved, Started, StopReason, Text, Usage
-from ropewalk.chat.parsers import Parser, held_back
+from ropewalk.chat.messages import Ended, Excerpt, MessagesRequest, ReplyEvent, Retrieved, Started, Text, Usage
 from ropewalk.chat.pictures import unseen
-from ropewalk.chat.prompt import Prompt, Shown, render
+from ropewalk.chat.prompt import Piece, Prompt, Shown, render
 from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
 from ropewalk.chat.retrieval import Chunk, Index, fitted, joined
 from ropewalk.chat.signatures import Signatures
@@ -33,7 +30,8 @@ from ropewalk.config.serving import Retrieval
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.embedding import Meanings
 from ropewalk.engine.pictures import Album
-from ropewalk.engine.request import NEVER, Event, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
+from ropewalk.engine.replying import Plain, Reply
+from ropewalk.engine.request import NEVER, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
 from ropewalk.engine.thinking import bounded, budget_of
 from ropewalk.errors import BadInput
@@ -48,6 +46,7 @@ FOLDER = "prefixes"  # in the data folder
 MOST_REMEMBERED = 100_000
 # Shares of a context that are left to the reply: files that would leave less are shown in part, and then leave more.
 REPLY_AT_LEAST, REPLY = 16, 4
+RAW_BLOCK = 512  # ids of a prompt that no template wrote that are found again together
 
 
 class Places:
@@ -110,18 +109,24 @@ class Answerer:
 
     async def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]:
         """The reply, as it comes; closing the iterator ends it at once."""
+        async with aclosing(self.samples(caller, request)) as events:
+            async for _, event in events:
+                yield event
+
+    async def samples(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[tuple[int, ReplyEvent], None]:
+        """Each sample's reply, as they come; closing the iterator ends them at once."""
         if not request.max_tokens:  # only to read ahead
             usage = await self.warm(caller, request)
-            yield Started(usage)
-            yield Ended("max_tokens", None, usage)
+            yield 0, Started(usage)
+            yield 0, Ended("max_tokens", None, usage)
             return
-        signatures = Signatures(derive(await self._own_key(caller), "thinking"))
-        signatures.check(request)
+        signing = derive(await self._own_key(caller), "thinking")
+        Signatures(signing).check(request)
         await self.client.start()
         album = await self._album(caller, request)
         prompt, citing, excerpts = await self._prompt(caller, request, album)
         if excerpts:
-            yield Retrieved(excerpts)
+            yield 0, Retrieved(excerpts)
         grammar = await asyncio.to_thread(self._grammar, request, prompt, citing)
         room = self.client.longest - prompt.length
         if room < 1:
@@ -135,51 +140,47 @@ class Answerer:
             prompt.tail,
             min(request.max_tokens, room),
             self.adapter,
-            Sampling(request.temperature, request.top_p, request.top_k),
+            Sampling(request.temperature, request.top_p, request.top_k, request.min_p, request.seed),
             stop_ids(self.template),
             grammar,
-            scope=caller.workspace_id,
+            request.samples,
+            caller.workspace_id,
+            request.tokens,
         )
         kept = grammar is not None and grammar.kind == "lark"
-        parser = parser_for(self.template, request, self._end(prompt), kept=kept)
         budget = budget_of(self.template, request, self._end(prompt), grammar)
-        async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels), sent, budget)) as events:
-            async for event in self._reply(request, prompt, events, parser, signatures, citing, room < request.max_tokens):
-                yield event
+        if budget is not None and (request.samples > 1 or request.tokens):
+            raise BadInput(
+                "with a budget of thinking a reply is one, and not all its ids are the model's own: several replies, log-probabilities "
+                "and ids of tokens are there without thinking, or with the effort 'max', which has no budget"
+            )
+        assert citing is None or request.samples == 1, "whoever asks for citations asks for one reply"
 
-    async def _reply(
-        self,
-        request: MessagesRequest,
-        prompt: Prompt,
-        events: AsyncIterator[Event],
-        parser: Parser,
-        signatures: Signatures,
-        citing: Citing | None,
-        cut_short: bool,
-    ) -> AsyncIterator[ReplyEvent]:
-        cited = citing.feed if citing is not None else list[ReplyEvent]
-        text = _Text(self.template, request.stop_sequences)
-        usage, produced = Usage(), 0
-        reason: StopReason = "end_turn"
-        async for event in events:
-            if event.read is not None:
-                usage = prompt.usage(event.created or 0, event.read)
-                yield Started(usage)
-            produced += len(event.ids)
-            for said in signatures.sign(cited(parser.feed(text.feed(event.ids)))):
-                yield said
-            if text.stopped_by is not None:
-                reason = "stop_sequence"
-                break
-            if parser.called and not request.tool_choice.parallel:
-                break
-            if event.finish == "length":
-                reason = "model_context_window_exceeded" if cut_short else "max_tokens"
-        for said in signatures.sign(cited(parser.feed(text.finish()) + parser.finish())):
-            yield said
-        if parser.called and reason == "end_turn":
-            reason = "tool_use"
-        yield Ended(reason, text.stopped_by, replace(usage, output=produced))
+        def reply() -> Reply:
+            signatures = Signatures(signing)
+            cited = citing.feed if citing is not None else list[ReplyEvent]
+            parser = Plain() if request.raw is not None else parser_for(self.template, request, self._end(prompt), kept=kept)
+            passes = lambda found: signatures.sign(cited(found))
+            return Reply(self.template, request, parser, passes, cut_short=room < request.max_tokens)
+
+        replies, over = [reply() for _ in range(request.samples)], set[int]()
+        usage = Usage()
+        async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels), sent, budget)) as events:
+            async for event in events:
+                if event.read is not None:
+                    usage = prompt.usage(event.created or 0, event.read)
+                    yield 0, Started(usage, prompt.ids if request.tokens else ())
+                if event.sample in over:
+                    continue  # a stop sequence has ended it, which the engine knows nothing of
+                one = replies[event.sample]
+                for said in one.feed(event):
+                    yield event.sample, said
+                if one.over:
+                    over.add(event.sample)
+                    for said in one.finish(usage):
+                        yield event.sample, said
+                    if len(over) == len(replies):
+                        break
 
     # -- prompts
 
@@ -201,6 +202,8 @@ class Answerer:
         self, caller: Caller, request: MessagesRequest, album: Album, *, whole: bool = False
     ) -> tuple[Prompt, Citing | None, tuple[Excerpt, ...]]:
         """The ids, what reads citations out of the reply, and which files are shown in part, which `whole` leaves out."""
+        if request.raw is not None:
+            return self._raw(request.raw), None, ()
         cites = wanted(request)
         documents = request.documents()
         read = [await self.sources.read(caller, part.source) for part in documents]
@@ -251,6 +254,17 @@ class Answerer:
 
         return await asyncio.to_thread(fitting)
 
+    def _raw(self, given: str | tuple[int, ...]) -> Prompt:
+        """A prompt as it stands, in blocks, so that one which begins alike is not read again."""
+        ids = tuple(self.template.encode_document(given)) if isinstance(given, str) else given
+        if not ids:
+            raise BadInput("prompt: it has no tokens; expected one at least")
+        if wrong := [id for id in ids if not 0 <= id < self.template.vocabulary]:
+            raise BadInput(f"prompt: {wrong[0]} is no id of this model's {self.template.vocabulary:,} tokens")
+        body = ids[:-1]
+        blocks = [body[begin : begin + RAW_BLOCK] for begin in range(0, len(body), RAW_BLOCK)]
+        return Prompt(tuple(Piece(block, (), False) for block in blocks), ids[-1:])
+
     def _too_long(self, prompt: Prompt) -> bool:
         """Whether it leaves the reply too little; nobody knows before the engine has started."""
         longest = self.client.longest
@@ -293,6 +307,8 @@ class Answerer:
             return await workspace_key(connection, self.store.vault, caller.workspace_id)
 
     def _grammar(self, request: MessagesRequest, prompt: Prompt, citing: Citing | None) -> Grammar | None:
+        if request.raw is not None:
+            return None
         if citing is not None and citing.form and not request.tools and not request.thinking:
             return Grammar("regex", citing.form)
         form = form_for(self.template, request, self._end(prompt))
@@ -300,32 +316,3 @@ class Answerer:
 
     def _end(self, prompt: Prompt) -> str:
         return self.template.decode(prompt.tail[-TAIL:], skip_special_tokens=False)
-
-
-class _Text:
-    """Ids as text while they come; ends before a stop sequence."""
-
-    def __init__(self, template: Template, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stop_ids, self._stops = template.tokenizer, set(stop_ids(template)), [s for s in stops if s]
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._held = ""
-        self.stopped_by: str | None = None
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """What can be said now: whole characters that are no beginning of a stop sequence."""
-        for id in ids:
-            if id not in self._stop_ids:
-                self._held += self._stream.step(self._tokenizer, id) or ""
-        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            place, self.stopped_by = min(places)
-            said, self._held = self._held[:place], ""
-            return said
-        kept = held_back(self._held, self._stops)
-        said, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
-        return said
-
-    def finish(self) -> str:
-        """What was held back."""
-        said, self._held = self._held, ""
-        return said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, Usage
@@ -20,6 +20,8 @@ class Answers(Protocol):
     async def warm(self, caller: Caller, request: MessagesRequest) -> Usage: ...
 
     def stream(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[ReplyEvent, None]: ...
+
+    def samples(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[tuple[int, ReplyEvent], None]: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,21 @@ class Counted:
         finally:
             if usage is not None:
                 self._add(caller, request, usage, asked=request.max_tokens > 0)
+
+    async def samples(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[tuple[int, ReplyEvent], None]:
+        """Each sample's reply, as they come; the prompt is counted once."""
+        usage: Usage | None = None
+        written = 0
+        try:
+            async with aclosing(self.answers.samples(caller, request)) as events:
+                async for sample, event in events:
+                    if isinstance(event, Started | Ended):
+                        usage = event.usage
+                        written += usage.output
+                    yield sample, event
+        finally:
+            if usage is not None:
+                self._add(caller, request, replace(usage, output=written), asked=request.max_tokens > 0)
 
     def _add(self, caller: Caller, request: MessagesRequest, usage: Usage, *, asked: bool) -> None:
         spent = Spent(usage.input, usage.cache_creation, usage.cache_read, usage.output)

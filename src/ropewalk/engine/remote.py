@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ropewalk.chat.citations import Citable, wanted
-from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Started, Usage
+from ropewalk.chat.messages import UNBOUNDED, Ended, MessagesRequest, ReplyEvent, Started, Usage
 from ropewalk.chat.signatures import Signatures
 from ropewalk.engine import remote_anthropic, remote_openai
 from ropewalk.engine.remote_files import RemoteFiles
@@ -111,6 +111,23 @@ class RemoteAnswerer:
             async with aclosing(self._messages(request, citables, copies)) as events:
                 async for event in events:
                     yield event
+
+    async def samples(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[tuple[int, ReplyEvent], None]:
+        """The reply as sample 0; BadInput for what only a model of this machine can be asked."""
+        only_here = {
+            "n": request.samples > 1,
+            "logprobs or return_token_ids": request.tokens,
+            "completions of prompts as they stand": request.raw is not None,
+            "seed": self._anthropic and request.seed is not None,
+            "min_p": self._anthropic and bool(request.min_p),
+        }
+        if refused := [name for name, asked in only_here.items() if asked]:
+            raise BadInput(f"{refused[0]}: '{self.upstream.name}' is answered by another server, which is not asked for that")
+        if self._anthropic and request.max_tokens >= UNBOUNDED:
+            raise BadInput(f"max_tokens: '{self.upstream.name}' is answered by another server, which needs to be told how many")
+        async with aclosing(self.stream(caller, request)) as events:
+            async for event in events:
+                yield 0, event
 
     async def _messages(
         self, request: MessagesRequest, citables: Sequence[Citable], copies: Mapping[str, str]

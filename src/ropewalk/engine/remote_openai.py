@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from ropewalk.chat.citations import Citable
 from ropewalk.chat.messages import (
+    UNBOUNDED,
     Document,
     Ended,
     MessagesRequest,
@@ -50,9 +51,12 @@ def body(request: MessagesRequest, model: str, url: str, citables: Sequence[Cita
         )
     # OpenAI itself has renamed it; the servers that speak as it does know the first name.
     most = "max_completion_tokens" if urlsplit(url).hostname == "api.openai.com" else "max_tokens"
-    found: JSON = {"model": model, "messages": _messages(request, iter(citables)), most: request.max_tokens}
+    found: JSON = {"model": model, "messages": _messages(request, iter(citables))}
+    found |= {most: request.max_tokens} if request.max_tokens < UNBOUNDED else {}
     found |= {"stream": True, "stream_options": {"include_usage": True}}
     sampling = {"temperature": (request.temperature, 1.0), "top_p": (request.top_p, 1.0), "top_k": (request.top_k, 0)}
+    sampling |= {"min_p": (request.min_p, 0.0)}
+    found |= {"seed": request.seed} if request.seed is not None else {}
     found |= {name: value for name, (value, default) in sampling.items() if value != default}
     if request.effort:
         found["reasoning_effort"] = "high" if request.effort in ("xhigh", "max") else request.effort

@@ -21,6 +21,7 @@ from ropewalk.chat.messages import (
     Excerpt,
     ReplyEvent,
     Retrieved,
+    Sampled,
     Started,
     Text,
     Thinking,
@@ -62,7 +63,7 @@ class ReplyWriter:
         index = len(self.content)
         opened = self.take(event)
         match event:
-            case Retrieved():
+            case Retrieved() | Sampled():
                 return []
             case Started(usage):
                 return [{"type": "message_start", "message": self._message(usage, [], None, None)}]
