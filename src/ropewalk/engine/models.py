@@ -164,11 +164,12 @@ class Models:
         """NotFound for what was trained in another workspace, or for another of its users; an alias is everybody's."""
         if caller is None or (self.serving.models is not None and name in self.serving.models):
             return
-        with suppress(NotFound):
+        try:
             entry = self.registry.resolve(name)
-            if entry.name == name and not _may_see(caller, entry):
-                raise _unknown(name) from None
+        except NotFound:  # a name of the serving configuration, or none: that is told where it is looked up
             return
+        if entry.name == name and not _may_see(caller, entry):
+            raise _unknown(name)
 
     def listed(self, caller: Caller | None = None) -> list[Listed]:
         """All that is served to a caller (None: to anybody), newest first."""
