@@ -52,5 +52,13 @@ def test_experts_in_blocks_are_experts(transposed: bool) -> None:
     assert (found.float() - expected).abs().max() <= 1.5 * (usual.float() - expected).abs().max() + 1e-6
 
 
-def test_float32_stays_as_it_is() -> None:
-    assert not pays(torch.zeros(2, 2))
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_a_float32_layer_in_blocks_computes_the_same(rows: int) -> None:
+    given, x = weight(96, 160).float(), weight(rows, 160).float()
+    assert pays(given)
+    torch.testing.assert_close(BlockedLinear(Blocked.of(given))(x), plain(x, given), atol=1e-6, rtol=1e-5)
+
+
+def test_experts_in_float32_and_double_precision_stay_as_they_are() -> None:
+    assert not pays(torch.zeros(2, 2, 2))
+    assert not pays(torch.zeros(2, 2, dtype=torch.float64))

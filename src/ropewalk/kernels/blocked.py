@@ -1,4 +1,4 @@
-"""Frozen 16-bit weights in the order in which a CPU's matrix unit reads them, and products with them.
+"""Frozen weights in the order in which a CPU's products read them, and products with them.
 
 oneDNN computes in blocks. A product with a plain weight arranges the blocks anew each time, which is most of its cost where few rows
 are multiplied: when a model decodes, or reads a question. Here they are arranged once, and the plain weight is let go.
@@ -19,10 +19,12 @@ ROWS = 64  # for which the blocks are chosen: best for few rows, and no worse th
 
 
 def pays(weight: Tensor) -> bool:
-    """Whether products with this weight become faster."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    """Whether products with this weight become faster, with few rows at least."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float32:
+        return weight.ndim == 2  # a stack's rows are never filled up in float32, so that a kernel would be made for every number
+    return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Blocked(nn.Module):
