@@ -1,12 +1,16 @@
 """Fine-tuning jobs through the official OpenAI client against a real server: every method, what a client may not say, other tenants."""
 
 import json
+import secrets
 import time
+from dataclasses import replace
 
+import anthropic
 import openai
 import pytest
 
 from ropewalk.quickstart import facts
+from ropewalk.tenants.workspaces import find_workspace
 
 PATIENCE = 120.0
 OPENAI = "/v1"  # the other prefix is of the same handlers; see test_both_prefixes_are_the_same_jobs
@@ -58,9 +62,264 @@ def events(client, id):
     return [one.message for one in client.fine_tuning.jobs.list_events(id, limit=100)][::-1]
 
 
-def test_a_job_becomes_a_model_that_answers(tuned):
-    file = put(tuned)
-    job = begin(tuned, file, suffix="house", seed=7, metadata={"team": "a"}, method={"type": "supervised"})
-    print(job)
-    done = at(tuned, job.id, "succeeded")
-    print(done, events(tuned, job.id))
+def test_a_job_becomes_a_model_that_answers_its_own_workspace_at_once(tuned):
+    file, held = put(tuned), put(tuned, json.dumps(rows(30)[-1]) + "\n")
+    asked = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 3}}}
+    job = begin(tuned, file, validation_file=held, suffix="house", seed=7, metadata={"team": "a"}, method=asked)
+    assert (job.object, job.status, job.model, job.seed, job.metadata) == (
+        "fine_tuning.job",
+        "queued",
+        "tiny",
+        7,
+        {"team": "a"},
+    )
+    assert (job.training_file, job.validation_file, job.error, job.fine_tuned_model) == (file, held, None, None)
+    assert job.method.supervised.hyperparameters.model_dump() == {
+        "n_epochs": 2,
+        "batch_size": 3,
+        "learning_rate_multiplier": 1.0,
+    }
+
+    with tuned.house.http(tuned.key) as http, http.stream("GET", f"/v1/fine_tuning/jobs/{job.id}/events?stream=true") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    told = [json.loads(line) for line in lines]
+    done = tuned.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.error) == ("succeeded", None), told
+    assert [one["data"]["step"] for one in told if one["message"].startswith("Step") and "valid_loss" not in one["data"]] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert told[0]["message"].startswith("Created")
+    assert "completed" in told[-1]["message"]
+    listed = list(tuned.fine_tuning.jobs.list_events(job.id, limit=3))  # page by page
+    assert [one.id for one in listed][::-1] == [one["id"] for one in told]
+    assert {one.type for one in listed} == {"message", "metrics"}
+
+    assert done.fine_tuned_model == f"ft:tiny:house:{job.id[-8:]}"
+    assert done.trained_tokens > 0
+    assert done.finished_at >= done.created_at
+    kept = tuned.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [one.step_number for one in kept] == [4, 2]
+    assert kept[0].metrics.train_loss == next(one["data"]["train_loss"] for one in told if one["data"].get("step") == 4)
+    assert kept[0].metrics.valid_loss > 0
+    assert [one.id for one in tuned.fine_tuning.jobs.checkpoints.list(job.id, limit=1)] == [one.id for one in kept]
+
+    lineage = tuned.house.app.state.registry.resolve(done.fine_tuned_model).lineage
+    assert (lineage["file"], lineage["job"], lineage["config"]) == (f"{file} {held}", job.id, job.ropewalk["config_digest"])
+    assert "torch=" in lineage["versions"]
+    with tuned.house.sdk(tuned.key) as mine:
+        for name in (done.fine_tuned_model, kept[1].fine_tuned_model_checkpoint):
+            said = mine.messages.create(model=name, max_tokens=2, messages=[{"role": "user", "content": "Hi"}])
+            assert said.usage.output_tokens > 0
+        assert done.fine_tuned_model in [one.id for one in mine.models.list(limit=100)]
+    _, key = tuned.house.workspace("another")
+    with tuned.house.sdk(key) as theirs:
+        assert done.fine_tuned_model not in [one.id for one in theirs.models.list(limit=100)]
+        for call in (
+            lambda: theirs.models.retrieve(done.fine_tuned_model),
+            lambda: theirs.messages.create(
+                model=done.fine_tuned_model, max_tokens=2, messages=[{"role": "user", "content": "Hi"}]
+            ),
+            lambda: theirs.messages.count_tokens(model=done.fine_tuned_model, messages=[{"role": "user", "content": "Hi"}]),
+        ):
+            with pytest.raises(anthropic.NotFoundError):
+                call()
+    words = rows(1)[0]["messages"][1]["content"].encode()
+    folder = tuned.house.data / "jobs" / job.id
+    assert folder.exists()
+    assert [path for path in folder.rglob("*") if path.is_file() and words in path.read_bytes()] == []
+    assert not (folder / "prepared").exists()
+
+
+def test_a_preference_job_reads_openais_rows_and_stops_where_it_is_told_to(tuned):
+    pairs = [
+        {
+            "input": {"messages": one["messages"][:1]},
+            "preferred_output": one["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
+        }
+        for one in rows(4)
+    ]
+    file = put(tuned, "".join(json.dumps(pair) + "\n" for pair in pairs))
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}}
+    job = begin(tuned, file, method=method, ropewalk={"max_steps": 2000})
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    at(tuned, job.id, "running")
+    tuned.fine_tuning.jobs.pause(job.id)
+    assert at(tuned, job.id, "paused").status == "paused"
+    assert tuned.fine_tuning.jobs.resume(job.id).status == "queued"
+    cancelled = tuned.fine_tuning.jobs.cancel(job.id)
+    assert cancelled.status in ("cancelled", "queued", "running", "validating_files")
+    late = time.monotonic() + PATIENCE
+    while tuned.fine_tuning.jobs.retrieve(job.id).status != "cancelled":
+        assert time.monotonic() < late
+        time.sleep(0.1)
+    with pytest.raises(openai.BadRequestError, match="cannot be cancelled"):
+        tuned.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_row_that_cannot_be_used_is_told_as_the_files_fault(tuned):
+    job = begin(tuned, put(tuned, json.dumps({"text": "no messages"}) + "\n"))
+    late = time.monotonic() + PATIENCE
+    while (failed := tuned.fine_tuning.jobs.retrieve(job.id)).status != "failed":
+        assert time.monotonic() < late, failed
+        time.sleep(0.1)
+    assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
+    assert "messages" in failed.error.message
+    with tuned.house.http(tuned.key) as http:
+        assert "messages" in http.get(f"/v1/fine_tuning/jobs/{job.id}/log").text
+        http.delete(f"/v1/files/{job.training_file}").raise_for_status()
+        assert http.get(f"/v1/fine_tuning/jobs/{job.id}/log").text == ""
+    assert "messages" not in tuned.fine_tuning.jobs.retrieve(job.id).error.message
+
+
+NO_KEYS = {
+    "output_dir": "/tmp/x",
+    "base_model": "/etc",
+    "trust_remote_code": True,
+    "report_to": "wandb",
+    "wandb_project": "x",
+    "use_mlflow": True,
+    "mlflow_tracking_uri": "http://example.com",
+    "hub_model_id": "a/b",
+    "dataset_prepared_path": "/tmp",
+    "datasets": [{"path": "/etc/passwd"}],
+    "test_datasets": [{"path": "a/hub-set"}],
+    "pretraining_dataset": "a/hub-set",
+    "tokenizer_config": "a/b",
+    "lora_model_dir": "/srv/adapter",
+    "resume_from_checkpoint": "/srv/run",
+    "chat_template_jinja": "{{ 1 }}",
+    "chat_template": "jinja",
+    "lora_target_modules": "(a+)+$",
+    "attn_implementation": "somebody/kernel",
+    "model_config": {"auto_map": {}},
+    "plugins": ["x.y"],
+    "adapter": None,
+    "sequence_len": 10**9,
+    "max_steps": -1,
+    "learning_rate": "fast",
+    "rl": "grpo",
+    "trl": {"reward_funcs": ["os.system"]},
+}
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["own", "another tenant"])
+def test_a_client_may_name_no_place_no_code_and_nothing_of_anothers(tuned, others):
+    file, client = put(tuned), tuned
+    if others:
+        _, key = tuned.house.workspace(f"another {secrets.token_hex(4)}")
+        client = tuned.with_options(api_key=key)
+        with pytest.raises(openai.NotFoundError):
+            begin(client, file)
+        client.house, client.key = tuned.house, key
+        file, foreign = put(client), file
+        with pytest.raises(openai.NotFoundError):
+            begin(client, file, validation_file=foreign)
+    for key, value in NO_KEYS.items():
+        with pytest.raises(openai.BadRequestError, match=r"ropewalk|learning_rate"):
+            begin(client, file, ropewalk={key: value})
+    for key, value in {"path": "/etc/passwd", "name": "x", "data_files": ["/etc/passwd"], "chat_template_jinja": "/x"}.items():
+        with pytest.raises(openai.BadRequestError, match=f"ropewalk.dataset.{key}"):
+            begin(client, file, ropewalk={"dataset": {key: value}})
+    for model in ("Qwen/Qwen3-0.6B", "/etc", "../base", str(tuned.house.data), "ft:tiny:house:none"):
+        with pytest.raises(openai.BadRequestError, match="no base that is published"):
+            client.fine_tuning.jobs.create(model=model, training_file=file)
+    for name in ("/etc/passwd", "a/hub-set", "file_none", "../x"):
+        with pytest.raises(openai.NotFoundError):
+            client.fine_tuning.jobs.create(model="tiny", training_file=name)
+    for more in (
+        {"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]},
+        {"suffix": "../up"},
+        {"suffix": "a" * 65},
+        {"seed": -1},
+        {"metadata": {"a": "b" * 513}},
+        {"method": {"type": "supervised", "dpo": {}}},
+        {"method": {"type": "other"}},
+        {"hyperparameters": {"n_epochs": 0}},
+        {"hyperparameters": {"n_epochs": 51}},
+        {"hyperparameters": {"gradient": 1}},
+        {"hyperparameters": {"n_epochs": 1}, "method": {"type": "supervised"}},
+        {"extra_body": {"output_dir": "/tmp"}},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.fine_tuning.jobs.create(model="tiny", training_file=file, **more)
+    picture = put(client, b"\x89PNG", "a.png")
+    with pytest.raises(openai.BadRequestError, match="cannot be trained on by its name"):
+        begin(client, picture)
+    assert [job for job in client.fine_tuning.jobs.list() if job.training_file == file] == []
+
+
+@pytest.mark.parametrize(
+    "grader", [{"type": "python", "name": "x", "source": "def grade(a, b): return 1"}, {"type": "string_check", "name": "x"}]
+)
+def test_rewards_are_never_code_of_a_clients(tuned, grader):
+    method = {"type": "reinforcement", "reinforcement": {"grader": grader}}
+    with pytest.raises(openai.BadRequestError, match="built in"):
+        begin(tuned, put(tuned), method=method)
+    for reward in (
+        "os.system",
+        "a.py:f",
+        "judge",
+        {"kind": "model", "path": "/x"},
+        {"kind": "code"},
+        {"kind": "exact", "function": "x"},
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"reward_funcs\.0"):
+            begin(tuned, put(tuned), method={"type": "reinforcement"}, ropewalk={"trl": {"reward_funcs": [reward]}})
+
+
+def test_both_prefixes_are_the_same_jobs_and_lists_are_paged(asked):
+    _, key = asked.workspace("pages of jobs")
+    with openai.OpenAI(base_url=asked.url + "/openai/v1", api_key=key, max_retries=0) as client:
+        client.house, client.key = asked, key
+        runner = asked.app.state.jobs
+        options, runner.options = runner.options, replace(runner.options, at_once=0)  # none of these is to run
+        try:
+            ids = [begin(client, put(client), metadata={"n": str(n % 2)}).id for n in range(5)][::-1]
+            assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids
+            assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == ids[1::2]
+            with pytest.raises(openai.NotFoundError):
+                client.fine_tuning.jobs.list(after="ftjob_none")
+            with pytest.raises(openai.BadRequestError, match="only a paused one"):
+                client.fine_tuning.jobs.resume(ids[0])
+            assert client.fine_tuning.jobs.pause(ids[0]).status == "paused"
+            for id in ids:
+                assert client.fine_tuning.jobs.cancel(id).status == "cancelled"
+            with asked.http(key) as http:
+                assert http.get("/v1/fine_tuning/jobs").json()["data"][0]["id"] == ids[0]
+            reader = asked.new_key(asked.run(_workspace(asked, "pages of jobs")), rights=frozenset({"read"}))
+            with openai.OpenAI(base_url=asked.url + "/v1", api_key=reader, max_retries=0) as looking:
+                assert looking.fine_tuning.jobs.retrieve(ids[0]).status == "cancelled"
+                with pytest.raises(openai.PermissionDeniedError):
+                    looking.fine_tuning.jobs.cancel(ids[0])
+        finally:
+            runner.options = options
+
+
+async def _workspace(house, name):
+    async with house.store.database.reading() as connection:
+        return (await find_workspace(connection, name)).id
+
+
+def test_while_a_job_has_the_device_the_engine_is_gone_and_comes_back_by_itself(asked):
+    models, question = (
+        asked.app.state.models,
+        {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]},
+    )
+    with asked.sdk() as client:
+        client.messages.create(**question)
+        (base,) = (one for folder, one in models._bases.items() if folder.name == "tiny")
+        asked.run(models.lend())
+        try:
+            assert not base.client.running
+            with pytest.raises(anthropic.InternalServerError, match="a training job has the device") as refused:
+                client.messages.create(**question)
+            assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (529, "15")
+        finally:
+            asked.run(models.take_back())
+        assert client.messages.create(**question).usage.output_tokens == 1

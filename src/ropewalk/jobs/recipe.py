@@ -127,7 +127,7 @@ class Recipe:
 def make_recipe(asked: Asked, seed: int, training: File, validation: File | None) -> Recipe:
     """The run that is asked for; BadInput, or a ConfigError, for what it may not hold or what cannot go together."""
     keys = _checked(asked)
-    rows = {"type": "chat_template", **_only(asked.rows, ROW_KEYS, "dataset")}
+    rows = {"type": "chat_template", **_only(asked.rows, ROW_KEYS, "ropewalk.dataset")}
     for file in (training, validation):
         if file is not None:
             _is_data(file, rows)
