@@ -237,3 +237,23 @@ def test_an_environment_answers_and_its_rewards_are_learnt_from(rewarded, tmp_pa
     assert first["reward"] == first["rewards/Guessing"] > 0
     assert first["mismatch"] < 1e-5
     assert 2 <= first["length"] <= 16
+
+
+def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
+    learns, picked = Rewarded._quietly, []
+
+    def live(self, batch):
+        with self.routing.record() as seen, self.pupil.quietly():
+            self.pupil.policy_log_probs(batch, 1.0)
+            picked.append((seen.selection().long(), batch))
+        return learns(self, batch)
+
+    monkeypatch.setattr(Rewarded, "_quietly", live)
+    fit(rewarded({"replay_routing": True}, max_steps=2))
+    selection, batch = picked[0]
+    known = batch.routing.long()
+    # What was sampled last in each completion was never read, so that nobody knows its experts.
+    unknown = (known < 0).all(-1).all(-1)
+    assert int(unknown.sum()) <= len(batch.samples) + 16
+    assert torch.equal(known[~unknown].sort(-1).values, selection[~unknown].sort(-1).values)
+    assert (~unknown).sum() > 100

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -23,8 +23,9 @@ from torch import Tensor
 from ropewalk.config.run import Run
 from ropewalk.data.laying import MULTIPLE
 from ropewalk.engine.request import Sampling
-from ropewalk.errors import TrainingStopped
+from ropewalk.errors import ModelError, TrainingStopped
 from ropewalk.kernels.cross_entropy import IGNORED
+from ropewalk.models.routing import Routing
 from ropewalk.train.corrections import Correction
 from ropewalk.train.distributed import World
 from ropewalk.train.environment import Episode
@@ -104,8 +105,9 @@ class Rewarded:
             self._open.enter_context(self.host)
         self.pupil, self.step = pupil, step
         slots = min(SLOTS, self.groups * self.trl.num_generations * (1 + self.ahead))
-        self.generator = Generator(pupil, running=slots, longest=self.run.sequence_len)
+        self.generator = Generator(pupil, running=slots, longest=self.run.sequence_len, routing=self.trl.replay_routing)
         self.generator.version = step
+        self.routing = self._routing_of(pupil) if self.trl.replay_routing else None
         trl = self.trl
         self.rollouts = Rollouts(
             self.generator,
@@ -141,7 +143,8 @@ class Rewarded:
 
     def losses(self) -> Iterator[Tensor]:
         for lesson in self._lessons:
-            yield self._loss(lesson)
+            with self._replayed(lesson.batch):  # also while it is taken back
+                yield self._loss(lesson)
             self.rollouts.go_on(BETWEEN)
 
     def name(self, number: int) -> str:
@@ -267,8 +270,20 @@ class Rewarded:
 
     def _quietly(self, batch: PolicyBatch) -> Tensor:
         """[T] of the present policy, constant."""
-        with self.pupil.quietly():
+        with self.pupil.quietly(), self._replayed(batch):
             return self.pupil.policy_log_probs(batch, self.trl.temperature)
+
+    def _replayed(self, batch: PolicyBatch) -> AbstractContextManager[None]:
+        """Within it the experts are those that were picked when the batch was written."""
+        return self.routing.replay(batch.routing) if self.routing is not None and batch.routing is not None else nullcontext()
+
+    def _routing_of(self, pupil: Pupil) -> Routing:
+        if pupil.head.isolation == "unpacked":
+            raise ModelError(
+                "trl.replay_routing: this model cannot keep packed samples apart, so that rows are laid out anew for it; "
+                "switch replay_routing off"
+            )
+        return Routing(pupil.model)
 
     def _divergence(self, batches: list[PolicyBatch], references: list[Tensor], samples: int) -> Tensor:
         """[S]: each sample's summed log mu - log ref."""
