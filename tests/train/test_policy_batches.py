@@ -1,5 +1,7 @@
 """Policy micro-batches: the same log-probs and gradients however the samples of a step are laid out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,9 @@ from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.tiny import tiny_config
 from ropewalk.train.environment import Episode
-from ropewalk.train.policy_batches import lay_out
+from ropewalk.train.policy_batches import lay_out, sharing_pays
 from ropewalk.train.policy_losses import METHODS, PolicyInput, Totals, policy_loss
-from ropewalk.train.pupil import Pupil
+from ropewalk.train.pupil import Pupil, recompute
 
 PAD = 0
 RUN = parse_run(
@@ -26,7 +28,7 @@ ARCHITECTURES = {
     "gemma2": {},  # a soft cap in its attention
     "qwen3_next": {},  # carries a state, so that packed samples get rows of their own
 }
-SHARING = ("llama", "qwen3_moe", "gemma3_text")
+SHARING = ("llama", "qwen3_moe", "gemma3_text", "deepseek_v2")  # of which the last has values narrower than keys
 STEP = [(7, (5, 2, 9)), (1, (3, 3)), (12, (4, 4, 1, 8)), (3, (6,))]  # ids of each prompt, and of each answer to it
 
 
@@ -118,6 +120,85 @@ def test_a_shared_prompt_teaches_what_as_many_prompts_teach(architecture):
         shared = lay_out(groups, tokens=tokens, shared=True, pad=PAD, multiple=multiple)
         assert any(batch.shared for batch in shared)
         same(learnt(pupil, shared, ADVANTAGE), rows)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "qwen3_next"])
+def test_a_model_for_which_it_is_not_right_says_so_and_learns_from_whole_rows(architecture):
+    pupil = pupil_of(architecture)
+    assert not pupil.shares_prompts
+    assert "every answer is trained on together with a prompt of its own, since" in pupil.notices[-1]
+
+
+def test_a_window_that_the_configuration_does_not_tell_is_found_out(monkeypatch):
+    from ropewalk.train import branching
+
+    real = branching._layout_of
+    monkeypatch.setattr(branching, "_layout_of", lambda model: dataclasses.replace(real(model), kinds=("full", "full")))
+    assert "a window of 6" in pupil_of("gemma3_text").notices[-1]
+
+
+def test_shared_prompts_with_layers_computed_again_teach_the_same():
+    pupil, groups = pupil_of("qwen3_moe"), step()
+    shared = lay_out(groups, tokens=60, shared=True, pad=PAD, multiple=8)
+    expected = learnt(pupil, shared, ADVANTAGE)
+    recompute(pupil.model)
+    pupil.model.train()
+    before = pupil.model.config._attn_implementation
+    same(learnt(pupil, shared, ADVANTAGE), expected)
+    assert pupil.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_order_of_groups_and_answers_teaches_nothing(shared):
+    pupil, groups = pupil_of("llama"), step()
+    values, gradients = learnt(pupil, lay_out(groups, tokens=40, shared=shared, pad=PAD, multiple=8), ADVANTAGE)
+    turned = [group[::-1] for group in groups[::-1]]
+    order = [*range(9, -1, -1)]
+    again, its = learnt(pupil, lay_out(turned, tokens=40, shared=shared, pad=PAD, multiple=8), ADVANTAGE[order])
+    same(({order[n]: found for n, found in again.items()}, its), (values, gradients))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_what_stands_before_a_sampled_id_gets_a_gradient_and_what_comes_after_the_last_changes_nothing(shared):
+    pupil, kept = pupil_of("llama"), []
+    hook = pupil.model.model.norm.register_forward_hook(lambda module, args, out: kept.append(out) or out.retain_grad())
+    found = []
+    for word in (70, 80):
+        groups = step()
+        for sample in (sample for group in groups for sample in group):
+            for part, value in ((sample.ids, word), (sample.trained, False), (sample.logprobs, -3.0)):
+                part += [value, value]
+        (batch,) = lay_out(groups, tokens=300, shared=shared, pad=PAD, multiple=8)
+        kept.clear()
+        found.append(learnt(pupil, [batch], ADVANTAGE)[1])
+        quiet = torch.from_numpy(np.append(batch.labels[0, 1:] == -100, True))
+        assert kept[0].grad[0, quiet].abs().sum() == 0
+        assert (kept[0].grad[0, ~quiet].abs().sum(-1) > 0).sum() > 30  # the others' are clipped
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_the_base_of_a_shared_row_is_the_base_of_whole_rows():
+    pupil, groups = pupil_of("llama"), step()
+    (shared,) = lay_out(groups, tokens=300, shared=True, pad=PAD, multiple=8)
+    (plain,) = lay_out(groups, tokens=300, shared=False, pad=PAD, multiple=8)
+    sums = []
+    for batch in (shared, plain):
+        base = torch.zeros(10, dtype=torch.float64)
+        base.index_add_(0, torch.tensor(batch.samples)[batch.sample[0]], pupil.base_policy_log_probs(batch, 0.7))
+        sums.append(base)
+    assert torch.allclose(*sums)
+
+
+def test_sharing_pays_where_prompts_outweigh_what_joining_costs():
+    def group(prompt, answer, samples):
+        return [episode([3] * (prompt + answer), [False] * prompt + [True] * answer, prompt) for _ in range(samples)]
+
+    # 7 times 15 ids are saved, and 8 times 33 cost 0.3 more each: 105 > 79.2; of a prompt of 8 ids 49, which is less
+    assert sharing_pays([group(16, 32, 8)])
+    assert not sharing_pays([group(8, 32, 8)])
+    assert not sharing_pays([group(100, 1, 1)])
+    assert sharing_pays([group(8, 32, 8), group(16, 32, 8)]) is False  # 154 against 158.4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -297,16 +298,20 @@ def _folded(gradient: Tensor, heads: int) -> Tensor:
 
 
 def _in_tiles(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's kernel for the CPU, which never holds all scores, takes these."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    """Whether torch's kernel for the CPU, which never holds all scores, takes these; narrower values are filled up for it."""
+    return q.device.type == "cpu" and v.shape[-1] <= q.shape[-1]
+
+
+def _filled(values: Tensor, size: int) -> Tensor:
+    return values if values.shape[-1] == size else F.pad(values, (0, size - values.shape[-1]))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
     """[N, H, M, V], and log-sum-exps [N, H, M]."""
     if _in_tiles(q, v):
-        kernel = aten._scaled_dot_product_flash_attention_for_cpu
-        found: tuple[Tensor, Tensor] = kernel(q, k, v, 0.0, part.causal, attn_mask=_bias(part, q.dtype), scale=scale)
-        return found
+        kernel, size = aten._scaled_dot_product_flash_attention_for_cpu, q.shape[-1]
+        out, lse = kernel(q, k, _filled(v, size), 0.0, part.causal, attn_mask=_bias(part, q.dtype), scale=scale)
+        return out[..., : v.shape[-1]], lse
     scores = _scores(q, k, part, scale)
     lse = torch.logsumexp(scores, dim=-1)
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
@@ -316,10 +321,11 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: _Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _in_tiles(q, v):
-        kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        bias = _bias(part, q.dtype)
-        found: tuple[Tensor, Tensor, Tensor] = kernel(d_out, q, k, v, out, lse, 0.0, part.causal, attn_mask=bias, scale=scale)
-        return found
+        kernel, size = aten._scaled_dot_product_flash_attention_for_cpu_backward, q.shape[-1]
+        filled, bias = (_filled(values, size) for values in (d_out, v, out)), _bias(part, q.dtype)
+        d_out, wide, out = filled
+        d_q, d_k, d_v = kernel(d_out, q, k, wide, out, lse, 0.0, part.causal, attn_mask=bias, scale=scale)
+        return d_q, d_k, d_v[..., : v.shape[-1]]
     p = (_scores(q, k, part, scale) - lse.unsqueeze(-1)).exp()
     d_p = (d_out @ v.transpose(-1, -2)).to(p.dtype)
     d_scores = p * (d_p - (d_out * out).to(p.dtype).sum(-1, keepdim=True)) * scale

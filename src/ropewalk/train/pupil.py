@@ -83,7 +83,7 @@ class Pupil:
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
         if config.recompute:
-            _recompute(model)
+            recompute(model)
         model.train()
         return cls(model, adapter, head, config)
 
@@ -292,7 +292,9 @@ def _unfreeze(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def _recompute(model: PreTrainedModel) -> None:
+def recompute(model: PreTrainedModel) -> None:
+    """Layers keep their inputs and the routing of tokens, and are computed again in the backward pass."""
+
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
 
