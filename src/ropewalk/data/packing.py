@@ -107,6 +107,8 @@ def pack(
 
 def best_fit(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
     """The line of each row: the longest first, or as they come where that needs fewer lines, as rows of like length do."""
+    if int(lengths.sum()) <= capacity:
+        return np.zeros(len(lengths), np.int64)
     longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
     fits = [_fit(lengths, order, capacity) for order in (longest_first, np.arange(len(lengths)))]
     return min(fits, key=lambda found: int(found.max(initial=-1)))

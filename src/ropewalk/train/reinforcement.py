@@ -34,7 +34,7 @@ from ropewalk.train.episodes import Episodes
 from ropewalk.train.generator import Generator
 from ropewalk.train.lessons import Examined
 from ropewalk.train.objective import Measures
-from ropewalk.train.policy_batches import PolicyBatch, lay_out
+from ropewalk.train.policy_batches import PolicyBatch, lay_out, sharing_pays
 from ropewalk.train.policy_losses import DEFAULT, METHODS, Method, PolicyInput, Totals, policy_loss
 from ropewalk.train.prepare import Prepared
 from ropewalk.train.process import step_seed
@@ -240,10 +240,8 @@ class Rewarded:
             groups = [[e if next(number) != 0 else _silent(e) for e in group] for group in groups]
         tokens = self.run.micro_batch_size * self.run.sequence_len
         pad, multiple = self.template.pad_id or 0, self.run.pad_to_multiple_of or MULTIPLE
-        return lay_out(groups, tokens=tokens, shared=self._shares(groups), pad=pad, multiple=multiple)
-
-    def _shares(self, groups: Sequence[Sequence[Episode]]) -> bool:
-        return False
+        shared = self.pupil.shares_prompts and sharing_pays(groups)
+        return lay_out(groups, tokens=tokens, shared=shared, pad=pad, multiple=multiple)
 
     def _lesson(self, batch: PolicyBatch, advantage: Tensor, reference: Tensor | None) -> Lesson:
         labels, sample, behaviour = (
