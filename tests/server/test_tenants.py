@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -41,6 +41,7 @@ class Things:
     key: str = ""
     user: str = "nobody"
     batch: str = ""  # a batch that has ended, and is not the only one
+    job: str = ""  # a job that waits, and is not the only one
     candidate: str = ""
     card: str = ""
     suite: str = ""
@@ -54,12 +55,12 @@ class Things:
             *map(other, (self.file, self.upload, self.deleted)),
             self.sequence,
             *map(other, (self.workspace, self.key)),
-            **{name: other(getattr(self, name)) for name in ("batch", *COMPARED)},
+            **{name: other(getattr(self, name)) for name in ("batch", "job", *COMPARED)},
         )
 
     def words(self):
         compared = [getattr(self, name) for name in COMPARED]
-        return [self.file, self.upload, self.deleted, self.workspace, self.key, self.batch, *compared]
+        return [self.file, self.upload, self.deleted, self.workspace, self.key, self.batch, self.job, *compared]
 
 
 @dataclass
@@ -235,6 +236,33 @@ COMPARE = {
     ],
 }
 AT = "/compare/{things.comparison}"
+
+
+def jobs_under(prefix):
+    """Fine-tuning jobs, of which the owner has one that waits, not the only one."""
+    jobs, one = f"{prefix}/fine_tuning/jobs", prefix + "/fine_tuning/jobs/{things.job}"
+    at = lambda rest="": f"{jobs}/{{job_id}}{rest}"
+    asks = lambda **names: lambda things: {"model": MODEL, **{key: getattr(things, of) for key, of in names.items()}}
+    return {
+        ("POST", jobs): [
+            (ask_json("POST", jobs, asks(training_file="file")), 400, 404),  # a text is no rows
+            (ask_json("POST", jobs, asks(training_file="file", validation_file="file")), 400, 404),
+        ],
+        ("GET", jobs): [(ask("GET", jobs + "?after={things.job}"), 200, 404)],
+        ("GET", at()): [(ask("GET", one), 200, 404)],
+        ("GET", at("/events")): [
+            (ask("GET", one + "/events"), 200, 404),
+            (ask("GET", one + "/events?limit=1&stream=false"), 200, 404),
+        ],
+        ("GET", at("/checkpoints")): [(ask("GET", one + "/checkpoints"), 200, 404)],
+        ("GET", at("/log")): [(ask("GET", one + "/log"), 200, 404)],
+        ("POST", at("/pause")): [(ask("POST", one + "/pause"), 200, 404)],
+        ("POST", at("/resume")): [(ask("POST", one + "/resume"), 200, 404)],
+        ("POST", at("/cancel")): [(ask("POST", one + "/cancel"), 200, 404)],
+    }
+
+
+JOBS = {**jobs_under("/v1"), **jobs_under("/openai/v1")}
 COMPARE_PAGES = {
     ("GET", "/compare"): [(ask("GET", "/compare?after={things.comparison}"), 200, 404)],
     ("POST", "/compare"): [
@@ -324,8 +352,8 @@ WITHOUT_IDS = {
     ("OPTIONS", "/v1/files/resumable"): "tells what the server can",
     ("GET", "/v1/files/usage"): "of the caller's own; tested below",
     ("GET", "/v1/files/receipt_key"): "the installation's public key",
-    ("GET", "/v1/models"): "models are the installation's, and every key's",
-    ("GET", "/v1/models/{model_id}"): "models are the installation's, and every key's",
+    ("GET", "/v1/models"): "models are every key's, but for those that a job has made; tested in test_fine_tuning",
+    ("GET", "/v1/models/{model_id}"): "the same",
     ("GET", "/health"): "public",
     ("GET", "/ready"): "public",
     ("GET", "/metrics"): "public; labels are routes and numbers",
@@ -372,7 +400,7 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *MESSAGES, *OPENAI, *BATCHES, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {*API, *MESSAGES, *OPENAI, *BATCHES, *JOBS, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -429,7 +457,9 @@ def answer(client, request):
     """Status, headers and body of an answer, without what is another one in every answer."""
     method, path, more = request
     response = client.request(method, path, **more)
-    headers = [(name, value) for name, value in response.headers.multi_items() if name not in ("date", "request-id", "x-request-id")]
+    headers = [
+        (name, value) for name, value in response.headers.multi_items() if name not in ("date", "request-id", "x-request-id")
+    ]
     return response.status_code, headers, re.sub(rb"req_[A-Za-z0-9]+", b"REQUEST", response.content)
 
 
@@ -539,6 +569,28 @@ def test_pages_answer_alike_for_what_is_anothers_and_for_what_never_was(asker_an
     asker, owner = asker_and_owner
     for probe, theirs, others in PAGES[route]:
         check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
+
+
+@pytest.fixture
+def training(asked, asker_and_owner):
+    """Who asks for whose jobs; none of them runs."""
+    runner = asked.app.state.jobs
+    options, runner.options = runner.options, replace(runner.options, at_once=0)
+    for party in asker_and_owner:
+        rows = b'{"messages": [{"role": "user", "content": "Due?"}, {"role": "assistant", "content": "May"}]}\n'
+        file = party.api.post("/v1/files", files={"file": ("rows.jsonl", rows)}).json()["id"]
+        make = lambda api=party.api, file=file: api.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file})
+        party.things.job = [make().json()["id"] for _ in range(2)][1]
+    yield asker_and_owner
+    runner.options = options
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/openai/v1"])
+def test_jobs_answer_alike_for_what_is_anothers_and_for_what_never_was(training, prefix):
+    asker, owner = training
+    for probes in jobs_under(prefix).values():
+        for probe, theirs, others in probes:
+            check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
 
 
 CARDS = (Path(__file__).parents[1] / "compare" / "pages" / "two_tools.txt").read_text()
