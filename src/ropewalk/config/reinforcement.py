@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ropewalk.config.keys import AboveZero, Count, Group, Number, Positive, Share, key
+from ropewalk.config.vllm import VllmKeys
 
 
 def _off(value: Any) -> Any:
@@ -21,7 +22,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, (str, dict)) else value
 
 
-class TrlKeys(Group):
+class TrlKeys(VllmKeys):
     """The block `trl`: what is generated, what rewards it, and how it is learnt from."""
 
     reward_funcs: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_listed)] | None = key(

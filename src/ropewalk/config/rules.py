@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ropewalk.chat.families import SOURCES
 from ropewalk.config.preference import conflicts_of_preference
 from ropewalk.config.scoring import conflicts_of_scoring
+from ropewalk.config.vllm import conflicts_of_vllm
 
 if TYPE_CHECKING:
     from ropewalk.config.document import Place
@@ -27,6 +28,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from _reinforcement(run)
     yield from conflicts_of_preference(run)
     yield from conflicts_of_scoring(run)
+    yield from conflicts_of_vllm(run)
     yield from _output(run)
 
 

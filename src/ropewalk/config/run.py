@@ -22,6 +22,7 @@ from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rules import conflicts
 from ropewalk.config.scoring import ScoringKeys
+from ropewalk.config.vllm import told_of_vllm
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
 
@@ -256,6 +257,7 @@ def ignored_keys(run: Run) -> dict[str, str]:
         ignored["unfrozen_parameters"] = "under an adapter the base stays frozen; lora_target_* say what is adapted"
     if run.trl is not None and not run.by_rewards:
         ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
+    ignored |= told_of_vllm(run)
     for name in ("num_labels", "center_rewards_coefficient"):
         if getattr(run, name) and not (run.reward_model or (run.process_reward_model and name == "num_labels")):
             ignored[name] = "no method that reads it is switched on; reward_model: true is one"
