@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 aten = torch.ops.aten
 
 APART = 256  # tokens from which on a span is taken by itself, so that no part of it is padding
+LITTLE = 16  # tokens of a span that costs no more than the call for it
 BLOCK = 256  # queries that are held against a window together, at least
 
 
@@ -59,7 +59,8 @@ class _Rows:
         """found [N, H, L, D] at its places in rows [T, H, D], which is changed."""
         found = found.transpose(1, 2).flatten(0, 1)
         if self.index is None:
-            rows[self.begin : self.end] = rows[self.begin : self.end] + found if add else found
+            held = rows[self.begin : self.end]
+            held.add_(found) if add else held.copy_(found)
             return
         places = self.index.flatten()
         if self.kept is not None:
@@ -151,7 +152,7 @@ class Branching:
 
     def _own(self, window: int) -> list[_Part]:
         parts: list[_Part] = []
-        alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        short: list[tuple[int, int]] = []
         for begin, end, _ in self.spans():
             size = end - begin
             if window and size > window:
@@ -160,8 +161,8 @@ class Branching:
                 rows = _Rows(begin, end)
                 parts.append(_Part(rows, rows, causal=True))
             else:
-                alike[(size - 1).bit_length()].append((begin, end))
-        for spans in alike.values():
+                short.append((begin, end))
+        for spans in _alike(short):
             rows = self._together(spans)
             parts.append(_Part(rows, rows, causal=True))
         return parts
@@ -209,6 +210,18 @@ class Branching:
                     parts.append(_Part(rows, _Rows(at + low, prompt), seen=seen.to(self.device), joins=True))
             at += piece.length
         return parts
+
+
+def _alike(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Spans in lists of like length, so that little is filled up; those that cost nothing are all alike."""
+    found: list[list[tuple[int, int]]] = []
+    longest = 0
+    for begin, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        if not found or max(end - begin, LITTLE) * 5 < longest * 4:
+            found.append([])
+            longest = end - begin
+        found[-1].append((begin, end))
+    return found
 
 
 def branching(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
@@ -272,13 +285,15 @@ class _Branching(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        # Where spans attend to themselves, and whole, every token is met once; the blocks of windows meet keys again.
+        again = any(part.seen is not None and not part.joins for part in ctx.parts)
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros_like(rows) if again else torch.empty_like(rows) for rows in (key, value))
         for part in ctx.parts:
             q, k, v = _heads(part.queries.of(query), part.keys.of(key), part.keys.of(value))
             d_out = part.queries.quiet(part.queries.of(upstream))
             sums = part.queries.of(lse).squeeze(-1)
             d_q, d_k, d_v = _backward(d_out, q, k, v, part.queries.of(out), sums, part, ctx.scale)
-            # Only where spans attend to themselves, and whole, is every token met once.
             add = part.joins or part.seen is not None
             part.queries.put(d_query, d_q, add=part.joins)
             part.keys.put(d_key, _folded(d_k, key.shape[1]), add=add)
