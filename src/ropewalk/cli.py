@@ -12,6 +12,7 @@ from ropewalk.config import verbs as config
 from ropewalk.engine import verbs as engine
 from ropewalk.errors import RopewalkError
 from ropewalk.files import verbs as files
+from ropewalk.jobs import verbs as jobs
 from ropewalk.models import verbs as models
 from ropewalk.quickstart import verbs as quickstart
 from ropewalk.server import verbs as server
@@ -20,7 +21,7 @@ from ropewalk.train import verbs as train
 from ropewalk.verbs import Verb, needs_verb
 
 # Each has a function add_verbs. In the order of --help; a new room needs an import and its place here.
-ROOMS = (quickstart, train, models, compare, engine, server, files, tenants, config)
+ROOMS = (quickstart, train, models, compare, engine, server, jobs, files, tenants, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from ropewalk.cli import main
 from ropewalk.errors import BadInput, NotFound, QuotaExceeded
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
@@ -390,3 +391,29 @@ def test_on_one_device_a_job_and_the_engines_of_all_servers_take_turns(tmp_path,
             await asyncio.gather(beside, return_exceptions=True)
 
     asyncio.run(body())
+
+
+def test_the_command_line_lists_shows_and_cancels_jobs(tmp_path, capsys):
+    data = tmp_path / "data"
+
+    async def body():
+        async with yard(data) as (here, me):
+            ledger = here.ledger()
+            async with here.running(ledger):
+                done = await here.ended(me, ledger, await here.ask(me, ledger, await here.put(me)))
+            return done, await here.ask(me, ledger, await here.put(me))
+
+    done, waiting = asyncio.run(body())
+    assert main(["jobs", "list", "--data", str(data), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["data"]
+    assert [(job["id"], job["state"]) for job in told] == [(waiting.id, "queued"), (done.id, "succeeded")]
+    assert main(["jobs", "list", "--data", str(data)]) == 0
+    assert f"step 6 of 6  {done.name}" in capsys.readouterr().out
+    assert main(["jobs", "show", done.id, "--data", str(data)]) == 0
+    assert "Step 6/6: training loss=0.1667" in capsys.readouterr().out
+    assert main(["jobs", "logs", done.id, "--data", str(data)]) == 0
+    assert main(["jobs", "cancel", waiting.id, "--data", str(data)]) == 0
+    assert capsys.readouterr().out == f"{waiting.id} is cancelled\n"
+    for refused in (["cancel", done.id], ["logs", waiting.id], ["show", "ftjob_none"]):
+        assert main(["jobs", *refused, "--data", str(data)]) == 2
+    assert main(["jobs", "list", "--limit", "0", "--data", str(data)]) == 2
