@@ -65,11 +65,14 @@ def run(path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_raises_the_margin_of_pairs_it_has_not_seen(preferring, tmp_path, method):
     keys = {"kto": {"rl_beta": 0.5}, "dpo": {"rl_beta": 0.5}, "orpo": {"orpo_alpha": 1.0}}.get(method, {})
-    run(preferring(method, max_steps=30, val_set_size=8, eval_steps=15, micro_batch_size=4, **keys))
+    keys |= {"val_set_size": 8, "micro_batch_size": 4}
+    run(preferring(method, max_steps=1, learning_rate=1e-9, output_dir=str(tmp_path / "before"), **keys))
+    before = steps(tmp_path / "before", "eval")[-1]
+    run(preferring(method, max_steps=30, eval_steps=15, **keys))
     trained, held = steps(tmp_path / "run"), steps(tmp_path / "run", "eval")
     assert trained[-1]["loss"] < trained[0]["loss"]
     assert trained[-1]["rewards/margins"] > trained[0]["rewards/margins"] + 0.05
-    assert held[-1]["rewards/margins"] > 0.05
+    assert held[-1]["rewards/margins"] > max(0.05, before["rewards/margins"] + 0.05)
     assert held[-1]["rewards/accuracies"] >= 0.85
     assert (tmp_path / "run" / "plots" / "rewards.svg").exists()
     assert (tmp_path / "run" / "plots" / "accuracy.svg").exists()
