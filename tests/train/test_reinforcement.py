@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -257,3 +258,23 @@ def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
     assert int(unknown.sum()) <= len(batch.samples) + 16
     assert torch.equal(known[~unknown].sort(-1).values, selection[~unknown].sort(-1).values)
     assert (~unknown).sum() > 100
+
+
+def test_a_generator_that_writes_by_itself_is_no_older_and_no_different(rewarded, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead: True)
+    fit(rewarded({"async_prefetch": True, "max_completion_length": 24}, max_steps=5))
+    ages = told(tmp_path / "run", "staleness_max", "mismatch")
+    assert ages[0][0] <= 1
+    assert ages[0][1] < 1e-5
+    assert max(most for most, _ in ages) <= 1
+    assert "generator" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_goes_wrong_where_it_is_written_is_raised_where_it_is_learnt(rewarded, monkeypatch):
+    def broken(self, wait=True):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead: True)
+    monkeypatch.setattr(Generator, "step", broken)
+    with pytest.raises(TrainingStopped, match="the generator has stopped: no memory"):
+        fit(rewarded())

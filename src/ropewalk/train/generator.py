@@ -103,7 +103,7 @@ class Generator:
         for sample in [mine for mine in self._writing if mine[0] == key]:
             del self._writing[sample]
 
-    def step(self) -> list[Finished]:
+    def step(self, wait: bool = True) -> list[Finished]:
         """One id more for everybody; what has come to its end."""
         begun = time.perf_counter()
         with self._routing.record() if self._routing is not None else nullcontext() as self._seen:

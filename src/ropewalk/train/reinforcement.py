@@ -26,6 +26,7 @@ from ropewalk.engine.request import Sampling
 from ropewalk.errors import ModelError, TrainingStopped
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.models.routing import Routing
+from ropewalk.train.background import Background
 from ropewalk.train.corrections import Correction
 from ropewalk.train.distributed import World
 from ropewalk.train.environment import Episode
@@ -105,8 +106,12 @@ class Rewarded:
             self._open.enter_context(self.host)
         self.pupil, self.step = pupil, step
         slots = min(SLOTS, self.groups * self.trl.num_generations * (1 + self.ahead))
-        self.generator = Generator(pupil, running=slots, longest=self.run.sequence_len, routing=self.trl.replay_routing)
-        self.generator.version = step
+        generator = Generator(pupil, running=slots, longest=self.run.sequence_len, routing=self.trl.replay_routing)
+        generator.version = step
+        self.generator: Generator | Background = generator
+        if writes_alone(self.device, self.ahead):
+            self.generator = Background(generator, self.device)
+            self._open.callback(self.generator.close)
         self.routing = self._routing_of(pupil) if self.trl.replay_routing else None
         trl = self.trl
         self.rollouts = Rollouts(
@@ -145,7 +150,7 @@ class Rewarded:
         for lesson in self._lessons:
             with self._replayed(lesson.batch):  # also while it is taken back
                 yield self._loss(lesson)
-            self.rollouts.go_on(BETWEEN)
+            self.rollouts.go_on(BETWEEN, wait=False)
 
     def name(self, number: int) -> str:
         return f"micro-batch {number}"
@@ -353,6 +358,11 @@ class Rewarded:
                 }
             )
         return shown
+
+
+def writes_alone(device: torch.device, ahead: int) -> bool:
+    """Whether the generator has a thread of its own: on a CPU both would share the cores that one can fill."""
+    return device.type == "cuda" and ahead > 0
 
 
 def method_of(run: Run) -> Method:

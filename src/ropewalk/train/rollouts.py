@@ -32,8 +32,6 @@ PATIENCE = 600.0  # seconds that an environment's answer is waited for, which ha
 class Writer(Protocol):
     """What the rollouts need of train/generator.py, or of a server elsewhere."""
 
-    version: int
-
     @property
     def busy(self) -> bool: ...
 
@@ -41,7 +39,7 @@ class Writer(Protocol):
         self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
     ) -> None: ...
 
-    def step(self) -> list[tuple[str, int, Generated]]: ...
+    def step(self, wait: bool = True) -> list[tuple[str, int, Generated]]: ...
 
     def cancel(self, key: str) -> None: ...
 
@@ -125,6 +123,8 @@ class Rollouts:
         begun = time.perf_counter()
         wanted = [self._coming[str(number)] for number in numbers]
         self._write(wanted)
+        while self.writer.busy and not all(coming.scores and coming.scores.done() for coming in wanted):
+            self.go_on()
         groups = [self._group(coming) for coming in wanted]
         for coming in wanted:
             del self._coming[coming.key]
@@ -143,14 +143,14 @@ class Rollouts:
             del self._coming[coming.key]
         return [self._group(coming) for coming in asked]
 
-    def go_on(self, steps: int = 1) -> None:
-        """Writes on for so many steps of the generator, or until nothing is left to write."""
+    def go_on(self, steps: int = 1, wait: bool = True) -> None:
+        """Writes on for so many steps of the generator, or until nothing is left to write; one that writes by itself is only heard."""
         for _ in range(steps):
             self._was_idle()
-            self._hear_environments(wait=not self.writer.busy)
+            self._hear_environments(wait=wait and not self.writer.busy)
             if not self.writer.busy:
                 break
-            for key, sample, generated in self.writer.step():
+            for key, sample, generated in self.writer.step(wait):
                 self._take(key, sample, generated)
         if not self.writer.busy and not self._answers:
             self._idle_since = time.perf_counter()
