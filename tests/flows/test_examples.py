@@ -7,7 +7,7 @@ import pytest
 from ropewalk.cli import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = ["sft-tiny.yml", "full-tiny.yml", "dpo.yml"]
+TINY = ["sft-tiny.yml", "full-tiny.yml", "dpo.yml", "reward-model.yml"]
 
 
 @pytest.fixture(scope="module")

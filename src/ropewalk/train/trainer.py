@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ropewalk.config.run import Run
+from ropewalk.config.scoring import scored
 from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
@@ -229,7 +230,10 @@ class Fit:
             f"done: loss {result.first_loss:.4f} -> {result.last_loss:.4f} in {result.steps} steps, {seconds:.0f} s; "
             f"the result is in {result.adapter}, its plots in {self.folder.plots}"
         )
-        if self.config.adapter and self.world.leads:
+        if kind := scored(self.config):
+            named = "model" if kind == "answers" else "process_model"
+            self.screen.suggest(f"trl: {{reward_funcs: [{{kind: {named}, path: {result.adapter}}}]}}   in a run by rewards")
+        elif self.config.adapter and self.world.leads:
             self.screen.suggest(
                 f"ropewalk merge {self.config.base_model} {result.adapter} {result.folder / 'merged'}",
                 f"ropewalk models add base {self.prepared.base}",
