@@ -42,7 +42,8 @@ class Shape:
     samples: int = 8
     prompt: int = 64  # tokens
     median: int = 28  # tokens of a completion
-    micro: int = 16  # padded completions of a contender's micro-batch
+    micro: int = 16  # padded completions of a peer's micro-batch
+    row: int = 1024  # tokens of one of our packed rows
 
     @property
     def longest(self) -> int:
@@ -164,8 +165,7 @@ def processor(shape: Shape) -> Any:
             self.begin, self.counts = ids.shape[1], torch.tensor(counts, device=ids.device)
 
         def __call__(self, ids: Any, scores: Any) -> Any:
-            last = self.counts == ids.shape[1] - self.begin + 1
-            scores = scores.clone()
+            last = self.counts == ids.shape[1] - self.begin + 1  # the scores are this call's own, and are changed in place
             scores[:, END] = float("-inf")
             scores[last] = float("-inf")
             scores[last, END] = 0.0
