@@ -106,7 +106,6 @@ LIGHT = [
     "ropewalk.train.prepare",
     "ropewalk.train.rewards",
     "ropewalk.train.reward_worker",
-    "ropewalk.train.environment_pool",
     "ropewalk.train.environment_worker",
 ]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ropewalk.chat.template import Template
-from ropewalk.train.environment import Failed, Generated, Limits, Step, TemplateTalk, play, run_episode, single
+from ropewalk.train.environment import Failed, Generated, Limits, Step, play, run_episode, single
+from ropewalk.train.talk import TemplateTalk
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "guess_number.py"
 

@@ -1,7 +1,7 @@
 """Replies over several turns: an environment answers the model, and its rewards are added up.
 
     class Env:                                     reset(row) -> the first messages
-                                                   step(reply) -> Step(messages, reward, done)
+        tools = [...]                              step(reply) -> Step(messages, reward, done), for a reply that calls no tool
 
 Ids go in and ids come out: what was sampled is kept as it was sampled, with its log-probs, and what the environment says is added
 behind it, never trained. Nothing that stands already is tokenised again, since that may give other ids than those that were sampled.
@@ -15,13 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ropewalk.chat.template import Template
 from ropewalk.train.reward_functions import Message
 
 if TYPE_CHECKING:  # the processes of environments are light
     from torch import Tensor
 
-REPLY = "271828182845904523536"  # stands for a reply where only what a template writes after one is wanted
+    from ropewalk.train.environment_tools import ToolCall
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,10 @@ class RemoteEnv(Protocol):
         """What follows from the model's reply."""
         ...
 
+    def call(self, calls: Sequence[ToolCall]) -> Future[list[str] | Failed]:
+        """What tools give."""
+        ...
+
     def close(self) -> None:
         """The episode is over."""
         ...
@@ -94,29 +97,17 @@ class Talk(Protocol):
         """What stands between a reply, whose last id is `last`, and the next: the reply's end, the messages, the next one's beginning."""
         ...
 
+    def calls(self, ids: Sequence[int]) -> Sequence[ToolCall]:
+        """The calls of tools in a reply."""
+        ...
+
+    def answer(self, calls: Sequence[ToolCall], results: Sequence[str], last: int | None) -> list[int]:
+        """What stands between a reply that called tools and the next: its end, what the tools gave, the next one's beginning."""
+        ...
+
     def read(self, ids: Sequence[int]) -> str:
         """The text of a reply."""
         ...
-
-
-class TemplateTalk:
-    """A model's own chat template."""
-
-    def __init__(self, template: Template) -> None:
-        self.template = template
-
-    def begin(self, messages: Sequence[Message]) -> list[int]:
-        return self.template.render(messages, add_generation_prompt=True).ids
-
-    def follow(self, messages: Sequence[Message], last: int | None) -> list[int]:
-        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
-        text = self.template.render_text([*before, *messages], add_generation_prompt=True)
-        ids = self.template.encode(text.partition(REPLY)[2])
-        # The end that the model has said itself is not said twice.
-        return ids[1:] if ids and ids[0] == last else ids
-
-    def read(self, ids: Sequence[int]) -> str:
-        return self.template.decode(ids)
 
 
 @dataclass(frozen=True)
@@ -248,20 +239,29 @@ def _played(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Li
     while True:
         generated = yield tuple(record.ids)
         record.sampled(generated, talk.read(generated.ids))
-        step = yield from _answer(env.step, record.replies[-1])
-        if isinstance(step, Failed):
-            return record.end("failed", step.error)
-        record.reward += step.reward
-        if step.done:
+        following = yield from _following(env, record, talk, generated)
+        if isinstance(following, Failed):
+            return record.end("failed", following.error)
+        if following is None:
             return record.end("done")
         if len(record.replies) >= limits.turns:
             return record.end("turns")
-        following = _trying(talk.follow, step.messages, generated.ids[-1] if generated.ids else None)
-        if isinstance(following, Failed):
-            return record.end("failed", following.error)
         if len(record.ids) + len(following) >= limits.tokens:
             return record.end("tokens")
         record.said(following)
+
+
+def _following(env: Any, record: _Record, talk: Talk, generated: Generated) -> Generator[Future[Any], Any, Any]:
+    """The ids behind a reply, what its calls gave or what the environment says; None where the episode is done."""
+    last = generated.ids[-1] if generated.ids else None
+    if calls := talk.calls(generated.ids):
+        results = yield from _answer(env.call, calls)
+        return results if isinstance(results, Failed) else _trying(talk.answer, calls, results, last)
+    step = yield from _answer(env.step, record.replies[-1])
+    if isinstance(step, Failed):
+        return step
+    record.reward += step.reward
+    return None if step.done else _trying(talk.follow, step.messages, last)
 
 
 def run_episode(

@@ -12,9 +12,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
+from ropewalk.chat.messages import Tool
 from ropewalk.config.run import Run
 from ropewalk.errors import BadInput, ConfigError, TrainingStopped
 from ropewalk.train.environment import Failed, Limits, Step
+from ropewalk.train.environment_tools import ToolCall
 from ropewalk.train.environment_worker import EnvironmentSpec
 from ropewalk.train.reward_builtins import SECONDS
 from ropewalk.train.reward_functions import Message
@@ -49,6 +51,7 @@ class EnvironmentPool(WorkerPool):
 
     def __init__(self, spec: EnvironmentSpec, workers: int = 1) -> None:
         self.spec = spec
+        self.tools: tuple[Tool, ...] = ()  # known once it has started
         self.failures = 0  # episodes that failed
         self._in_a_row = 0
         self._last_error = ""
@@ -71,7 +74,7 @@ class EnvironmentPool(WorkerPool):
     def slowest(self) -> float:
         return self.spec.seconds
 
-    def ask(self, env: PooledEnv, what: Literal["reset", "step"], given: Any) -> Future[Any]:
+    def ask(self, env: PooledEnv, what: Literal["reset", "step", "call"], given: Any) -> Future[Any]:
         """What an episode's environment will answer."""
         coming: Future[Any] = Future()
         with self._room:  # so that the process is not lost between the two
@@ -92,6 +95,9 @@ class EnvironmentPool(WorkerPool):
         if held:
             with suppress(TrainingStopped):  # then it has ended already
                 self.add([self._call(env, "close", None, Future())])
+
+    def _loaded(self, worker: WorkerProcess, said: tuple[Tool, ...]) -> None:
+        self.tools = said
 
     def _call(self, env: PooledEnv, what: str, given: Any, coming: Future[Any]) -> Call:
         def ended(error: Exception) -> None:
@@ -144,6 +150,10 @@ class PooledEnv:
     def step(self, reply: str) -> Future[Step | Failed]:
         """What follows from the model's reply."""
         return self.pool.ask(self, "step", reply)
+
+    def call(self, calls: Sequence[ToolCall]) -> Future[list[str] | Failed]:
+        """What tools give."""
+        return self.pool.ask(self, "call", tuple(calls))
 
     def close(self) -> None:
         """The episode is over."""

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ropewalk.chat.messages import Tool
 from ropewalk.errors import BadInput, RopewalkError
 from ropewalk.train.environment import Failed, Step
+from ropewalk.train.environment_tools import Toolbox
 from ropewalk.train.reward_functions import Message
 from ropewalk.train.user_code import load_named
 from ropewalk.train.worker_child import Answer, serve, told
 
-Asked = tuple[Literal["reset", "step", "close"], int, Any]  # what, of which episode, with which row or reply
+Asked = tuple[Literal["reset", "step", "call", "close"], int, Any]  # what, of which episode, with which row, reply or calls
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class EnvironmentSpec:
 class Environments:
     """The objects of a class, by episode."""
 
-    def __init__(self, kind: Any, runner: asyncio.Runner) -> None:
-        self.kind, self.runner = kind, runner
+    def __init__(self, kind: Any, toolbox: Toolbox, runner: asyncio.Runner) -> None:
+        self.kind, self.toolbox, self.runner = kind, toolbox, runner
         self.living: dict[int, Any] = {}
 
-    def answer(self, asked: Asked) -> Sequence[Message] | Step | Failed | None:
+    def answer(self, asked: Asked) -> Sequence[Message] | Step | Sequence[str] | Failed | None:
         """What an episode's environment answers; whatever goes wrong is a failure with its traceback."""
         what, episode, given = asked
         try:
@@ -45,6 +47,8 @@ class Environments:
                 return messages_of(self._call(self.living[episode].reset, given), "reset")
             if what == "step":
                 return step_of(self._call(self.living[episode].step, given))
+            if what == "call":
+                return [self.toolbox.call(self.living[episode], call, self._call) for call in given]
         except (Exception, SystemExit) as error:
             return Failed(str(error) if isinstance(error, BadInput) else told(error))
         self._close(self.living.pop(episode, None))
@@ -57,8 +61,8 @@ class Environments:
         except (Exception, SystemExit) as error:  # the episode is over, and nobody asks for more
             print(told(error), file=sys.stderr)
 
-    def _call(self, method: Any, *given: Any) -> Any:
-        answer = method(*given)
+    def _call(self, method: Any, *given: Any, **named: Any) -> Any:
+        answer = method(*given, **named)
         return self.runner.run(answer) if inspect.iscoroutine(answer) else answer
 
 
@@ -92,8 +96,8 @@ def step_of(said: Any) -> Step:
     return Step(messages, float(reward), done)
 
 
-def load(spec: EnvironmentSpec, runner: asyncio.Runner) -> tuple[None, Answer]:
-    """The class of a run's environment; whatever is wrong with a user's module is told."""
+def load(spec: EnvironmentSpec, runner: asyncio.Runner) -> tuple[tuple[Tool, ...], Answer]:
+    """The tools of a run's environment, and what answers for it; whatever is wrong with a user's module is told."""
     try:
         kind = load_named(spec.name, spec.folders, kind="environment", noun="Class")
     except RopewalkError:
@@ -104,7 +108,8 @@ def load(spec: EnvironmentSpec, runner: asyncio.Runner) -> tuple[None, Answer]:
         raise BadInput(f"environment '{spec.name}' is {_shown(kind)}; expected a class")
     if missing := [name for name in ("reset", "step") if not callable(getattr(kind, name, None))]:
         raise BadInput(f"environment '{spec.name}' has no method '{missing[0]}'; expected reset(row) and step(reply)")
-    return None, Environments(kind, runner).answer
+    toolbox = Toolbox(spec.name, kind)
+    return toolbox.tools, Environments(kind, toolbox, runner).answer
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
-from ropewalk.train.environment import Playing, TemplateTalk, play
+from ropewalk.train.environment import Playing, play
 from ropewalk.train.environment_pool import EnvironmentPool, limits_of
 from ropewalk.train.environment_worker import EnvironmentSpec
 from ropewalk.train.questions import Question
+from ropewalk.train.talk import TemplateTalk
 
 
 class Episodes:
@@ -16,10 +17,11 @@ class Episodes:
     def __init__(self, run: Run, spec: EnvironmentSpec, template: Template) -> None:
         assert run.trl is not None
         self.pool = EnvironmentPool(spec, run.trl.reward_num_workers)
-        self.talk, self.limits = TemplateTalk(template), limits_of(run)
+        self.template, self.limits = template, limits_of(run)
 
     def __enter__(self) -> Episodes:
         self.pool.start()
+        self.talk = TemplateTalk(self.template, self.pool.tools)
         return self
 
     def __exit__(self, *_: object) -> None:
