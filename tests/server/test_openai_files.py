@@ -72,8 +72,7 @@ def test_a_field_that_cannot_be_used_is_named(place, fields, param):
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_full_workspace_is_told_in_the_shape_of_openai(place, start):
-    server, _, _, _ = place
+def test_a_file_that_is_too_large_is_told_in_the_shape_of_openai(start):
     with start(max_file_bytes=10) as small:
         client = openai.OpenAI(base_url=f"{small.url}/openai/v1", api_key=small.key, max_retries=0)
         with client, pytest.raises(openai.APIStatusError) as raised:

@@ -173,6 +173,14 @@ MESSAGES = {
         (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": "none"}), 404, 404),
     ],
 }
+
+
+def about(things):
+    """The same question in OpenAI's shape."""
+    content = [{"type": "file", "file": {"file_id": things.file}}, {"type": "text", "text": "What is it?"}]
+    return {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": content}]}
+
+
 OPENAI = {
     ("GET", "/openai/v1/files"): [
         (ask("GET", "/openai/v1/files?after={things.file}"), 200, 400),
@@ -185,6 +193,10 @@ OPENAI = {
         (ask("GET", "/openai/v1/files/{things.file}/content", headers={"if-none-match": "*"}), 304, 404),
     ],
     ("DELETE", "/openai/v1/files/{file_id}"): [(ask("DELETE", "/openai/v1/files/{things.file}"), 200, 404)],
+    ("POST", "/openai/v1/chat/completions"): [
+        (ask_json("POST", "/openai/v1/chat/completions", about), 200, 404),
+        (ask_json("POST", "/openai/v1/chat/completions", lambda things: {**about(things), "stream": True}), 200, 404),
+    ],
 }
 
 BATCHES = {
@@ -344,6 +356,7 @@ ADMIN = {
 WITHOUT_IDS = {
     ("POST", "/openai/v1/files"): "makes files of the caller's own",
     ("POST", "/openai/v1/embeddings"): "takes texts",
+    ("POST", "/openai/v1/completions"): "takes texts, or ids of tokens",
     ("GET", "/openai/v1/models"): "what is served, for everybody alike",
     ("GET", "/openai/v1/models/{model_id}"): "the same",
     ("POST", "/v1/files"): "makes a file of the caller's own",

@@ -46,7 +46,7 @@ FOLDER = "prefixes"  # in the data folder
 MOST_REMEMBERED = 100_000
 # Shares of a context that are left to the reply: files that would leave less are shown in part, and then leave more.
 REPLY_AT_LEAST, REPLY = 16, 4
-RAW_BLOCK = 512  # ids of a prompt that no template wrote that are found again together
+RAW_BLOCK = 256  # ids of a prompt that no template wrote that are found again together
 
 
 class Places:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
 
 from ropewalk.chat.messages import Ended, MessagesRequest, ReplyEvent, Retrieved
 from ropewalk.engine.models import Models
 from ropewalk.files.pictures import is_picture
 from ropewalk.ids import new_id
-from ropewalk.server import body, logs
+from ropewalk.server import body
 from ropewalk.server.auth import caller_of
 from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, named, operation, record
 from ropewalk.server.operations import Metrics
+from ropewalk.server.streaming import Streamed
 from ropewalk.server.wire import FIRST_VERSION, JSON, dialect
 from ropewalk.server.wire_messages import read_request
 from ropewalk.server.wire_replies import PING, ReplyWriter, sent, sent_error
@@ -30,8 +29,6 @@ from ropewalk.tenants.caller import Caller
 T = TypeVar("T")
 
 MAX_BYTES = 32_000_000
-PING_SECONDS = 10.0  # without a word from the model, a stream says that it is still there
-FIRST_SECONDS = 5.0  # so long an error can still be the answer's status; then the stream begins
 
 
 @operation(
@@ -44,12 +41,18 @@ async def create(request: Request) -> Response:
     events = _events(request, asked)
     if not asked.stream:
         return JSON(await unless_gone(request, _whole(writer, events)), headers=writer.headers())
-    reply = Reply(writer, events, request.state.request_id)
-    try:
-        await unless_gone(request, reply.begin())
-    except BaseException:
-        await reply.leave()
-        raise
+
+    def written(event: ReplyEvent) -> Iterator[bytes]:
+        for found in writer.events(event):
+            yield sent(found)
+            if found["type"] == "message_start":
+                yield PING
+
+    id = request.state.request_id
+    reply = Streamed(events, written, lambda error: sent_error(error, id), id, ping=PING)
+    if isinstance(first := await begun(request, reply), Retrieved):
+        writer.take(first)
+        reply.headers.update(writer.headers())
     return reply
 
 
@@ -106,6 +109,15 @@ def version_of(request: Request) -> str:
     return request.headers.get("anthropic-version", FIRST_VERSION)
 
 
+async def begun(request: Request, reply: Streamed[T]) -> T | None:
+    """The first event of a reply, if it comes soon; one that is not to be sent is ended."""
+    try:
+        return await unless_gone(request, reply.begin())
+    except BaseException:
+        await reply.leave()
+        raise
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What the work returns; it is cancelled at once if the client goes away."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
@@ -155,56 +167,6 @@ async def answer_of(
 async def _whole(writer: ReplyWriter, events: AsyncGenerator[ReplyEvent, None]) -> dict[str, Any]:
     async with aclosing(events) as opened:
         return await writer.message(opened)
-
-
-class Reply(StreamingResponse):
-    """A reply's events as they come; pings while nothing does."""
-
-    def __init__(self, writer: ReplyWriter, events: AsyncGenerator[ReplyEvent, None], request_id: str) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(self._sent(), 200, headers, "text/event-stream")
-        self._writer, self._events, self._request_id = writer, events, request_id
-        self._next = asyncio.ensure_future(anext(events))
-
-    async def begin(self) -> None:
-        """Waits for the first event, but not long; raises what keeps it from coming."""
-        await asyncio.wait({self._next}, timeout=FIRST_SECONDS)
-        if self._next.done() and isinstance(event := self._next.result(), Retrieved):
-            self._writer.take(event)
-            self.headers.update(self._writer.headers())
-
-    async def leave(self) -> None:
-        """Ends the reply, wherever it is."""
-        self._next.cancel()
-        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-            await self._next
-        await self._events.aclose()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.leave()
-
-    async def _sent(self) -> AsyncIterator[bytes]:
-        try:
-            while True:
-                await asyncio.wait({self._next}, timeout=PING_SECONDS)
-                if not self._next.done():
-                    yield PING
-                    continue
-                try:
-                    event = self._next.result()
-                except StopAsyncIteration:
-                    return
-                for found in self._writer.events(event):
-                    yield sent(found)
-                    if found["type"] == "message_start":
-                        yield PING
-                self._next = asyncio.ensure_future(anext(self._events))
-        except Exception as error:  # the status has been sent: the error is an event
-            logs.event("stream_failed", logging.ERROR, error, request_id=self._request_id)
-            yield sent_error(error, self._request_id)
 
 
 routes: list[BaseRoute] = [
