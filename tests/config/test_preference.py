@@ -45,9 +45,9 @@ def test_contradictions_are_one_message_with_a_way_out(more, said):
     assert "\n" not in str(caught.value)
 
 
-def test_what_compares_with_the_base_needs_an_adapter_and_the_others_do_not():
-    whole = BASE.replace("adapter: lora\n", "")
-    with pytest.raises(ConfigError, match="the model with its adapter switched off; add adapter: lora, or choose orpo"):
+def test_what_compares_with_the_base_cannot_begin_from_random_weights():
+    whole = BASE.replace("adapter: lora\n", "reinit_weights: true\n")
+    with pytest.raises(ConfigError, match="compares with the base, which new random weights are not; remove reinit_weights"):
         parse_run(whole + "rl: dpo\n")
     assert parse_run(whole + "rl: simpo\n").rl == "simpo"
 

@@ -244,6 +244,23 @@ def test_every_key_of_the_other_methods_has_an_effect(preferring, tmp_path, meth
     assert plain != pytest.approx(varied, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_model_that_is_trained_whole_is_compared_with_the_base_held_beside_it(preferring, base, pairs, tmp_path, method):
+    path = preferring(method, adapter=None, lora_r=None, max_steps=12, learning_rate=3e-3, micro_batch_size=4, save_steps=6)
+    run(path)
+    found = steps(tmp_path / "run")
+    assert abs(found[0]["rewards/margins"]) < 1e-5  # they begin as one
+    assert found[-1]["rewards/margins"] > found[0]["rewards/margins"] + 0.05
+    for name in ("checkpoints/step-00000012", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"state": "training"}))
+    run(path)
+    assert [e["loss"] for e in steps(tmp_path / "run")] == [e["loss"] for e in found]
+    once = check(load_run(preferring("orpo", adapter=None, lora_r=None))).memory["weights"]
+    assert check(load_run(preferring(method, adapter=None, lora_r=None))).memory["weights"] == 2 * once
+
+
 def test_whole_models_learn_from_pairs_where_no_base_is_compared_with(preferring, tmp_path):
     run(preferring("simpo", adapter=None, lora_r=None, max_steps=15, learning_rate=3e-3, micro_batch_size=4))
     found = steps(tmp_path / "run")

@@ -88,12 +88,8 @@ def conflicts_of_preference(run: Run) -> Iterator[tuple[Place, str]]:
                 yield ("datasets", at, name), f"key 'datasets.{at}.{name}' is for preferences; add rl: dpo, orpo, simpo or kto"
     if method is None:
         return
-    if method in REFERENCED and run.adapter is None:
-        yield (
-            ("rl",),
-            f"rl: {method} compares with the base, which is the model with its adapter switched off; add adapter: lora, "
-            "or choose orpo, simpo or cpo, which compare with nothing",
-        )
+    if method in REFERENCED and run.reinit_weights:
+        yield ("reinit_weights",), f"rl: {method} compares with the base, which new random weights are not; remove reinit_weights"
     if method in REFERENCED and run.lora_model_dir:
         yield (
             ("lora_model_dir",),

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from ropewalk.chat.template import Template
+from ropewalk.config.preference import REFERENCED
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
@@ -49,6 +50,7 @@ class Pupil:
         if config.by_rewards:
             self._learn_to_branch()
         self._layers_chosen = False
+        self.reference: PreTrainedModel | None = None  # the base once more, where every weight is trained and compared with it
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
@@ -56,23 +58,28 @@ class Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
         config = prepared.run
         full = config.adapter is None
-        torch.manual_seed(config.seed)
-        model = load_base(
-            resume if full and resume else prepared.base,
-            dtype=_dtype(config, device),
-            device=device,
-            attn_implementation=config.attention or "auto",
-            experts_implementation=config.experts,
-            quantize=config.quantization,
-            trust_remote_code=prepared.trusted,
-            trainable=full,
-            overrides=config.overrides_of_model_config,
-            random_weights=config.reinit_weights and resume is None,
-            scored=scored_by(config),
-        )
+
+        def load(source: Path, *, trainable: bool) -> PreTrainedModel:
+            torch.manual_seed(config.seed)
+            made = load_base(
+                source,
+                dtype=_dtype(config, device),
+                device=device,
+                attn_implementation=config.attention or "auto",
+                experts_implementation=config.experts,
+                quantize=config.quantization,
+                trust_remote_code=prepared.trusted,
+                trainable=trainable,
+                overrides=config.overrides_of_model_config,
+                random_weights=config.reinit_weights and resume is None,
+                scored=scored_by(config),
+            )
+            _fit_vocabulary(made, prepared.template.vocabulary, config)
+            return made
+
+        model = load(resume if full and resume else prepared.base, trainable=full)
         if config.tf32:
             torch.set_float32_matmul_precision("high")
-        _fit_vocabulary(model, prepared.template.vocabulary, config)
         if full and config.unfrozen_parameters:
             _unfreeze(model, config.unfrozen_parameters)
         if scored_by(config):
@@ -85,7 +92,11 @@ class Pupil:
         if config.recompute:
             recompute(model)
         model.train()
-        return cls(model, adapter, head, config)
+        pupil = cls(model, adapter, head, config)
+        if full and config.rl in REFERENCED:
+            pupil.reference = load(prepared.base, trainable=False)
+            pupil.notices += ("the base is held a second time, unchanged, to compare with; an adapter needs no second one",)
+        return pupil
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter that learns, by name, in a fixed order."""
@@ -117,10 +128,11 @@ class Pupil:
             return self.head.log_probs(self.model, ids, labels, position_ids)
 
     def base_log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
-        """The same of the base, which is this model with its adapter switched off; constant."""
-        assert self.adapter is not None, "without an adapter there is no base to compare with"
-        with self.quietly(), self.adapter.enabled(False):
-            return self.head.log_probs(self.model, ids, labels, position_ids)
+        """The same of the base, which is this model with its adapter switched off, or else held beside it; constant."""
+        with self.quietly(), nullcontext() if self.adapter is None else self.adapter.enabled(False):
+            base = self.model if self.adapter is not None else self.reference
+            assert base is not None, "without an adapter there is no base to compare with"
+            return self.head.log_probs(base, ids, labels, position_ids)
 
     def policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
         """log p of every sampled token at the temperature it was sampled at, [T]; 0 where nothing was sampled."""

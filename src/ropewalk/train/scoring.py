@@ -85,7 +85,8 @@ class StepJudging(Scoring):
         return process_rewards(odds, right).sum()
 
     def measured(self) -> Measures:
-        """The mean probability given to right and to wrong steps, and the share of steps that are judged rightly."""
+        """The mean probability given to right and to wrong steps, their difference, and the share of steps that are judged rightly."""
         found = self.summed()
         means = {f"rewards/{kind}": found[f"rewards/{kind}"] / max(1.0, found[kind]) for kind in ("right", "wrong")}
+        means["rewards/margins"] = means["rewards/right"] - means["rewards/wrong"]
         return means | {"rewards/accuracies": found["well"] / max(1.0, found["right"] + found["wrong"])}

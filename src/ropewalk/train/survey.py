@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ropewalk.config.preference import REFERENCED
 from ropewalk.config.run import Run
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
@@ -92,6 +93,8 @@ def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run) -> dict[s
         recompute=run.recompute,
         on_gpu=on_gpu,
     )
+    if run.adapter is None and run.rl in REFERENCED:
+        found = replace(found, weights=2 * found.weights)  # the base, to compare with
     memory = {**found.as_dict(), "free": free(device)}
     if on_gpu and found.total > torch.cuda.get_device_properties(device).total_memory:
         raise ModelError(
