@@ -15,6 +15,7 @@ from ropewalk.config.run import load_run
 from ropewalk.errors import ConfigError, TrainingStopped
 from ropewalk.models.sharing import shares
 from ropewalk.train.generator import Generator
+from ropewalk.train.policy_step import PolicyStep
 from ropewalk.train.progress import read_events
 from ropewalk.train.reinforcement import Rewarded
 from ropewalk.train.trainer import Fit, train
@@ -170,7 +171,7 @@ def test_the_base_is_held_once_and_stays_as_it_is(rewarded, monkeypatch):
 
     def watched(self, pupil, *rest):
         start(self, pupil, *rest)
-        seen.append((pupil, self.generator, digest(pupil), {p.dtype for _, p in pupil.trainable()}))
+        seen.append((pupil, self.writer, digest(pupil), {p.dtype for _, p in pupil.trainable()}))
 
     monkeypatch.setattr(Rewarded, "start", watched)
     fit(rewarded())
@@ -241,7 +242,7 @@ def test_an_environment_answers_and_its_rewards_are_learnt_from(rewarded, tmp_pa
 
 
 def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
-    learns, picked = Rewarded._quietly, []
+    learns, picked = PolicyStep._quietly, []
 
     def live(self, batch):
         with self.routing.record() as seen, self.pupil.quietly():
@@ -249,7 +250,7 @@ def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
             picked.append((seen.selection().long(), batch))
         return learns(self, batch)
 
-    monkeypatch.setattr(Rewarded, "_quietly", live)
+    monkeypatch.setattr(PolicyStep, "_quietly", live)
     fit(rewarded({"replay_routing": True}, max_steps=2))
     selection, batch = picked[0]
     known = batch.routing.long()
@@ -278,3 +279,9 @@ def test_what_goes_wrong_where_it_is_written_is_raised_where_it_is_learnt(reward
     monkeypatch.setattr(Generator, "step", broken)
     with pytest.raises(TrainingStopped, match="the generator has stopped: no memory"):
         fit(rewarded())
+
+
+def test_completions_of_equal_reward_teach_nothing(rewarded, tmp_path):
+    (tmp_path / "rewards.py").write_text("def late(completion):\n    return 1.0\n")
+    fit(rewarded(max_steps=2))
+    assert told(tmp_path / "run", "reward", "reward_std", "varied", "loss", "gradient_norm") == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 2

@@ -12,7 +12,8 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,10 +95,12 @@ class VllmGenerator:
             del self._waiting[written]
             written.cancel()
 
-    def step(self) -> list[Finished]:
-        """What has come to its end, waited for a moment."""
+    def step(self, wait: bool = True) -> list[Finished]:
+        """What has come to its end; waited for a moment, with `wait`."""
         begun = time.perf_counter()
-        done, _ = wait(self._waiting, MOMENT, FIRST_COMPLETED) if self._waiting else (set[Future[Written]](), None)
+        done, _ = (
+            wait_for(self._waiting, MOMENT if wait else 0, FIRST_COMPLETED) if self._waiting else (set[Future[Written]](), None)
+        )
         finished = []
         for written in sorted(done, key=lambda one: self._waiting[one][:2]):
             key, sample, version, _ = self._waiting.pop(written)

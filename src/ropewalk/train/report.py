@@ -1,0 +1,85 @@
+"""What a step by rewards tells: its rewards, lengths and ages, and some of its completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ropewalk.chat.template import Template
+from ropewalk.train.distributed import World
+from ropewalk.train.objective import Measures
+from ropewalk.train.rollouts import Group
+from ropewalk.train.standing import Standing
+
+SHOWN, CHARACTERS = 4, 2000  # samples of a step that are written down, and how much of each
+
+
+class Report:
+    """For the rewards of these names."""
+
+    def __init__(self, names: Sequence[str], template: Template, world: World) -> None:
+        self.names, self.template, self.world = names, template, world
+
+    def step(self, groups: Sequence[Group], found: Standing, advantage: Tensor, version: int) -> Measures:
+        """Of the completions that are learnt from by the adapter of this version; advantage [S of all processes]."""
+        mine = advantage[found.mine]
+        teaching = [bool((mine[place] != 0).any()) for place in _places(groups)]
+        ages = [version - v for g in groups for e in g.episodes for v, sampled in zip(e.versions, e.trained) if sampled]
+        varied, count, age, tokens = self.world.sum([sum(teaching), len(groups), sum(ages), len(ages)])
+        return self.rewards(groups, found) | {
+            "reward_std": found.std,
+            "varied": varied / max(1.0, count),
+            "staleness": age / max(1.0, tokens),
+            "staleness_max": self._most(ages),
+        }
+
+    def rewards(self, groups: Sequence[Group], found: Standing) -> Measures:
+        """What was reached, and how long it was."""
+        lengths = [sum(episode.trained) for group in groups for episode in group.episodes]
+        ended = [episode.ended for group in groups for episode in group.episodes]
+        total, whole, count = self.world.sum([sum(lengths), sum(ended), len(lengths)])
+        return {
+            "reward": found.mean,
+            **{f"rewards/{name}": mean for name, mean in zip(self.names, found.means)},
+            "length": total / max(1.0, count),
+            "length_max": self._most(lengths),
+            "ended": whole / max(1.0, count),
+        }
+
+    def samples(self, groups: Sequence[Group], found: Standing, advantage: Tensor) -> list[dict[str, Any]]:
+        """A few completions: of the first prompts the best one and the worst by turns."""
+        totals, mine = found.total[found.mine], advantage[found.mine]
+        shown = list[dict[str, Any]]()
+        for group, place in list(zip(groups, _places(groups)))[:SHOWN]:
+            scored = not np.isnan(totals[place]).all()
+            pick = np.nanargmin if len(shown) % 2 else np.nanargmax
+            number = int(pick(totals[place])) if scored else 0
+            episode, reward = group.episodes[number], float(totals[place][number])
+            shown.append(
+                {
+                    "prompt": self.template.decode(episode.ids[: episode.prompt])[-CHARACTERS:],
+                    "completion": "\n".join(episode.replies)[:CHARACTERS],
+                    "reward": _known(reward),
+                    "rewards": {name: _known(float(value)) for name, value in zip(self.names, group.scores[number])},
+                    "advantage": float(mine[place][number]),
+                }
+            )
+        return shown
+
+    def _most(self, values: Sequence[int]) -> float:
+        return float(max(self.world.gather([max(values, default=0)])))
+
+
+def _places(groups: Sequence[Group]) -> list[slice]:
+    """Where each group's samples stand among all."""
+    ends = list(accumulate(len(group.episodes) for group in groups))
+    return [slice(end - len(group.episodes), end) for group, end in zip(groups, ends)]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
