@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ropewalk.config.run import parse_run
+from ropewalk.kernels.branching import Branching, Piece, plain
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
@@ -135,6 +136,21 @@ def test_a_window_that_the_configuration_does_not_tell_is_found_out(monkeypatch)
     real = branching._layout_of
     monkeypatch.setattr(branching, "_layout_of", lambda model: dataclasses.replace(real(model), kinds=("full", "full")))
     assert "a window of 6" in pupil_of("gemma3_text").notices[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (
+            lambda q, k, v, row, scale, window: plain(q, k, v, Branching((Piece(0, (len(q),)),), len(q)), scale),
+            "log-probabilities",
+        ),
+        (lambda q, k, v, row, scale, window: plain(q, k.detach(), v, row, scale, window), "gradients"),
+    ],
+)
+def test_attention_that_is_wrong_forwards_or_backwards_is_found_out(wrong, what, monkeypatch):
+    monkeypatch.setattr("ropewalk.train.branching.branching", wrong)
+    assert f"the {what} of a row with a shared prompt are off" in pupil_of("llama").notices[-1]
 
 
 def test_shared_prompts_with_layers_computed_again_teach_the_same():

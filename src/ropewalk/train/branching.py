@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.models.head import Head
 
 NAME = "ropewalk_branching"
+SMALL = 1 << 22  # numbers of a weight whose gradient is compared
 PROBE = (Piece(7, (5, 3, 4)), Piece(0, (6,)))
-SHARE = {torch.float64: 0.01, torch.float32: 0.01}  # how far off the probe may be, as a part of what a wrong mask changes
-COARSE = 0.25  # with 16 bits
 
 
 class _Unfit(Exception):
@@ -40,6 +40,13 @@ class _Running:
     layout: Layout
     row: Branching
     attended: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    row: Branching
+    ids: Tensor  # [T]
+    labels: Tensor  # [T]
 
 
 _running: list[_Running] = []  # one at a time in a process
@@ -68,56 +75,77 @@ class BranchingModel:
 
     def _prove(self) -> None:
         if self.head.isolation == "unpacked":
-            raise _Unfit("it carries a state from one sample to the next")
+            raise _Unfit("it cannot keep samples in a row apart")
         training = self.model.training
         try:
-            # In train mode only to see whether attention drops anything out.
-            for mode in (True, False):
-                self.model.train(mode)
-                with torch.no_grad():
-                    self._try()
+            with torch.no_grad():
+                self.model.train()  # only to see whether attention drops anything out
+                self._attend(self._probe())
+                self.model.eval()
+            self._compare()
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise _Unfit(f"it asks more of its attention than is done here ({error})") from error
         finally:
             self.model.train(training)
 
-    def _try(self) -> None:
-        device = self.model.device
-        length = sum(piece.length for piece in PROBE) + 2  # with padding
-        row = Branching(PROBE, length, device)
-        ids, labels = _probe(row, int(self.model.get_input_embeddings().weight.shape[0]))
-        places = row.positions().to(device)[None]
-        with self.row(row) as attended:
-            ours = self._log_probs(ids[None], labels[None], places)
+    def _attend(self, probe: _Probe) -> Tensor:
+        with self.row(probe.row) as attended:
+            found = self._log_probs(probe.ids, probe.labels, probe.row.positions())
         kinds = self._layout.kinds
         missing = [number for number, kind in enumerate(kinds) if kind != "none" and number not in attended]
         if missing:
             raise _Unfit(f"its layer {missing[0]} attends without transformers' attention interface")
-        if self.model.training:
-            return
-        expected = torch.zeros_like(ours)
-        spans = row.spans()
-        prompt = PROBE[0].prompt
-        for begin, end, home in spans[1:]:
-            taken = torch.arange(begin, end, device=device)
-            if home != begin:
-                taken = torch.cat([torch.arange(prompt, device=device), taken])
-            alone = self._log_probs(ids[taken][None], labels[taken][None], torch.arange(len(taken), device=device)[None])
-            expected[begin:end] = alone[-(end - begin) :]
-        wrong = self._log_probs(ids[None], labels[None], torch.arange(length, device=device)[None])
-        off, leak = float((ours - expected).norm()), float((wrong - expected).norm())
-        share, least = (SHARE[ours.dtype], 1e-5) if self.model.dtype in SHARE else (COARSE, 1e-2)
-        if not off <= share * leak + least * float(expected.norm()):
-            raise _Unfit(
-                f"log-probabilities of a row with a shared prompt are off by {off:.2g}, where those of a wrong one are by {leak:.2g}"
-            )
+        return found
+
+    def _compare(self) -> None:
+        """Log-probs, and the gradient of what learns in the first layer, beside those of the samples by themselves."""
+        probe = self._probe()
+        with torch.enable_grad():
+            ours = self._with_slope(self._attend(probe))
+            wrong = self._with_slope(self._log_probs(probe.ids, probe.labels, torch.arange(len(probe.ids))))
+            parts = []
+            for begin, end, home in probe.row.spans()[1:]:
+                taken = (
+                    torch.cat([torch.arange(home, PROBE[0].prompt), torch.arange(begin, end)])
+                    if home != begin
+                    else slice(begin, end)
+                )
+                ids, labels = probe.ids[taken], probe.labels[taken]
+                parts.append((begin, end, *self._with_slope(self._log_probs(ids, labels, torch.arange(len(ids))))))
+        values, slope = torch.zeros_like(ours[0]), torch.zeros_like(ours[1])
+        for begin, end, alone, its in parts:
+            values[begin:end] = alone[begin - end :]
+            slope += its
+        exact = self.model.dtype in (torch.float32, torch.float64)
+        share, least = (0.01, 1e-5) if exact else (0.25, 1e-2)
+        for what, mine, theirs, amiss in zip(("log-probabilities", "gradients"), ours, (values, slope), wrong):
+            off, leak = float((mine - theirs).norm()), float((amiss - theirs).norm())
+            if not off <= share * leak + least * float(theirs.norm()):
+                raise _Unfit(
+                    f"the {what} of a row with a shared prompt are off by {off:.2g}, those of a wrong one by {leak:.2g}"
+                )
+
+    def _with_slope(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probs [T], and the gradient of their sum to the first weights that learn, flat: it comes through every layer."""
+        learning = (p for p in self.model.parameters() if p.requires_grad and p.numel() <= SMALL)
+        first = [*islice(learning, 4)]
+        if not first or not found.requires_grad:
+            return found.detach(), found.new_zeros(1)
+        slopes = torch.autograd.grad(found.sum(), first, materialize_grads=True, allow_unused=True)
+        return found.detach(), torch.cat([slope.flatten().to(found.dtype) for slope in slopes])
 
     def _log_probs(self, ids: Tensor, labels: Tensor, places: Tensor) -> Tensor:
-        return (
-            self.head.log_probs(self.model, ids, labels, places)
-            .flatten()
-            .to(torch.float64 if self.model.dtype == torch.float64 else torch.float32)
-        )
+        return self.head.log_probs(self.model, ids[None], labels[None], places.to(ids.device)[None]).flatten()
+
+    def _probe(self) -> _Probe:
+        """Every branch begins with an id that nothing predicts; padding lies at the end."""
+        device = self.model.device
+        row = Branching(PROBE, sum(piece.length for piece in PROBE) + 2, device)
+        ids = (torch.arange(row.length, device=device) * 7919 + 11) % int(self.model.get_input_embeddings().weight.shape[0])
+        labels = ids.clone()
+        labels[[begin for begin, _, _ in row.spans()]] = IGNORED
+        labels[: PROBE[0].prompt] = IGNORED
+        return _Probe(row, ids, labels)
 
 
 def branching_attention(
@@ -194,13 +222,3 @@ def _configurations(model: Any) -> tuple[Any, ...]:
         if hasattr(config := getattr(module, "config", None), "_attn_implementation")
     }
     return tuple(found.values())
-
-
-def _probe(row: Branching, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels [T]: every branch begins with the prompt's last id, as the prompt itself would go on."""
-    ids = (torch.arange(row.length, device=row.device) * 7919 + 11) % vocabulary
-    labels = ids.clone()
-    for begin, _, _ in row.spans():
-        labels[begin] = IGNORED
-    labels[: PROBE[0].prompt] = IGNORED
-    return ids, labels
