@@ -7,7 +7,7 @@ A prompt is cut at the ends of its spans whether they were known or not, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from random import Random
@@ -147,8 +147,6 @@ class Engine:
     ) -> None:
         self.runner, self.prefixes, self.adapters, self.grammars, self.sight = runner, prefixes, adapters, grammars, sight
         self.longest = longest or int(runner.layout.config.max_position_embeddings)  # ids of prompt and reply together
-        # Told of every pass, right after it: whose ids were read, request and sample, and how many, row after row.
-        self.passed: Callable[[Sequence[tuple[str, int, int]]], None] | None = None
         self._scheduler: Scheduler[Job] = Scheduler(limits)
         self._being_read: dict[str, Job] = {}
         self._jobs: dict[str, list[Job]] = {}
@@ -324,8 +322,6 @@ class Engine:
         else:
             with self.adapters.rows(*self._rows(turns)):
                 logits = self.runner.forward(work)
-        if self.passed is not None:
-            self.passed([(turn.job.request.id, turn.job.sample, turn.count) for turn in turns])
         ready: list[tuple[Job, Tensor]] = []
         for row, turn in enumerate(turns):
             if self._has_read(turn):

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ropewalk.engine.cache import Reading
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.request import Event, Request, Sampling
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
-from ropewalk.models.routing import Recorded, Routing
 from ropewalk.models.sharing import second_tree
 from ropewalk.train.environment import Generated
 from ropewalk.train.pupil import Pupil
@@ -44,15 +41,9 @@ class Spent:
 
 @dataclass
 class _Writing:
-    asked: list[Tensor]  # the experts of the prompt's ids [., layers, k], read once for all samples
-    prompt: int = 0  # ids of the prompt that are still to be read, by the first sample
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    experts: list[Tensor] = field(default_factory=list)  # of the ids that were sampled, all but the last
-
-    def routing(self) -> Tensor | None:
-        return torch.cat([*self.asked, *self.experts]) if self.asked else None
 
 
 class Generator:
@@ -65,12 +56,11 @@ class Generator:
         self.version = 0  # how many adapters have been published
         self.spent = Spent()
         limits = Limits(running=running, waiting=ANY_NUMBER, chunk=CHUNK)
-        self.engine = Engine(Runner(self.model), Forgetful(), limits=limits, longest=longest)
-        self._writing: dict[tuple[str, int], _Writing] = {}
-        self._routing = Routing(self.model, self._read) if routing else None
-        self._seen: Recorded | None = None
+        runner = Runner(self.model)
         if routing:
-            self.engine.passed = self._note
+            runner.record_routing()
+        self.engine = Engine(runner, Forgetful(), limits=limits, longest=longest)
+        self._writing: dict[tuple[str, int], _Writing] = {}
 
     @property
     def busy(self) -> bool:
@@ -92,9 +82,8 @@ class Generator:
             logprobs=True,
             tempered=True,
         )
-        asked: list[Tensor] = []
         for sample in range(samples):
-            self._writing[key, sample] = _Writing(asked, 0 if sample else len(ids))
+            self._writing[key, sample] = _Writing()
         self.engine.submit(request)
 
     def cancel(self, key: str) -> None:
@@ -106,9 +95,7 @@ class Generator:
     def step(self, wait: bool = True) -> list[Finished]:
         """One id more for everybody; what has come to its end."""
         begun = time.perf_counter()
-        with self._routing.record() if self._routing is not None else nullcontext() as self._seen:
-            events = self.engine.step()
-        finished = [found for event in events if (found := self._take(event)) is not None]
+        finished = [found for event in self.engine.step() if (found := self._take(event)) is not None]
         self.spent.seconds += time.perf_counter() - begun
         return finished
 
@@ -130,24 +117,9 @@ class Generator:
         if not event.finish:
             return None
         del self._writing[event.id, event.sample]
+        routing = None if event.routing is None else event.routing.cpu()
         ended = event.finish == "stop"
-        return event.id, event.sample, Generated(writing.ids, writing.logprobs, writing.versions, ended, writing.routing())
-
-    def _read(self, ids: Sequence[int]) -> Any:
-        runner = self.engine.runner
-        return runner.forward([(Reading.after(runner.layout, []), ids)])
-
-    def _note(self, passed: Sequence[tuple[str, int, int]]) -> None:
-        """Whose experts they were that the last pass picked."""
-        assert self._seen is not None
-        picked, begin = self._seen.selection(), 0
-        for key, sample, count in passed:
-            rows, writing = picked[begin : begin + count].cpu(), self._writing.get((key, sample))
-            begin += count
-            if writing is None:
-                continue
-            (writing.asked if writing.prompt else writing.experts).append(rows)
-            writing.prompt -= min(count, writing.prompt)
+        return event.id, event.sample, Generated(writing.ids, writing.logprobs, writing.versions, ended, routing)
 
 
 class Forgetful:
