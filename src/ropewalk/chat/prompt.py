@@ -130,6 +130,16 @@ def render(
     return _cut(template, text, marks, token, gallery.order(messages, text))
 
 
+def raw_ids(template: Template, given: str | tuple[int, ...]) -> tuple[int, ...]:
+    """The ids of a prompt as it stands, which no chat template has written; BadInput for what the model does not know."""
+    ids = tuple(template.encode_document(given)) if isinstance(given, str) else given
+    if not ids:
+        raise BadInput("prompt: it has no tokens; expected one at least")
+    if wrong := [id for id in ids if not 0 <= id < template.vocabulary]:
+        raise BadInput(f"prompt: {wrong[0]} is no id of this model's {template.vocabulary:,} tokens")
+    return ids
+
+
 def _cut(template: Template, text: str, marks: _Marks, token: str, pictures: Iterator[Pictured]) -> Prompt:
     pieces: list[Piece] = []
     ids: list[int] = []

@@ -21,7 +21,7 @@ from ropewalk.chat.citing import Citing
 from ropewalk.chat.framing import framing
 from ropewalk.chat.messages import Ended, Excerpt, MessagesRequest, ReplyEvent, Retrieved, Started, Text, Usage
 from ropewalk.chat.pictures import unseen
-from ropewalk.chat.prompt import Piece, Prompt, Shown, render
+from ropewalk.chat.prompt import Piece, Prompt, Shown, raw_ids, render
 from ropewalk.chat.replies import TAIL, form_for, parser_for, stop_ids
 from ropewalk.chat.retrieval import Chunk, Index, fitted, joined
 from ropewalk.chat.signatures import Signatures
@@ -256,11 +256,7 @@ class Answerer:
 
     def _raw(self, given: str | tuple[int, ...]) -> Prompt:
         """A prompt as it stands, in blocks, so that one which begins alike is not read again."""
-        ids = tuple(self.template.encode_document(given)) if isinstance(given, str) else given
-        if not ids:
-            raise BadInput("prompt: it has no tokens; expected one at least")
-        if wrong := [id for id in ids if not 0 <= id < self.template.vocabulary]:
-            raise BadInput(f"prompt: {wrong[0]} is no id of this model's {self.template.vocabulary:,} tokens")
+        ids = raw_ids(self.template, given)
         body = ids[:-1]
         blocks = [body[begin : begin + RAW_BLOCK] for begin in range(0, len(body), RAW_BLOCK)]
         return Prompt(tuple(Piece(block, (), False) for block in blocks), ids[-1:])

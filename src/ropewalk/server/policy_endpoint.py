@@ -1,0 +1,227 @@
+"""Chat completions and completions over a model while it is trained: environments that speak OpenAI's protocol drive it by HTTP.
+
+The shapes are those of /openai/v1, with ids, log-probabilities (at the sampling temperature, untruncated) and the version of the
+adapter that sampled each id. It serves one run, at an address of its own, for as long as the run lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import math
+import os
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ropewalk.chat.messages import MessagesRequest, Started, Usage
+from ropewalk.chat.prompt import raw_ids, render
+from ropewalk.chat.replies import TAIL, parser_for, stop_ids
+from ropewalk.chat.template import Template
+from ropewalk.engine.replying import Plain, Reply
+from ropewalk.engine.request import Event, Sampling
+from ropewalk.errors import AuthenticationFailed, BadInput, RopewalkError
+from ropewalk.ids import new_id
+from ropewalk.server import body
+from ropewalk.server.auth import secret_of
+from ropewalk.server.live_policy import LivePolicy
+from ropewalk.server.messages import MAX_BYTES, begun, unless_gone
+from ropewalk.server.node import Node
+from ropewalk.server.openai_chat import Indexed, together
+from ropewalk.server.openai_errors import refusal
+from ropewalk.server.openai_models import OWNER, unknown
+from ropewalk.server.openai_replies import DONE, ChatWriter, CompletionWriter, Writer, sent_error
+from ropewalk.server.openai_wire import read_chat, read_completion
+from ropewalk.server.settings import ServerSettings
+from ropewalk.server.streaming import Streamed
+from ropewalk.server.wire import JSON, Failure, failure
+
+KEY_ENV = "ROPEWALK_ENDPOINT_KEY"
+STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is asked."""
+
+    name: str
+    template: Template
+    longest: int  # ids of prompt and reply
+    live: LivePolicy
+    version: Callable[[], int]  # of its adapter, now
+
+    def replies(self, asked: MessagesRequest, first: int = 0) -> AsyncGenerator[Indexed, None]:
+        """All replies of one request, numbered from `first`; BadInput for what is not done while a model is trained."""
+        if asked.model != self.name:
+            raise unknown(asked.model)
+        refused = {
+            "stop": asked.stop_sequences,
+            "messages": asked.documents() or asked.images(),
+            "response_format": asked.schema,
+            "tool_choice": asked.tool_choice.kind in ("any", "tool"),
+            "reasoning_effort": asked.effort not in ("", "max"),
+        }
+        for name, given in refused.items():
+            if given:
+                what = "no files and no pictures are shown" if name == "messages" else "it is not followed"
+                raise Node(None, name).fail(f"{what} by a model under training, whose ids are to be its own alone")
+        ids = raw_ids(self.template, asked.raw) if asked.raw is not None else render(self.template, asked, []).ids
+        room = self.longest - len(ids)
+        if room < 1:
+            raise BadInput(f"prompt is too long: {len(ids):,} tokens > {self.longest - 1:,} maximum of this run")
+        return self._replies(asked, ids, room, first)
+
+    async def _replies(
+        self, asked: MessagesRequest, ids: Sequence[int], room: int, first: int
+    ) -> AsyncGenerator[Indexed, None]:
+        usage = Usage(input=len(ids))
+        written = self.live.write(
+            ids,
+            samples=asked.samples,
+            max_tokens=min(asked.max_tokens, room),
+            sampling=Sampling(asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed),
+            stop_ids=stop_ids(self.template),
+        )
+        tail = self.template.decode(ids[-TAIL:], skip_special_tokens=False)
+        started = False
+        async with aclosing(written) as samples:
+            async for sample, found in samples:
+                if not started:
+                    started = True
+                    yield first, Started(usage, tuple(ids) if asked.tokens else ())
+                parser = Plain() if asked.raw is not None else parser_for(self.template, asked, tail)
+                reply = Reply(self.template, asked, parser, cut_short=room < asked.max_tokens)
+                event = Event("", sample, tuple(found.ids), tuple(found.logprobs), finish="stop" if found.ended else "length")
+                for said in [*reply.feed(event, found.versions), *reply.finish(usage)]:
+                    yield first + sample, said
+
+
+def policy_app(policy: Policy, key: str = "") -> Starlette:
+    """The endpoint; with a key, it is asked for as `Authorization: Bearer`."""
+
+    async def answered(request: Request, asked: Sequence[MessagesRequest], writer: Writer) -> Response:
+        events = together([policy.replies(one, number * one.samples) for number, one in enumerate(asked)])
+        if not writer.told.stream:
+
+            async def whole() -> None:
+                async with aclosing(events) as opened:
+                    async for found in opened:
+                        writer.take(*found)
+
+            await unless_gone(request, whole())
+            return JSON(writer.whole())
+        reply = Streamed(events, lambda found: writer.chunks(*found), sent_error, writer.id, last=DONE)
+        await begun(request, reply)
+        return reply
+
+    async def chat(request: Request) -> Response:
+        asked, told = read_chat(Node(await read(request)))
+        return await answered(request, [asked], ChatWriter(new_id("chatcmpl"), asked.model, told, asked.samples))
+
+    async def completions(request: Request) -> Response:
+        asked = read_completion(Node(await read(request)))
+        samples, count = asked.requests[0].samples, len(asked.requests)
+        writer = CompletionWriter(new_id("cmpl"), asked.requests[0].model, asked.told, samples, count)
+        return await answered(request, asked.requests, writer)
+
+    async def models(request: Request) -> Response:
+        admit(request)
+        shown = {"id": policy.name, "object": "model", "created": 0, "owned_by": OWNER}
+        return JSON({"object": "list", "data": [{**shown, "version": policy.version(), "max_model_len": policy.longest}]})
+
+    async def health(request: Request) -> Response:
+        return JSON({"status": "ok", "version": policy.version()})
+
+    def admit(request: Request) -> None:
+        if key and not hmac.compare_digest(secret_of(request.headers).encode(), key.encode()):
+            raise AuthenticationFailed(f"this key opens nothing here; it is the one of {KEY_ENV}, where the run was started")
+
+    async def read(request: Request) -> dict[str, Any]:
+        admit(request)
+        return await body.read_json(request, MAX_BYTES)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return refusal(Failure(error.status_code, "not_found_error", error.detail), error, {})
+        wait = getattr(error, "retry_after", None)
+        return refusal(failure(error), error, {} if wait is None else {"retry-after": str(math.ceil(wait))})
+
+    routes = [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: refused, RopewalkError: refused, Exception: refused})
+    app.state.settings = ServerSettings()
+    return app
+
+
+class PolicyServer:
+    """The endpoint at an address, in a thread of its own."""
+
+    def __init__(self, policy: Policy, host: str, port: int, *, key: str | None = None) -> None:
+        """`key` None: that of the environment, if there is one; without any, only this machine is let in."""
+        key = os.environ.get(KEY_ENV, "").strip() if key is None else key
+        if not key and not _is_loopback(host):
+            raise BadInput(
+                f"trl.endpoint: {host} is an address that others reach, and nothing keeps them out; "
+                f"set {KEY_ENV} to a secret of your own, or open it at 127.0.0.1"
+            )
+        try:
+            self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadInput(f"trl.endpoint: cannot listen on {host} port {port}: {reason}; choose another") from error
+        app = policy_app(policy, key)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False, ws="none")
+        )
+        self._thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
+        self._policy = policy
+
+    @property
+    def url(self) -> str:
+        """What clients take for their base_url."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    def start(self) -> None:
+        """Begins to listen."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends what is being answered, and the server."""
+        self._policy.live.close()
+        self._server.should_exit = True
+        self._thread.join(STOP_SECONDS)
+        self._socket.close()
+
+    def _run(self) -> None:
+        asyncio.run(self._server.serve(sockets=[self._socket]))
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """A host and a port, of `trl.endpoint`."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadInput(f"trl.endpoint: '{text[:100]}' is no host:port; expected one such as 127.0.0.1:8001")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
