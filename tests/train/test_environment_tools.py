@@ -78,6 +78,7 @@ def test_what_calls_give_stands_behind_the_ids_that_were_sampled(shop, tokenizer
     assert [list(ids) == found.ids[: len(ids)] for ids in asked] == [True] * 3
     text = [talk.template.decode(ids, skip_special_tokens=False) for ids in (found.ids, *asked)]
     assert text[1].count("What an item costs.") == 1
+    assert end_of(talk) in talk.stop_ids
     given = text[2][len(text[1]) + len(both) :]
     assert given.index("2") < given.index("30")
     assert "error: KeyError: 'anchor'" in text[3][len(text[2]) :]

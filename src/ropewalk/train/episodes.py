@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
 from ropewalk.train.environment import Playing, play
@@ -26,6 +28,15 @@ class Episodes:
 
     def __exit__(self, *_: object) -> None:
         self.pool.close()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a reply ends, or a call of a tool."""
+        return self.talk.stop_ids
+
+    def room(self, ids: Sequence[int]) -> int:
+        """How many more ids an episode of these may have."""
+        return self.limits.tokens - len(ids)
 
     def play(self, question: Question) -> Playing:
         """One episode, whose environment is given the question's row."""

@@ -49,6 +49,8 @@ class Host(Protocol):
 
     def play(self, question: Question) -> Playing: ...
 
+    def room(self, ids: Sequence[int]) -> int: ...
+
 
 @dataclass(frozen=True)
 class Group:
@@ -174,7 +176,8 @@ class Rollouts:
 
     def _submit(self, key: str, ids: Sequence[int], samples: int, sampling: Sampling, seed: int) -> None:
         seeded = replace(sampling, seed=seed)
-        self.writer.submit(key, ids, samples=samples, max_tokens=self.max_tokens, sampling=seeded, stop_ids=self.stop_ids)
+        most = self.max_tokens if self.host is None else min(self.max_tokens, self.host.room(ids))
+        self.writer.submit(key, ids, samples=samples, max_tokens=most, sampling=seeded, stop_ids=self.stop_ids)
 
     def _take(self, key: str, sample: int, generated: Generated) -> None:
         name, *turn = key.split("/")

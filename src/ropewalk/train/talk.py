@@ -41,6 +41,11 @@ class TemplateTalk:
         request = MessagesRequest("", 1, (Turn("user", (Text("?"),)),), tools=tuple(tools), thinking=True)
         self._asked = Asked(request, tuple(tools), self._text([ASKED], going_on=True)[-TAIL:])
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a reply ends, or its calls."""
+        return self.dialect.stop_ids() if self._shown else self.template.stop_ids
+
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """The whole prompt."""
         return self.template.encode(self._text(messages, going_on=True))
