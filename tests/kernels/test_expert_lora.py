@@ -89,6 +89,26 @@ def test_every_kind_of_experts_equals_the_twin(gate):
             assert worst(found, truth) < tolerance, (transposed, bias, norm, full, dtype, rows)
             with torch.no_grad():
                 assert worst({"out": case.run(expert_lora, rows=rows)}, {"out": truth["out"]}) < tolerance
+                assert worst({"out": case.run(expert_lora, rows="few")}, {"out": truth["out"]}) < tolerance
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_few_rows_with_all_experts_at_once_are_as_exact_as_one_by_one(tokens, dtype, monkeypatch):
+    """Also where stacks are wide enough to be turned round, and where too few experts are hit for a product with all."""
+    truth = Case(torch.float64, rank=4, tokens=tokens)
+    case = Case(torch.float64, rank=4, tokens=tokens)
+    for tensors in (case.trained, case.experts.__dict__):
+        for name, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor):
+                tensors[name] = tensor.detach().to(dtype)
+    with torch.no_grad():
+        wanted = {"out": truth.run(expert_lora_plain)}
+        plain = worst({"out": case.run(expert_lora_plain)}, wanted)
+        for narrow, hit in ((1000, 1), (3, 1000), (3, 0)):
+            monkeypatch.setattr("ropewalk.kernels.expert_few.NARROW", narrow)
+            monkeypatch.setattr("ropewalk.kernels.expert_few.HIT", {2: hit, 8: hit})
+            assert worst({"out": case.run(expert_lora, rows="few")}, wanted) < 1.5 * plain + 1e-12
 
 
 @pytest.mark.parametrize("gate", ["silu", "gpt-oss", "any"])

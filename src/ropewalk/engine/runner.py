@@ -123,6 +123,7 @@ class Runner:
         if self._crowd is None or not self._crowd.is_of(decoding):
             if self._crowd is not None:
                 self._crowd.settle()
+                self._crowd = None  # what only it knew is gone
             self._crowd = Crowd(decoding, self._pages, self.device)
         return self._crowd
 

@@ -9,14 +9,15 @@ Kept for the backward: gate_up [S, 2I], A1 x and A2 (w h) [S, r], the order of t
 survives the forward: rows of x are gathered again, h is computed again from gate_up, and the routing gradient is <dh, h>.
 Weighing h instead of the output takes the weights out of every [S, H] pass.
 
-One text of the mathematics runs on both kinds of rows of expert_rows.py: tiles on a CPU, grouped_mm on a GPU.
+One text of the mathematics runs on every kind of rows: tiles on a CPU, grouped_mm on a GPU (expert_rows.py), and all together where a
+CPU has few of them and nothing is trained (expert_few.py).
 `expert_lora_plain` is the twin: a loop over experts with the explicit delta, differentiated by autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.kernels.blocked import Blocked, Turned
+from ropewalk.kernels.expert_few import Few
+from ropewalk.kernels.expert_few import pays as few_pay
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
 from ropewalk.kernels.gates import Gate
 
@@ -73,8 +76,8 @@ def expert_lora(
     *,
     rows: str | None = None,
 ) -> Tensor:
-    """x [T, H], ids [T, k] below E, weights [T, k] -> [T, H]; `rows` forces "tiles" or "grouped" where tests want one of them."""
-    rows = rows or _rows_for(x, experts)
+    """x [T, H], ids [T, k] below E, weights [T, k] -> [T, H]; `rows` forces "tiles", "grouped" or "few" where tests want one of them."""
+    forced, rows = rows is not None, rows or _rows_for(x, experts)
     a1, b1, s1 = (up.A, up.B, up.scale) if up else (None, None, 0.0)
     a2, b2, s2 = (down.A, down.B, down.scale) if down else (None, None, 0.0)
     trained = (*experts.gate.parameters, *experts.post_norm_parameters)
@@ -82,11 +85,13 @@ def expert_lora(
     given = (x, ids, weights, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2, *trained)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
         return cast(Tensor, _ExpertLora.apply(plan, *given))  # type: ignore[no-untyped-call]
+    if rows == "few" or (rows == "tiles" and not forced and few_pay(ids, plan.num_experts)):
+        plan = replace(plan, few=True)
     return _forward(
         plan,
         _Operands.of(plan, x, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2),
         x,
-        route(ids, weights, plan.num_experts, x.dtype, plan.grouped),
+        route(ids, weights, plan.num_experts, x.dtype, plan.grouped or plan.few),
         keep=False,
     )[0]
 
@@ -122,6 +127,7 @@ class _Plan:
     up_scale: float
     down_scale: float
     grouped: bool
+    few: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -195,7 +201,7 @@ def _forward(plan: _Plan, m: _Operands, x: Tensor, way: Route, keep: bool) -> tu
         widths = (m.up.shape[2], None if m.a1 is None else m.a1.shape[2], None if m.a2 is None else m.a2.shape[2])
         kept = [None if n is None else x.new_empty(way.token.numel(), n) for n in widths]
     combine = Combine(way, x)
-    for rows in all_rows(way, x):
+    for rows in [Few(way, way.order.numel())] if plan.few else all_rows(way, x):
         into = [None if t is None else t[rows.span] for t in kept]
         taken = rows.take(x, way.token[rows.span], "x")
         y, made = _forward_rows(plan, m, rows, taken, way.weight[rows.span, None], into)
