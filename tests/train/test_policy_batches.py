@@ -194,8 +194,11 @@ def test_only_what_stands_before_a_sampled_id_gets_a_gradient_and_what_comes_aft
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_the_base_of_a_shared_row_is_the_base_of_whole_rows():
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_base_of_a_shared_row_is_the_base_of_whole_rows(whole):
     pupil, groups = pupil_of("llama"), step()
+    if whole:  # without an adapter the base is held beside the model
+        pupil.reference, pupil.adapter = pupil_of("llama").model, None
     (shared,) = lay_out(groups, tokens=300, shared=True, pad=PAD, multiple=8)
     (plain,) = lay_out(groups, tokens=300, shared=False, pad=PAD, multiple=8)
     sums = []

@@ -67,9 +67,10 @@ class BranchingModel:
             self.reason = str(why)
 
     @contextmanager
-    def row(self, row: Branching) -> Iterator[set[int]]:
-        """Within it the model attends by this row; gives the layers that have."""
-        running = _Running(self._exchange, self._layout, row)
+    def row(self, row: Branching, model: Any = None) -> Iterator[set[int]]:
+        """Within it the model, or another of its kind, attends by this row; gives the layers that have."""
+        other = model is not None and model is not self.model
+        running = _Running(_configurations(model) if other else self._exchange, self._layout, row)
         with _taking(running):
             yield running.attended
 

@@ -93,7 +93,7 @@ class Pupil:
             recompute(model)
         model.train()
         pupil = cls(model, adapter, head, config)
-        if full and config.rl in REFERENCED:
+        if full and (config.rl in REFERENCED or (config.by_rewards and config.trl is not None and config.trl.beta)):
             pupil.reference = load(prepared.base, trainable=False)
             pupil.notices += ("the base is held a second time, unchanged, to compare with; an adapter needs no second one",)
         return pupil
@@ -145,16 +145,19 @@ class Pupil:
         return found.of_labels, found.entropy
 
     def base_policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
-        """The same of the base, which is this model with its adapter switched off; constant."""
-        assert self.adapter is not None, "without an adapter there is no base to compare with"
-        with self.quietly(), self.adapter.enabled(False):
-            return self._of_policy(batch, temperature, entropy=False).of_labels
+        """The same of the base, which is this model with its adapter switched off, or else held beside it; constant."""
+        with self.quietly(), nullcontext() if self.adapter is None else self.adapter.enabled(False):
+            base = self.model if self.adapter is not None else self.reference
+            assert base is not None, "without an adapter there is no base to compare with"
+            return self._of_policy(batch, temperature, entropy=False, model=base).of_labels
 
-    def _of_policy(self, batch: PolicyBatch, temperature: float, *, entropy: bool) -> LogProbs:
-        device = self.model.device
-        ids, labels, positions = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.labels, batch.position_ids))
-        with self._where_activations_wait(), self._attending(batch):
-            found = self.head.log_probs_at(self.model, ids, labels, positions, temperature=temperature, entropy=entropy)
+    def _of_policy(
+        self, batch: PolicyBatch, temperature: float, *, entropy: bool, model: PreTrainedModel | None = None
+    ) -> LogProbs:
+        model = model or self.model
+        ids, labels, positions = (torch.from_numpy(a).to(model.device) for a in (batch.ids, batch.labels, batch.position_ids))
+        with self._where_activations_wait(), self._attending(batch, model):
+            found = self.head.log_probs_at(model, ids, labels, positions, temperature=temperature, entropy=entropy)
         return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
 
     @property
@@ -172,7 +175,7 @@ class Pupil:
         if reason:
             self.notices += (f"every answer is trained on together with a prompt of its own, since {reason}",)
 
-    def _attending(self, batch: PolicyBatch) -> AbstractContextManager[Any]:
+    def _attending(self, batch: PolicyBatch, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """The attention for a batch: one that knows its pieces, or, where that is no better, the model's own."""
         if batch.shared is not None:
             assert self.branching is not None, "shared prompts for a model that was not found to read them"
@@ -182,7 +185,7 @@ class Pupil:
             if self.branching is None or self.head.isolation != "positions" or len(starts) == 1:
                 return nullcontext()
             pieces = (Piece(0, tuple(np.diff([*starts, batch.ids.shape[1]]).tolist())),)
-        return self.branching.row(Branching(pieces, batch.ids.shape[1], self.model.device))
+        return self.branching.row(Branching(pieces, batch.ids.shape[1], model.device), model)
 
     def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
