@@ -20,7 +20,7 @@ from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
-from ropewalk.train.lessons import Lessons, Taught
+from ropewalk.train.lessons import Examined, Lessons, Taught
 from ropewalk.train.objective import Measures
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
 from ropewalk.train.prepare import Prepared, leads, prepare, tell
@@ -118,6 +118,8 @@ class Fit:
         started = time.monotonic()
         tokens_before = self.position.tokens
         with self.screen, asked_to_stop() as asked:
+            if self.position.step == 0 and self.config.by_rewards and self.lessons.examines:
+                self._tell_evaluation(self.lessons.examine(), best=False)  # before anything is learnt
             self.screen.begin(self.position.step)
             for number in range(self.position.step, self.lessons.total):
                 if self._out_of_patience():
@@ -189,8 +191,12 @@ class Fit:
             if best
             else replace(self.position, bad_evaluations=self.position.bad_evaluations + 1)
         )
-        values = {"step": self.position.step, "loss": loss, "best": best, **found.told}
-        self._tell("eval", values, {"eval/loss": loss} | {f"eval/{name}": float(value) for name, value in found.told.items()})
+        self._tell_evaluation(found, best)
+
+    def _tell_evaluation(self, found: Examined, best: bool) -> None:
+        values = {"step": self.position.step, "loss": found.loss, "best": best, **found.told}
+        told = {"eval/loss": found.loss} | {f"eval/{name}": float(value) for name, value in found.told.items()}
+        self._tell("eval", values, told)
         self.screen.evaluated(values)
 
     def _save(self) -> None:
