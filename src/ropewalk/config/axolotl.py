@@ -124,9 +124,6 @@ _REFUSED = {
     "training on images or audio is not supported yet; train the text part: remove it and name text datasets": """
         processor_type freeze_mm_modules
     """,
-    "quantisation-aware training is not supported yet; train with bf16, or an adapter over a 4-bit base (adapter: qlora)": """
-        qat use_onebitllms
-    """,
     "sparse or compressed training is not supported yet; train plainly and compress the merged result with your tool": """
         llmcompressor
     """,
@@ -221,7 +218,6 @@ _BLOCKS = {
         llm_int8_has_fp16_weight
     """,
     "dynamic_checkpoint": "enabled check_interval trigger_file_path",
-    "qat": "activation_dtype weight_dtype quantize_embedding group_size fake_quant_after_n_steps",
     "quantization": "weight_dtype activation_dtype quantize_embedding group_size",
     "peft": "loftq_config",
     "mora": "use_mora mora_type",

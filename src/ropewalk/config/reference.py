@@ -21,6 +21,7 @@ from ropewalk.config.keys import (
 )
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys, TrlKeys
+from ropewalk.config.rounding import QatKeys, RoundingKeys
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import ScoringKeys
 
@@ -43,6 +44,8 @@ _SECTIONS: tuple[tuple[type[BaseModel], str], ...] = (
     (TrlKeys, "Training by rewards: the block `trl`"),
     (PreferenceKeys, "Training by preferences"),
     (ScoringKeys, "Training of reward models"),
+    (RoundingKeys, "Training for quantisation"),
+    (QatKeys, "Training for quantisation: the block `qat`"),
     (OutputKeys, "Evaluation, saving and logging"),
 )
 

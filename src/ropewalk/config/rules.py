@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ropewalk.chat.families import SOURCES
 from ropewalk.config.preference import conflicts_of_preference
+from ropewalk.config.rounding import conflicts_of_rounding
 from ropewalk.config.scoring import conflicts_of_scoring
 from ropewalk.config.vllm import conflicts_of_vllm
 
@@ -29,6 +30,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from conflicts_of_preference(run)
     yield from conflicts_of_scoring(run)
     yield from conflicts_of_vllm(run)
+    yield from conflicts_of_rounding(run)
     yield from _output(run)
 
 

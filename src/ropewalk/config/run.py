@@ -20,6 +20,7 @@ from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
+from ropewalk.config.rounding import RoundingKeys
 from ropewalk.config.rules import conflicts
 from ropewalk.config.scoring import ScoringKeys
 from ropewalk.config.vllm import told_of_vllm
@@ -35,8 +36,10 @@ ATTENTION_SWITCHES = {
 }
 
 
-class Run(ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, ScoringKeys, OutputKeys):
-    """One training, as asked for: the keys of the eight groups and what follows from them."""
+class Run(
+    ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, ScoringKeys, RoundingKeys, OutputKeys
+):
+    """One training, as asked for: the keys of the nine groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)

@@ -26,6 +26,7 @@ from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
+from ropewalk.models.rounding import Rounding, attach_rounding
 from ropewalk.models.score_head import ScoreHead, score_head
 from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.policy_batches import PolicyBatch
@@ -51,6 +52,7 @@ class Pupil:
             self._learn_to_branch()
         self._layers_chosen = False
         self.reference: PreTrainedModel | None = None  # the base once more, where every weight is trained and compared with it
+        self.rounding: Rounding | None = None
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
@@ -82,6 +84,9 @@ class Pupil:
             torch.set_float32_matmul_precision("high")
         if full and config.unfrozen_parameters:
             _unfreeze(model, config.unfrozen_parameters)
+        rounding = rounding_of(config)
+        if rounding is not None:
+            attach_rounding(model, rounding)
         if scored_by(config):
             # A classifier of transformers reads a sequence's score at its last token that is not this one.
             model.config.get_text_config().pad_token_id = prepared.template.pad_id
@@ -93,6 +98,12 @@ class Pupil:
             recompute(model)
         model.train()
         pupil = cls(model, adapter, head, config)
+        if rounding is not None:
+            pupil.rounding = rounding
+            pupil.notices += (
+                f"{rounding.layers} linear layers round to {rounding.weights} while training, and the result is saved in plain numbers: "
+                "quantise it to the same format afterwards",
+            )
         if full and (config.rl in REFERENCED or (config.by_rewards and config.trl is not None and config.trl.beta)):
             pupil.reference = load(prepared.base, trainable=False)
             pupil.notices += ("the base is held a second time, unchanged, to compare with; an adapter needs no second one",)
@@ -105,8 +116,13 @@ class Pupil:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def choose_layers(self, step: int) -> None:
-        """LISA (arXiv 2403.17919): of the decoder layers only a few learn, drawn anew every `lisa_step_interval` steps."""
+        """LISA (arXiv 2403.17919): of the decoder layers only a few learn, drawn anew every `lisa_step_interval` steps.
+
+        Training for quantisation begins to round at its step.
+        """
         config = self.config
+        if self.rounding is not None and config.qat is not None:
+            self.rounding.on = step >= (config.qat.fake_quant_after_n_steps or 0)
         if config.lisa_n_layers is None or (step % config.lisa_step_interval and self._layers_chosen):
             return
         layers = self.model.get_submodule(config.lisa_layers_attribute)
@@ -247,6 +263,15 @@ class Pupil:
             verify_saved(self.adapter, temporary, probe)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+
+def rounding_of(config: Run) -> Rounding | None:
+    """What linear layers round to while they are trained."""
+    if config.use_onebitllms:
+        return Rounding("ternary", "int8 symmetric", 1)
+    if config.qat is None:
+        return None
+    return Rounding(config.qat.weight_dtype, config.qat.activation_dtype, config.qat.group_size or 32)
 
 
 def scored_by(config: Run) -> Scored | None:
