@@ -85,7 +85,7 @@ class Rewarded:
             samples=trl.num_generations,
             max_tokens=trl.max_completion_length,
             sampling=sampling,
-            stop_ids=self.template.stop_ids,
+            stop_ids=self.template.stop_ids if self.host is None else self.host.stop_ids,
             read=self.template.decode,
             seed=self.run.seed,
             host=self.host,
