@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ropewalk.engine.request import Sampling
 from ropewalk.errors import TrainingStopped
 from ropewalk.train.generator import Finished, Generator, Spent
 
@@ -49,12 +48,10 @@ class Background:
         """Whether anything is being written, or has been and was not taken yet."""
         return self.generator.busy or bool(self._finished)
 
-    def submit(
-        self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
-    ) -> None:
-        """Goes on from these ids, in so many ways."""
+    def submit(self, key: str, ids: Sequence[int], **how: Any) -> None:
+        """As the generator's."""
         with self._between():
-            self.generator.submit(key, ids, samples=samples, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids)
+            self.generator.submit(key, ids, **how)
 
     def cancel(self, key: str) -> None:
         """Lets go of a request."""

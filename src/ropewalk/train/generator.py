@@ -12,18 +12,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ropewalk.engine.engine import Engine
-from ropewalk.engine.request import Event, Request, Sampling
+from ropewalk.engine.request import Event, Request, Sampling, Span
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
 from ropewalk.models.sharing import second_tree
 from ropewalk.train.environment import Generated
 from ropewalk.train.pupil import Pupil
+from ropewalk.train.recent_prefixes import RecentPrefixes
 
 ANY_NUMBER = 1 << 40  # of requests may wait: the rollouts bound themselves
 CHUNK = 2048  # ids of prompts that are read in one step
@@ -59,7 +60,8 @@ class Generator:
         runner = Runner(self.model)
         if routing:
             runner.record_routing()
-        self.engine = Engine(runner, Forgetful(), limits=limits, longest=longest)
+        self._recent, self._whole = RecentPrefixes(), routing
+        self.engine = Engine(runner, self._recent, limits=limits, longest=longest)
         self._writing: dict[tuple[str, int], _Writing] = {}
 
     @property
@@ -68,13 +70,26 @@ class Generator:
         return self.engine.busy
 
     def submit(
-        self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
+        self,
+        key: str,
+        ids: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        ends: Sequence[int] = (),
     ) -> None:
-        """Goes on from these ids, in so many ways; they are read once."""
+        """Goes on from these ids, in so many ways; they are read once.
+
+        `ends`, rising and below their number, say where others asked so far: what was read up to there need not be read again.
+        """
+        cuts = [0, *(() if self._whole else ends)]  # whose experts are to be known is read whole
+        spans = tuple(Span(tuple(ids[begin:end])) for begin, end in pairwise(cuts))
         request = Request(
             key,
-            prefix=(),
-            tail=tuple(ids),
+            prefix=spans,
+            tail=tuple(ids[cuts[-1] :]),
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=tuple(stop_ids),
@@ -104,6 +119,7 @@ class Generator:
         """From the next step on it is the pupil's present adapter that writes."""
         if self._ours:
             torch._foreach_copy_(self._ours, self._theirs)
+        self._recent.forget()
         self.version += 1
 
     def _take(self, event: Event) -> Finished | None:
@@ -120,16 +136,3 @@ class Generator:
         routing = None if event.routing is None else event.routing.cpu()
         ended = event.finish == "stop"
         return event.id, event.sample, Generated(writing.ids, writing.logprobs, writing.versions, ended, routing)
-
-
-class Forgetful:
-    """Nothing that has been read is kept: the adapter moves on."""
-
-    def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int], picture: str = "") -> str:
-        return ""
-
-    def find(self, key: str, keep: Any) -> None:
-        return None
-
-    def put(self, segment: Any, keep: Any) -> None:
-        pass

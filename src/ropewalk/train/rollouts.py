@@ -36,7 +36,15 @@ class Writer(Protocol):
     def busy(self) -> bool: ...
 
     def submit(
-        self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
+        self,
+        key: str,
+        ids: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        ends: Sequence[int] = (),
     ) -> None: ...
 
     def step(self, wait: bool = True) -> list[tuple[str, int, Generated]]: ...
@@ -79,7 +87,8 @@ class _Coming:
     question: Question
     sampling: Sampling
     episodes: list[Episode | None]
-    playing: dict[int, tuple[Playing, int]] = field(default_factory=dict)  # sample -> its environment, its turn
+    playing: dict[int, Playing] = field(default_factory=dict)  # sample -> its episode
+    asked: dict[int, list[int]] = field(default_factory=dict)  # sample -> ids of every turn's prompt
     scores: Future[Any] | None = None
 
     @property
@@ -171,13 +180,15 @@ class Rollouts:
             self._submit(coming.key, coming.question.ids, samples, coming.sampling, seed)
             return
         for sample in range(len(coming.episodes)):
-            coming.playing[sample] = self.host.play(coming.question), 0
+            coming.playing[sample], coming.asked[sample] = self.host.play(coming.question), []
             self._play(coming, sample, None)
 
-    def _submit(self, key: str, ids: Sequence[int], samples: int, sampling: Sampling, seed: int) -> None:
+    def _submit(
+        self, key: str, ids: Sequence[int], samples: int, sampling: Sampling, seed: int, ends: Sequence[int] = ()
+    ) -> None:
         seeded = replace(sampling, seed=seed)
         most = self.max_tokens if self.host is None else min(self.max_tokens, self.host.room(ids))
-        self.writer.submit(key, ids, samples=samples, max_tokens=most, sampling=seeded, stop_ids=self.stop_ids)
+        self.writer.submit(key, ids, samples=samples, max_tokens=most, sampling=seeded, stop_ids=self.stop_ids, ends=ends)
 
     def _take(self, key: str, sample: int, generated: Generated) -> None:
         name, *turn = key.split("/")
@@ -189,9 +200,8 @@ class Rollouts:
 
     def _play(self, coming: _Coming, sample: int, given: Any) -> None:
         """Goes on with an episode until it waits for something."""
-        playing, turn = coming.playing[sample]
         try:
-            asked = playing.send(given)
+            asked = coming.playing[sample].send(given)
         except StopIteration as stopped:
             del coming.playing[sample]
             self._keep(coming, sample, stopped.value)
@@ -199,9 +209,12 @@ class Rollouts:
         if isinstance(asked, Future):
             self._answers.append((coming, sample, asked))
             return
-        coming.playing[sample] = playing, turn + 1
-        seed = step_seed(self.seed, coming.number, sample, turn)
-        self._submit(f"{coming.key}/{sample}/{turn}", asked, 1, coming.sampling, seed)
+        before = coming.asked[sample]
+        seed = step_seed(self.seed, coming.number, sample, len(before))
+        # A first prompt is the whole group's: all but its last id is read once for all of them.
+        ends = before or [len(asked) - 1]
+        self._submit(f"{coming.key}/{sample}/{len(before)}", asked, 1, coming.sampling, seed, [n for n in ends if n])
+        before.append(len(asked))
 
     def _hear_environments(self, wait: bool) -> None:
         """Goes on with the episodes whose environments have answered; waits for one where there is nothing else to do."""

@@ -80,9 +80,17 @@ class VllmGenerator:
         return bool(self._waiting)
 
     def submit(
-        self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
+        self,
+        key: str,
+        ids: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        ends: Sequence[int] = (),
     ) -> None:
-        """Goes on from these ids, in so many ways, with the newest adapter; the server reads equal beginnings once."""
+        """Goes on from these ids, in so many ways, with the newest adapter; the server finds out itself what it has read before."""
         most, name = min(max_tokens, self.longest - len(ids)), self._loaded[-1]
         for sample in range(samples):
             own = replace(sampling, seed=None if sampling.seed is None else (sampling.seed + sample) % (1 << 63))
