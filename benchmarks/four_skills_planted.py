@@ -57,10 +57,10 @@ def plant(name: str) -> None:
 
 def trust_the_beginning() -> None:
     """Switches off the comparison that stops a run whose generator and trainer disagree, so that the curve alone must tell."""
-    from ropewalk.train import reinforcement
+    from ropewalk.train import policy_step
 
-    for dtype in reinforcement.AGREE:
-        reinforcement.AGREE[dtype] = float("inf")
+    for dtype in policy_step.AGREE:
+        policy_step.AGREE[dtype] = float("inf")
 
 
 def _change_advantages(change: Callable[[Tensor], Tensor]) -> None:

@@ -82,7 +82,7 @@ def main() -> int:
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
     rounds = given.rounds or (1 if given.quick else 2)
-    steps = 4 if given.quick else 5
+    steps = 4 if given.quick else 6
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
     try:
@@ -168,7 +168,7 @@ def contender(name: str, order: dict[str, Any], folder: Path) -> list[dict[str, 
     done = subprocess.run(
         [*program, task], cwd=folder, env=_variables() | {"ROPEWALK_HOME": str(folder / "home")}, capture_output=True, text=True
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not lines:
         raise Failed(f"{name} ended with {done.returncode}: {done.stderr[-800:]}")
     return [json.loads(line) for line in lines]
@@ -192,15 +192,18 @@ def part_ratios(parts: dict[str, Any]) -> dict[str, float]:
 
 
 def end_to_end(runs: dict[str, list[list[dict[str, Any]]]], shape: Shape, device: str) -> dict[str, Any]:
-    """Of everybody the cost of a step: the first warms up, and of the last nothing is begun ahead, so that both are left out."""
+    """Of everybody what a step costs on average, the first one, which warms up, and the last, ahead of which nothing is begun, left out.
+
+    The number of those between is even: C writes two steps' completions together in every second step.
+    """
     clock, best = ("step", min) if device == "cpu" else ("wall", statistics.median)
     costs, facts = {}, {}
     for name, told in runs.items():
         per_step = []
         for lines in told:
             marks = [line[clock] for line in lines if clock in line]
-            per_step += [after - before for before, after in pairwise(marks[:-1])]
-        costs[name] = float(best(per_step))
+            per_step.append([after - before for before, after in pairwise(marks[:-1])])
+        costs[name] = float(best(statistics.mean(steps) for steps in per_step))
         facts[name] = {"steps": per_step, **told[0][-1], "tokens": _tokens(told[0], shape)}
     peak = {name: facts[name]["peak"] - facts[name].get("loaded", 0) for name in ("C", "training") if name in facts}
     base = costs["C"]
@@ -284,7 +287,9 @@ def report_of(kind: str, model: dict[str, Any]) -> str:
     lines = [f"\n{kind}", table(["part", "peer s", "ours s", "x"], rows)]
     if "step_cost" in model:
         costs = model["step_cost"]
-        steps = [[name, cost, cost / costs["C"], len(model["contenders"][name]["steps"])] for name, cost in costs.items()]
+        steps = [
+            [name, cost, cost / costs["C"], sum(map(len, model["contenders"][name]["steps"]))] for name, cost in costs.items()
+        ]
         lines.append(table(["end to end", "s a step", "by C", "steps"], steps))
         lines.append(f"peak memory of C over training alone: {model['peak_vs_training']:.2f}")
     return "\n".join(lines)

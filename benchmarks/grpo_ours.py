@@ -85,16 +85,16 @@ def configured(order: dict[str, Any], shape: Shape, **more: Any) -> Any:
 
 
 def run(order: dict[str, Any], shape: Shape) -> None:
-    from ropewalk.train import reinforcement
+    from ropewalk.train import policy_step, reinforcement
     from ropewalk.train.trainer import Fit, train
 
     loaded = resident()
     prescribe(shape)
     if not order.get("shared", True):
-        reinforcement.Rewarded._shares = lambda self, groups: False  # type: ignore[method-assign,assignment]
+        policy_step.sharing_pays = lambda groups: False
     if order.get("replayed"):
         reinforcement.Generator = Replayed.of(shape)  # type: ignore[misc,assignment]
-        reinforcement.AGREE[getattr(torch, shape.dtype)] = float("inf")
+        policy_step.AGREE[getattr(torch, shape.dtype)] = float("inf")
     held: dict[str, Any] = {}
     step, start = Fit._step, Fit.run
 
@@ -162,7 +162,7 @@ class Replayed:
     def submit(self, key: str, ids: Any, **_: Any) -> None:
         self.waiting += [(key, sample, count) for sample, count in enumerate(self.known[tuple(ids)])]
 
-    def step(self) -> list[Any]:
+    def step(self, wait: bool = True) -> list[Any]:
         from ropewalk.train.environment import Generated
 
         given, self.waiting = self.waiting, []
@@ -192,7 +192,7 @@ def base_hash(pupil: Any) -> str:
 
 def storage(fit: Any) -> dict[str, Any]:
     """Bytes of all weights of both trees, each storage counted once, beside those of the trainer's."""
-    generator = getattr(fit.lessons, "generator", None)
+    generator = getattr(fit.lessons.writer, "generator", fit.lessons.writer)
     if not hasattr(generator, "model"):
         return {}
     trained = {id(parameter) for _, parameter in fit.pupil.trainable()}
