@@ -16,7 +16,9 @@ from ropewalk.engine.request import Sampling
 from ropewalk.errors import ConfigError, Overloaded, UpstreamFailed, UpstreamTimedOut, VerificationFailed
 from ropewalk.train import vllm_server
 from ropewalk.train.prepare import prepare
+from ropewalk.train.progress import read_events
 from ropewalk.train.pupil import Pupil
+from ropewalk.train.trainer import train
 from ropewalk.train.vllm_generator import VllmGenerator
 from train.vllm_fake import FakeVllm
 
@@ -249,3 +251,27 @@ def test_in_one_process_the_own_engine_writes_and_that_is_said():
 def test_what_a_server_cannot_do_is_refused(trl, words):
     with pytest.raises(ConfigError, match=words):
         read(**trl)
+
+
+def test_a_run_by_rewards_is_written_by_the_server_from_the_first_step_to_the_last(config, base, tmp_path):
+    with serving(base) as server:
+        trl = {
+            "use_vllm": True,
+            "vllm_server_port": server.server_address[1],
+            "reward_funcs": [{"kind": "length", "unit": "characters", "most": 5}],
+            "num_generations": 2,
+            "generation_batch_size": 4,
+            "max_completion_length": 6,
+        }
+        keys = {"rl": "grpo", "trl": trl, "max_steps": 2, "sample_packing": False, "learning_rate": 1e-3}
+        train(load_run(config(**keys)), quiet=True)
+        told = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+        written = [body for path, body in server.asked if path == "/v1/completions"]
+        loaded = [body["lora_name"] for path, body in server.asked if path == "/v1/load_lora_adapter"]
+    assert len(told) == 2
+    assert all(event["mismatch"] < 1e-3 for event in told)  # the server has the adapter that learns
+    assert len(loaded) >= 2
+    assert len(written) == 1 + 2 * 4  # the comparison, and four completions a step
+    assert {body["model"] for body in written[1:5]} == {loaded[0]}
+    assert {body["model"] for body in written[5:]} == {loaded[1]}
+    assert server.adapters == []
