@@ -172,6 +172,13 @@ MESSAGES = {
         (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": MODEL}), 200, 404),
         (ask_json("POST", "/v1/files/{things.file}/warm", lambda things: {"model": "none"}), 404, 404),
     ],
+    ("POST", "/v1/files/{file_id}/questions"): [
+        (ask_json("POST", "/v1/files/{things.file}/questions", lambda things: {"model": MODEL}), 200, 404),
+    ],
+    ("GET", "/v1/files/{file_id}/questions"): [(ask("GET", "/v1/files/{things.file}/questions"), 200, 404)],
+    ("GET", "/v1/files/{file_id}/questions/{job_id}"): [
+        (ask("GET", "/v1/files/{things.file}/questions/qjob_none"), 404, 404),
+    ],
 }
 
 

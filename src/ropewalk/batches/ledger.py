@@ -103,10 +103,10 @@ class Ledger:
 
     # -- what clients ask for
 
-    async def create(self, caller: Caller, version: str, asked: AsyncIterable[Sequence[Asked]]) -> Batch:
+    async def create(self, caller: Caller, version: str, asked: AsyncIterable[Sequence[Asked]], id: str | None = None) -> Batch:
         """A batch of these requests, written down while they come; durable when it returns, and no more if they come to no end."""
         caller.needs("write")
-        id, moment, key = new_id("msgbatch"), now(), new_key()
+        id, moment, key = id or new_id("msgbatch"), now(), new_key()
         async with self.database.reading() as connection:
             sealed = wrap(await workspace_key(connection, self.vault, caller.workspace_id), key, _purpose(id))
         batch = Batch(
@@ -243,6 +243,12 @@ class Ledger:
 
     # -- what a worker does
 
+    async def find(self, id: str) -> Batch | None:
+        """A batch of any workspace's, for who works on it."""
+        async with self.database.reading() as connection:
+            row = (await connection.execute(select(*COLUMNS).where(batches.c.id == id))).first()
+        return None if row is None else _batch(row)
+
     async def claim(self, most: int) -> Sequence[Item]:
         """Requests to answer, of one batch: workspaces take turns, and of each the oldest batch comes first."""
         moment = now()
@@ -350,6 +356,12 @@ async def forget(database: Database, workspace_id: str) -> None:
     async with database.writing() as connection:
         mine = select(batches.c.id).where(batches.c.workspace_id == workspace_id)
         await _drop(connection, (await connection.execute(mine)).scalars().all())
+
+
+async def drop(database: Database, id: str) -> None:
+    """Drops a batch, answered or not, with all that it was asked and told."""
+    async with database.writing() as connection:
+        await _drop(connection, [id])
 
 
 def _visible(caller: Caller) -> ColumnElement[bool]:

@@ -211,6 +211,8 @@ def as_dict(file: File) -> dict[str, Any]:
         "expires_at": timestamp(file.expires_at) if file.expires_at is not None else None,
         "expired": file.expired,
         "tags": list(file.tags),
+        "purpose": file.purpose,
+        "lineage": file.lineage,
     }
 
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ropewalk.batches.ledger import drop as drop_batch
 from ropewalk.database import Database, now
 from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable, NotFound, OutputError
 from ropewalk.failpoints import failpoint
@@ -31,7 +32,7 @@ from ropewalk.files.content import Content
 from ropewalk.files.incoming import Incoming
 from ropewalk.files.receipts import Receipt, issue
 from ropewalk.files.settings import Settings
-from ropewalk.files.tables import FILES, blobs, derived, erasures, file_token_days, files
+from ropewalk.files.tables import BATCHES, FILES, blobs, derived, erasures, file_token_days, files
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -258,6 +259,8 @@ class Store:
                         continue  # it lies on another machine, whose own sweep will find its name in the table
                 elif place == FILES:
                     await self._delete_made(stored)
+                elif place == BATCHES:
+                    await drop_batch(self.database, stored)
                 elif place not in self.erasers or not await self.erasers[place](stored):
                     continue  # a server that knows how is to do it; the table keeps its name until then
                 done.append((place, stored))

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, ForeignKey, Index, LargeBinary, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 from ropewalk.database import metadata
 
-FILES = "files"  # the place of what is a file of its own, which is deleted with those that it was made from
+# Places of what is made from files, beside bytes:
+FILES = "files"  # a file of its own, which is deleted with those that it was made from
+BATCHES = "batches"  # requests of a batch that quote a file
 
 blobs = Table(
     "blobs",
@@ -78,10 +93,37 @@ derived = Table(  # everything made from a file; dies with it
     Column("name", Text, primary_key=True),
     Column(
         "place", Text, nullable=False
-    ),  # blobs: in the blob store; path: of this machine; files: one of them; upstream: of another server
+    ),  # blobs: in the blob store; path: of this machine; files, batches: one of them; upstream: of another server
     Column("stored", Text, nullable=False),  # its name there
     Column("size", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+)
+
+question_jobs = Table(  # questions and answers that a model writes from a file; what quotes it is in the batch, which is sealed
+    "question_jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("file_id", Text, nullable=False),
+    Column("made_as", Text, nullable=False),  # "questions": with file_id and id the key of a row of `derived`
+    Column("batch_id", Text, nullable=False),
+    Column("state", Text, nullable=False),  # in_progress, succeeded, failed
+    Column("wanted", JSON, nullable=False),
+    Column("chunks", Integer, nullable=False),  # that the model is shown
+    Column("rows", Integer, nullable=False),
+    Column("dropped", Integer, nullable=False),  # rows whose quote does not stand in the file, and repeated questions
+    Column("output_file_id", Text),
+    Column("error", Text),
+    Column("lease_until", BigInteger, nullable=False),  # a process that gathers the answers is believed alive until then
+    Column("created_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    ForeignKeyConstraint(
+        ["file_id", "made_as", "id"],
+        ["derived.owner", "derived.kind", "derived.name"],
+        ondelete="CASCADE",
+        name="question_jobs_made_of",
+    ),
+    Index("question_jobs_file", "file_id", "made_as", "id"),
+    Index("question_jobs_state", "state", "created_at"),
 )
 
 erasures = Table(  # bytes that no row refers to any more; erased after the commit, and by the sweep if that was cut short

@@ -44,6 +44,15 @@ def add_verbs(verbs: Verbs) -> None:
     receipt.add_argument("--public-key", type=Path, metavar="FILE", help="what receipt-key printed (default: this store's key)")
     receipt.add_argument("--id", help="check too that it is the receipt of this file")
     json_argument(_verb(inner, "receipt-key", "print the public key of receipts", "> key.pem", _receipt_key))
+    summary = "have a model write questions and answers from a file, as a new file to train on"
+    questions = _verb(inner, "questions", summary, "file_abc --model answers", _questions)
+    questions.add_argument("id")
+    questions.add_argument("--model", required=True, help="an alias, a base or an adapter, or a name of --models")
+    questions.add_argument("--models", type=Path, metavar="FILE", help="what is served, as for `ropewalk serve`")
+    questions.add_argument("--each", type=int, default=3, metavar="N", help="questions of a chunk (default: %(default)s)")
+    questions.add_argument("--chunk", type=int, default=3000, metavar="N", help="its characters (default: %(default)s)")
+    questions.add_argument("--most", type=int, default=500, metavar="N", help="chunks at most (default: %(default)s)")
+    json_argument(questions)
     json_argument(_verb(inner, "sweep", "expire what is due and erase what nothing refers to", "", _sweep))
     summary = "copy the store into a folder while it is at work"
     backup = add_verb(inner, "backup", summary, "ropewalk files backup /mnt/backup", _backup)
@@ -118,6 +127,25 @@ def _receipt_key(arguments: argparse.Namespace) -> int:
     from ropewalk.files import commands
 
     return commands.receipt_key(local_files(arguments), arguments.json)
+
+
+def _questions(arguments: argparse.Namespace) -> int:
+    import asyncio
+    import json
+
+    from ropewalk.chat.questions import Wanted
+    from ropewalk.engine.questioning import write_questions
+    from ropewalk.errors import BadInput
+    from ropewalk.files.commands import as_dict
+
+    for option, least in (("each", 1), ("chunk", 300), ("most", 1)):
+        if getattr(arguments, option) < least:
+            raise BadInput(f"--{option} is {getattr(arguments, option)}; expected {least} or more")
+    wanted = Wanted(arguments.model, arguments.each, arguments.chunk, arguments.most)
+    settings, place = settings_of(arguments), arguments.workspace
+    made = asyncio.run(write_questions(settings, registry(), place, arguments.id, wanted, arguments.models))
+    print(json.dumps(as_dict(made)) if arguments.json else made.id)
+    return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -47,6 +47,7 @@ from ropewalk.server import (
     openapi,
     operations,
     pages,
+    questions,
     ship_pages,
     usage,
     vote_pages,
@@ -56,6 +57,7 @@ from ropewalk.server.comparison_runs import ComparisonRuns
 from ropewalk.server.denied import write_down
 from ropewalk.server.openai_errors import PREFIX, headers_of, is_openai, refusal
 from ropewalk.server.operations import Metrics
+from ropewalk.server.question_runs import QuestionRuns
 from ropewalk.server.settings import ServerSettings
 from ropewalk.server.wire import JSON, Failure, failure
 from ropewalk.tenants.caller import Caller
@@ -68,6 +70,7 @@ DISCONNECTED = 499  # in the log only: the client went away before it was answer
 
 ROUTES: list[BaseRoute] = [
     *extensions.routes,
+    *questions.routes,
     *files.routes,
     *messages.routes,
     *batches.routes,
@@ -112,6 +115,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.denials = Denials(store.database)
     app.state.metrics = Metrics()
     app.state.batches = batches.runner_of(app)
+    app.state.questions = QuestionRuns(store, app.state.batches.ledger, app.state.models)
     app.state.jobs = fine_tuning.runner_of(app)
     app.state.mailer = digest.mailer_of(settings)
     app.state.comparisons = ComparisonRuns(store, ComparisonRunner(store, app.state.models))
@@ -123,6 +127,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working = [asyncio.create_task(_sweep(app)), asyncio.create_task(app.state.models.preload())]
     working.append(asyncio.create_task(app.state.batches.run()))
+    working.append(asyncio.create_task(app.state.questions.run()))
     working.append(asyncio.create_task(app.state.comparisons.run()))
     working.append(asyncio.create_task(app.state.jobs.run()))
     working.append(asyncio.create_task(digest.send_digests(app)))

@@ -58,6 +58,7 @@ async def details(request: Request) -> JSON:
     async with store.database.reading() as connection:
         more = await catalog.details(connection, caller, file)
     found = file_metadata(file, EXTENDED)
+    found |= {"purpose": file.purpose, "lineage": file.lineage}
     found["shared_with"] = more.shared_with
     found["verified_at"] = None if more.verified_at is None else timestamp(more.verified_at)
     found["damaged_at"] = None if more.damaged_at is None else timestamp(more.damaged_at)
