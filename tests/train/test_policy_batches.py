@@ -1,6 +1,7 @@
 """Policy micro-batches: the same log-probs and gradients however the samples of a step are laid out."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ropewalk.kernels.branching import Branching, Piece, plain
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.routing import Routing
 from ropewalk.models.tiny import tiny_config
 from ropewalk.train.environment import Episode
 from ropewalk.train.policy_batches import lay_out, sharing_pays
@@ -72,18 +74,18 @@ def pupil_of(architecture, dtype=torch.float64, **overrides):
     return Pupil(model, adapter, head, RUN)
 
 
-def learnt(pupil, batches, advantage, temperature=0.7):
+def learnt(pupil, batches, advantage, temperature=0.7, routing=None):
     """The log-probs of every sample's sampled ids, and the gradients of a step's loss."""
     parameters = [p for _, p in pupil.trainable()]
     totals = Totals(len(advantage), sum(batch.trained for batch in batches))
     found = {}
     for batch in batches:
-        logp = pupil.policy_log_probs(batch, temperature)
         mask, sample = torch.from_numpy(batch.labels[0] != -100), torch.from_numpy(batch.sample[0])
-        given = PolicyInput(
-            logp, mask, sample, advantage[list(batch.samples)], behaviour=torch.from_numpy(batch.behaviour[0]).double()
-        )
-        policy_loss(given, METHODS["dapo"], totals).loss.backward()
+        behaviour = torch.from_numpy(batch.behaviour[0]).double()
+        with nullcontext() if routing is None else routing.replay(batch.routing):
+            logp = pupil.policy_log_probs(batch, temperature)
+            given = PolicyInput(logp, mask, sample, advantage[list(batch.samples)], behaviour=behaviour)
+            policy_loss(given, METHODS["dapo"], totals).loss.backward()
         for index, number in enumerate(batch.samples):
             found[number] = logp.detach()[mask & (sample == index)]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -160,7 +162,8 @@ def test_shared_prompts_with_layers_computed_again_teach_the_same():
     recompute(pupil.model)
     pupil.model.train()
     before = pupil.model.config._attn_implementation
-    same(learnt(pupil, shared, ADVANTAGE), expected)
+    again = Pupil(pupil.model, pupil.adapter, pupil.head, RUN)
+    same(learnt(again, shared, ADVANTAGE), expected)
     assert pupil.model.config._attn_implementation == before
 
 
@@ -281,6 +284,21 @@ def test_the_experts_that_read_an_id_lie_beside_it():
     (batch,) = lay_out([group], tokens=16, shared=False, pad=PAD, multiple=4)
     assert batch.routing.dtype == torch.int16
     assert batch.routing[:, 0].tolist() == [[0, 1], [2, 3]] + [[-1, -1]] * 6
+
+
+def test_experts_that_were_written_down_are_replayed_in_shared_rows_as_in_plain_ones():
+    pupil, groups = pupil_of("qwen3_moe"), []
+    routing = Routing(pupil.model)
+    for group in step():
+        groups.append([])
+        for sample in group:
+            with torch.no_grad(), routing.record() as seen:
+                pupil.model(input_ids=torch.tensor([sample.ids]), use_cache=False)
+            groups[-1].append(dataclasses.replace(sample, routing=(seen.selection() + 1) % 8))  # of 8 experts the next one each
+    live = learnt(pupil, lay_out(groups, tokens=40, shared=False, pad=PAD, multiple=8), ADVANTAGE)
+    plain = learnt(pupil, lay_out(groups, tokens=40, shared=False, pad=PAD, multiple=8), ADVANTAGE, routing=routing)
+    same(learnt(pupil, lay_out(groups, tokens=60, shared=True, pad=PAD, multiple=8), ADVANTAGE, routing=routing), plain)
+    assert all(not torch.allclose(plain[0][n], live[0][n], atol=1e-3) for n in live[0])
 
 
 def test_the_temperature_divides_the_logits_before_the_softmax_and_the_entropy_is_that_of_what_was_sampled():
