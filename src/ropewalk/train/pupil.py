@@ -27,7 +27,7 @@ from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
 from ropewalk.models.rounding import Rounding, attach_rounding
-from ropewalk.models.score_head import ScoreHead, score_head
+from ropewalk.models.score_head import ScoreHead, score_head, score_name
 from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
@@ -91,7 +91,7 @@ class Pupil:
             # A classifier of transformers reads a sequence's score at its last token that is not this one.
             model.config.get_text_config().pad_token_id = prepared.template.pad_id
         head = score_head(model) if scored_by(config) else output_head(model)
-        adapter = None if full else attach(model, lora_spec(config), seed=config.seed)
+        adapter = None if full else attach(model, lora_spec(config, model), seed=config.seed)
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
         if config.recompute:
@@ -280,8 +280,9 @@ def scored_by(config: Run) -> Scored | None:
     return None if kind is None else Scored(tokens=kind == "steps", outputs=OUTPUTS[kind])
 
 
-def lora_spec(config: Run) -> LoraSpec:
-    """What the adapter covers and how, from the run's keys."""
+def lora_spec(config: Run, model: nn.Module) -> LoraSpec:
+    """What the adapter covers and how, from the run's keys; a layer that scores is new, and trained whole."""
+    scoring = (score_name(model),) if scored(config) else ()
     modules = config.lora_target_modules
     if isinstance(modules, str) and (plain := TEXT_PART.sub("model.", modules)) != modules:
         modules = f"(?:{modules})|(?:{plain})"
@@ -298,7 +299,7 @@ def lora_spec(config: Run) -> LoraSpec:
         rslora=config.peft_use_rslora,
         dora=config.peft_use_dora,
         layers_to_transform=config.peft_layers_to_transform,
-        modules_to_save=tuple(dict.fromkeys([*(config.lora_modules_to_save or ()), *(("score",) if scored(config) else ())])),
+        modules_to_save=tuple(dict.fromkeys([*(config.lora_modules_to_save or ()), *scoring])),
         alora_invocation_tokens=config.alora_invocation_tokens,
     )
 

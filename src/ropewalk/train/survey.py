@@ -59,7 +59,7 @@ def survey(folder: Path, run: Run) -> Survey:
     chosen = _chosen(text.to_dict()) if experts else 0
     coverage = adapter = None
     if run.adapter is not None:
-        adapter = attach(model, lora_spec(run), seed=run.seed)
+        adapter = attach(model, lora_spec(run, model), seed=run.seed)
         _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
         coverage = adapter.coverage()
     return Survey(
