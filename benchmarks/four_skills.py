@@ -190,12 +190,12 @@ def work(order: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     if "warm_up" in order:
-        _warm_up(Path(order["warm_up"]), order["seed"])
+        warm_up(Path(order["warm_up"]), order["seed"])
     else:
-        _learn(Job(**order["job"]), Path(order["start"]), Path(order["folder"]))
+        learn(Job(**order["job"]), Path(order["start"]), Path(order["folder"]))
 
 
-def _warm_up(folder: Path, seed: int) -> None:
+def warm_up(folder: Path, seed: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from ropewalk.train.trainer import train
@@ -212,7 +212,7 @@ def _warm_up(folder: Path, seed: int) -> None:
     (folder / "found.json").write_text(json.dumps(found))
 
 
-def _learn(job: Job, start: Path, folder: Path) -> None:
+def learn(job: Job, start: Path, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
