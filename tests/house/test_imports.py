@@ -28,7 +28,7 @@ FOLDERS = {
         *("config", "jobs", "engine", "chat", "files", "models", "registry", "checks", "sandbox", "tenants"),
         *("database", "vault", "ids", "failpoints", "folders"),
     },
-    "jobs": {"config", "registry", "files", "tenants", "vault", "database", "ids", "failpoints", "folders"},
+    "jobs": {"checks", "config", "registry", "files", "tenants", "vault", "database", "ids", "failpoints", "folders"},
     "train": {
         "config",
         "data",

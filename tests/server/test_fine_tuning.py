@@ -268,6 +268,8 @@ def test_rewards_are_never_code_of_a_clients(tuned, grader):
         {"kind": "model", "path": "/x"},
         {"kind": "code"},
         {"kind": "exact", "function": "x"},
+        {"kind": "format", "path": "/x"},
+        {"kind": "schema", "schema": 7},
     ):
         with pytest.raises(openai.BadRequestError, match=r"reward_funcs\.0"):
             begin(tuned, put(tuned), method={"type": "reinforcement"}, ropewalk={"trl": {"reward_funcs": [reward]}})
@@ -323,3 +325,21 @@ def test_while_a_job_has_the_device_the_engine_is_gone_and_comes_back_by_itself(
         finally:
             asked.run(models.take_back())
         assert client.messages.create(**question).usage.output_tokens == 1
+
+
+def test_a_job_learns_by_rewards_that_are_built_in(tuned):
+    held = [{"messages": one["messages"]} for one in rows(8)]
+    file = put(tuned, "".join(json.dumps(row) + "\n" for row in held))
+    trl = {
+        "reward_funcs": [{"kind": "length", "unit": "words", "most": 3}, {"kind": "exact"}],
+        "num_generations": 2,
+        "max_completion_length": 8,
+    }
+    job = begin(tuned, file, method={"type": "reinforcement"}, ropewalk={"trl": trl, "max_steps": 2})
+    assert at(tuned, job.id, "succeeded").method.type == "reinforcement"
+    told = [one.data for one in tuned.fine_tuning.jobs.list_events(job.id) if one.type == "metrics"]
+    assert {one["step"] for one in told} == {1, 2}
+    assert all(0 <= one["reward"] <= 2 for one in told)
+    folder = tuned.house.data / "jobs" / job.id
+    words = [one["messages"][0]["content"][:40].encode() for one in held]
+    assert [path for path in folder.rglob("*") if path.is_file() and any(word in path.read_bytes() for word in words)] == []

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ropewalk.checks import parse_check
 from ropewalk.config.run import parse_run
 from ropewalk.errors import BadInput, ConfigError
 from ropewalk.files.catalog import File
@@ -75,8 +76,13 @@ TRL_KEYS = frozenset(
     "max_completion_length temperature top_p top_k min_p beta epsilon epsilon_high loss_type importance_sampling_level num_iterations "
     "mask_truncated_completions async_prefetch prefetch_depth".split()
 )
-REWARDS = ("exact", "contains", "regex", "numeric", "choice", "length", "schema", "format", "repetition")
-REWARD_KEYS = frozenset("kind name weight reference after reference_after from_row limit tags partial n pattern".split())
+CHECKS = ("exact", "contains", "regex", "numeric", "choice", "length", "schema")  # those of checks.py that run no code
+SHAPES: Mapping[str, frozenset[str]] = {"format": frozenset({"tags", "partial"}), "repetition": frozenset({"n"})}
+REWARDS = (*CHECKS, *SHAPES)
+REWARD_KEYS = frozenset({"kind", "name", "weight", "limit"})
+CHECK_KEYS = frozenset(
+    {"reference", "after", "reference_after"}
+)  # a column; what an answer, and what it is held against, come after
 MOST: Mapping[str, float] = {  # what one job may ask of a machine that others use too
     "sequence_len": 131_072,
     "eval_sequence_len": 131_072,
@@ -208,7 +214,11 @@ def _rewarded(trl: Any) -> dict[str, Any]:
             raise BadInput(
                 f"{where}: {str(shown)[:80]!r} is no reward that a job may use; expected one of {', '.join(REWARDS)}"
             )
-        _only(spec, REWARD_KEYS, where)
+        own = {key: value for key, value in spec.items() if key not in REWARD_KEYS}
+        if (kind := spec["kind"]) in SHAPES:
+            _only(own, SHAPES[kind], where)
+        else:
+            parse_check({"kind": kind, **{key: value for key, value in own.items() if key not in CHECK_KEYS}}, where)
     return found
 
 

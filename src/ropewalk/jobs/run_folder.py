@@ -28,6 +28,8 @@ from ropewalk.jobs.ledger import Job, Told
 TAIL_BYTES = 8192
 COUNTED = ("step", "epoch", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
 TIMES = ("seconds", "memory", "loss")  # told otherwise, or of no interest to a client
+KEPT = ("run.json", "events.jsonl", "adapter", "checkpoints", "plots", ".lock")  # of a run that has become a model
+NUMBERS = ("start", "step", "eval", "checkpoint", "end")  # events that hold nothing else
 SAID = "ropewalk: "  # begins the last line of a run that says why it failed
 
 
@@ -99,9 +101,22 @@ class JobFolder:
         if not keep:
             shutil.rmtree(self.run, ignore_errors=True)
             return
+        for path in self.run.iterdir():  # such as a page of samples, which are words of a file
+            if path.name not in KEPT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):
+            self._keep_numbers()
         for path in self.checkpoints().values():
             with suppress(OSError):
                 (path / "optimizer.pt").unlink()
+
+    def _keep_numbers(self) -> None:
+        """The run's events without those that hold words of a file."""
+        lines = self.events.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["event"] in NUMBERS]
+        fresh = self.events.with_suffix(".new")
+        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.replace(self.events)
 
 
 class EventTail:
@@ -151,7 +166,8 @@ def _told(event: Mapping[str, Any], tail: EventTail) -> list[Told]:
             numbers = {name: value for name, value in event.items() if _is_number(value) and name not in TIMES}
             data = {**numbers, "total_steps": tail.steps, "train_loss": event["loss"]}
             of = f"/{tail.steps}" if tail.steps else ""
-            return [Told(f"step:{step}", f"Step {step}{of}: training loss={event['loss']:.4f}", "metrics", data=data)]
+            reward = f", reward={event['reward']:.4f}" if _is_number(event.get("reward")) else ""
+            return [Told(f"step:{step}", f"Step {step}{of}: training loss={event['loss']:.4f}{reward}", "metrics", data=data)]
         case "eval":
             numbers = {
                 f"valid_{name}": value for name, value in event.items() if _is_number(value) and name not in ("step", "trained")
