@@ -198,7 +198,9 @@ class Pupil:
             pieces = batch.shared.pieces
         else:
             starts = np.flatnonzero(batch.position_ids[0] == 0)
-            if self.branching is None or self.head.isolation != "positions" or len(starts) == 1:
+            # Where it was measured: on a CPU a mask over the whole row costs more the longer the row is.
+            better = model.device.type == "cpu" and self.head.isolation == "positions" and len(starts) > 1
+            if self.branching is None or not better:
                 return nullcontext()
             pieces = (Piece(0, tuple(np.diff([*starts, batch.ids.shape[1]]).tolist())),)
         return self.branching.row(Branching(pieces, batch.ids.shape[1], model.device), model)
