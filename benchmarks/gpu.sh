@@ -37,4 +37,5 @@ results=benchmarks/results
 run kernels "$python" benchmarks/gpu_kernels.py --device cuda $quick --json "$results/gpu-kernels.json"
 run serve "$python" benchmarks/serve.py --device cuda $quick --json "$results/gpu-serve.json"
 run moe_lora "$python" benchmarks/moe_lora.py --device cuda $quick --json "$results/gpu-moe_lora.json"
+run grpo "$python" benchmarks/grpo.py --device cuda --no-peer $quick --json "$results/gpu-grpo.json"
 exit $worst

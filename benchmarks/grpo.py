@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,8 @@ def main() -> int:
     given = parser.parse_args()
     at_start = machine("trl")
     shapes = SHAPES[given.device]
+    if given.quick and given.device == "cuda":
+        shapes = {kind: replace(shape, prompts=8) for kind, shape in shapes.items()}
     kinds = given.kinds.split(",") if given.kinds else (["qwen3"] if given.quick else list(shapes))
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
@@ -166,7 +168,11 @@ def contender(name: str, order: dict[str, Any], folder: Path) -> list[dict[str, 
     program = programs.get(name, [sys.executable, str(HERE / "grpo_ours.py")])
     task = json.dumps(order | {"folder": str(folder)})
     done = subprocess.run(
-        [*program, task], cwd=folder, env=_variables() | {"ROPEWALK_HOME": str(folder / "home")}, capture_output=True, text=True
+        [*program, task],
+        cwd=folder,
+        env=_variables(order["device"]) | {"ROPEWALK_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not lines:
@@ -174,8 +180,8 @@ def contender(name: str, order: dict[str, Any], folder: Path) -> list[dict[str, 
     return [json.loads(line) for line in lines]
 
 
-def _variables() -> dict[str, str]:
-    threads = {} if "cuda" in sys.argv else ONE_THREAD
+def _variables(device: str = "cpu") -> dict[str, str]:
+    threads = ONE_THREAD if device == "cpu" else {}
     return os.environ | OFFLINE | threads | {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
