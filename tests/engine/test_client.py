@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,22 @@ def test_leaving_a_reply_cancels_it(base):
             break
         await reply.aclose()
         assert len(await collect(client, request("1"))) == 6  # its id is free again, so it is gone
+
+    asked(base, body)
+
+
+def test_a_sample_that_nobody_wants_any_more_ends_beside_the_others(base):
+    async def body(client):
+        over, found = set(), {0: [], 1: []}
+        hot = Sampling(temperature=1.0, seed=3)
+        two = replace(request("1", max_tokens=40), samples=2, sampling=hot)
+        async for event in client.generate(two, None, over):
+            found[event.sample].append(event)
+            over.add(0)
+        assert found[0][-1].finish == "cancelled"
+        assert found[1][-1].finish == "length"
+        assert sum(len(event.ids) for event in found[1]) == 40
+        assert sum(len(event.ids) for event in found[0]) < 40
 
     asked(base, body)
 

@@ -135,6 +135,19 @@ def test_an_id_to_stop_at_ends_the_reply():
     assert (events[-1].finish, run(engine(), ask("a", ids(9, 1)))["a", 0][-1].finish) == ("stop", "length")
 
 
+def test_a_cancelled_sample_leaves_the_others():
+    server, hot = engine(), Sampling(temperature=1.0, seed=7)
+    alone = run(engine(), ask("g", ids(30, 1), samples=3, sampling=hot))
+    server.submit(ask("g", ids(30, 1), samples=3, sampling=hot))
+    begun = [event for _ in range(3) for event in server.step()]
+    server.cancel("g", 0)
+    found = drain(server)
+    assert found["g", 0][-1].finish == "cancelled"
+    for sample in (1, 2):
+        first = [event for event in begun if event.sample == sample]
+        assert text([*first, *found["g", sample]]) == text(alone["g", sample])
+
+
 def test_a_cancelled_request_ends_at_once_and_frees_its_place():
     server = engine(limits=Limits(chunk=8))
     server.submit(ask("long", ids(5, 1), [ids(64, 2)]))

@@ -165,13 +165,13 @@ class Answerer:
 
         replies, over = [reply() for _ in range(request.samples)], set[int]()
         usage = Usage()
-        async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels), sent, budget)) as events:
+        async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels, over), sent, budget)) as events:
             async for event in events:
                 if event.read is not None:
                     usage = prompt.usage(event.created or 0, event.read)
                     yield 0, Started(usage, prompt.ids if request.tokens else ())
                 if event.sample in over:
-                    continue  # a stop sequence has ended it, which the engine knows nothing of
+                    continue  # a stop sequence has ended it, which the engine hears of only now
                 one = replies[event.sample]
                 for said in one.feed(event):
                     yield event.sample, said

@@ -80,13 +80,18 @@ class EngineClient:
             self._sizes |= {size: tuple(ids) for size, ids in zip(unknown, told, strict=True)}
         return [self._sizes[size] for size in sizes]
 
-    async def generate(self, request: Request, pixels: Pixels | None = None) -> AsyncGenerator[Event, None]:
-        """What a request brings, as it comes; closing the iterator cancels it at once. `pixels` of pictures not seen before."""
+    async def generate(
+        self, request: Request, pixels: Pixels | None = None, over: Iterable[int] = ()
+    ) -> AsyncGenerator[Event, None]:
+        """What a request brings, as it comes; closing the iterator cancels it at once.
+
+        `pixels` of pictures not seen before; `over`: samples that whoever asks has had enough of, looked at after each event.
+        """
         await self.start()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         sent = replace(request, id=f"{request.id} {next(self._numbers)}")  # one who asks again is not who was cancelled
         self._streams[sent.id] = events
-        left = request.samples
+        left, told = request.samples, set[int]()
         try:
             while lacking := (await self._call("submit", request=write_request(sent))).get("lacking"):
                 assert pixels is not None
@@ -98,7 +103,11 @@ class EngineClient:
                 left -= bool(event.finish)
                 if event.finish == "error":
                     raise Overloaded(event.error) if event.error == FORGOTTEN else BadInput(event.error)
+                told |= {event.sample} if event.finish else set()
                 yield replace(event, id=request.id)
+                for sample in set(over) - told:
+                    told.add(sample)
+                    self._send({"do": "cancel", "id": sent.id, "sample": sample})
         finally:
             self._streams.pop(sent.id, None)
             if left:

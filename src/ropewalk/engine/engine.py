@@ -179,10 +179,11 @@ class Engine:
         bare = [(span, key) for span, key in self._keyed(request) if span.picture is not None and span.picture.pixels is None]
         return [span.picture.digest for span, key in bare if span.picture and self.prefixes.find(key, span.keep) is None]
 
-    def cancel(self, id: str) -> None:
-        """Ends a request at once; what it has read is kept for others."""
+    def cancel(self, id: str, sample: int | None = None) -> None:
+        """Ends a request, or one sample of it, at once; what it has read is kept for others."""
         for job in list(self._jobs.get(id, ())):
-            self._end(job, "cancelled")
+            if sample in (None, job.sample):
+                self._end(job, "cancelled")
 
     def step(self) -> list[Event]:
         """One forward pass; what it brought each sample."""

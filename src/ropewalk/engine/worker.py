@@ -148,7 +148,7 @@ class Server:
                 assert isinstance(self.engine.sight, Sight)
                 return {"ids": [self.engine.sight.ids(*size) for size in command["sizes"]]}
             case "cancel":
-                self.engine.cancel(command["id"])
+                self.engine.cancel(command["id"], command.get("sample"))
             case "load_adapter":
                 self._adapters().load(command["name"], Path(command["folder"]))
                 return {"digest": self._adapters().digest(command["name"])}
