@@ -1,5 +1,6 @@
 """Reward models from a configuration to a reward: the losses are those of a plain implementation, and transformers reads the result."""
 
+import asyncio
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from ropewalk.train.progress import read_events
 from ropewalk.train.reward_builtins import read_spec
 from ropewalk.train.reward_functions import Sample
 from ropewalk.train.reward_process_model import process_reward_model
-from ropewalk.train.rewards import Rewards
+from ropewalk.train.reward_worker import loaded, scored
 from ropewalk.train.trainer import train
 
 WORDS = ("dog", "cat", "sun", "sea", "map", "ink", "oak", "egg")
@@ -116,8 +117,9 @@ def test_a_trained_reward_model_is_a_reward_of_reinforcement(scoring, base, tmp_
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     asked = [{"role": "user", "content": "say dog"}]
     samples = [Sample(text, asked) for text in ("dog cat", "DOG CAT", "sea sun egg")]
-    with Rewards([read_spec({"kind": "model", "path": str(tmp_path / "run" / "adapter"), "device": "cpu"})]) as rewards:
-        (one,), (two,), (three,) = rewards.score(samples)
+    spec = read_spec({"kind": "model", "path": str(tmp_path / "run" / "adapter"), "device": "cpu"})
+    with asyncio.Runner() as runner:  # what a worker's process does, without another start of torch
+        one, two, three = scored(spec, loaded(spec), samples, runner)
     assert [one.error, two.error, three.error] == ["", "", ""]
     assert one.value > two.value + 0.5
     assert three.value > two.value
