@@ -4,11 +4,15 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from ropewalk.config.reinforcement import TrlKeys
+from ropewalk.config.run import ignored_keys, load_run
 from ropewalk.train.headlines import evaluation_line, panel_rows, step_line
+from ropewalk.train.policy_losses import METHODS
 from ropewalk.train.progress import EventLog, Screen, write_plots
 from ropewalk.train.run_plots import plots_of
 from ropewalk.train.samples_page import samples_page
@@ -22,6 +26,7 @@ REWARDED = ALWAYS | {
     "decode_tokens_per_second": 412.4,
 }  # fmt: skip
 PREFERRED = ALWAYS | {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3, "rewards/accuracies": 0.75}
+PAGE = (Path(__file__).parents[2] / "docs" / "grpo.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -130,3 +135,27 @@ def test_a_log_without_samples_has_no_page(tmp_path):
     log.close()
     assert "user: 2 + 2?" in (tmp_path / "samples.html").read_text()
     assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0])["event"] == "step"
+
+
+@pytest.mark.parametrize("name", sorted(TrlKeys.model_fields))
+def test_every_key_of_trl_is_explained_on_the_page(name):
+    assert f"`{name}`" in PAGE or f"`{name}: " in PAGE
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_on_the_page(name):
+    assert f"`{name}`" in PAGE
+
+
+def test_every_plot_of_a_rewarded_run_is_explained_on_the_page():
+    log = [{"event": "step", **REWARDED}]
+    assert [
+        name for name in plots_of(log) if f"`{name}`" not in PAGE and name not in plots_of([{"event": "step", **ALWAYS}])
+    ] == []
+
+
+def test_the_configuration_on_the_page_is_one(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "grpo.yml").write_text(block)
+    run = load_run(tmp_path / "grpo.yml")
+    assert (run.by_rewards, run.trl.generation_batch_size, ignored_keys(run)) == (True, 64, {})
