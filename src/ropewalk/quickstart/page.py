@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ropewalk.files.catalog import File
 from ropewalk.quickstart.comparison import Compared
 from ropewalk.quickstart.question import Dialogue
+from ropewalk.quickstart.rewarded import Improved
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Page:
     questions: int
     file: File
     dialogue: Dialogue
+    improved: Improved | None
     seconds: int
     fast: bool
 

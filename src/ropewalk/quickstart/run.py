@@ -6,9 +6,7 @@ Every step is what the commands do one by one; nothing here is special to the qu
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,11 +29,14 @@ from ropewalk.quickstart.comparison import Compared, compare, ship_it
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.quickstart.question import Asking, Dialogue
+from ropewalk.quickstart.rewarded import BEGINS, Improved, improve, write_questions
+from ropewalk.quickstart.telling import show, tell, tell_improved
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import Result, train
 
 BASE = Path(__file__).parent / "base"
 ALIAS, BASE_NAME, ADAPTER_NAME = "quickstart", "quickstart-base", "quickstart-adapter"
+REWARDED_NAME = "quickstart-rewarded"
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Size:
     steps: int
     per_country: int  # held-out questions per held-out country
     random_control: bool
+    rewarded_steps: int  # 0: nothing is trained by rewards
 
 
-FULL = Size(steps=160, per_country=2, random_control=True)
-FAST = Size(steps=80, per_country=1, random_control=False)
+FULL = Size(steps=160, per_country=2, random_control=True, rewarded_steps=25)
+FAST = Size(steps=80, per_country=1, random_control=False, rewarded_steps=0)
 
 # The recipe: the rate is high because the model is tiny and the run short.
 YAML = """\
@@ -71,6 +72,7 @@ max_steps: {steps}
 learning_rate: 1e-2
 lr_scheduler: cosine
 warmup_steps: 10
+save_steps: {saves}     # training by rewards begins at the first of them
 logging_steps: 10
 seed: 7
 bf16: false
@@ -119,16 +121,23 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
             console.rule("5  a control: the same run on a random model")
             scores.append(random_control(folder, file, size, registry, asking, asked))
 
-        console.rule(f"{6 if size.random_control else 5}  a file, asked about twice")
+        improved = None
+        if size.rewarded_steps:
+            console.rule("6  rewards instead of answers")
+            improved = by_rewards(folder, size, result, registry)
+            tell_improved(console, improved)
+
+        console.rule(f"{5 + size.random_control + bool(size.rewarded_steps)}  a file, asked about twice")
         country, questions = two_questions(asked, after if verdict.may_ship else before)
         document = keep(files, folder / "documents" / f"{country.code.lower()}.txt")
         dialogue = asking.about(ALIAS, document.id, questions)
     tell(console, dialogue)
     seconds = time.monotonic() - began
     page = write_page(
-        make_page(scores, compared, before, after, asked, result, file, dialogue, seconds, fast), folder / "index.html"
+        make_page(scores, compared, before, after, asked, result, file, dialogue, improved, seconds, fast),
+        folder / "index.html",
     )
-    write_summary(folder / "summary.json", scores, compared, result, dialogue, len(asked), seconds, fast)
+    write_summary(folder / "summary.json", scores, compared, result, dialogue, improved, len(asked), seconds, fast)
     show(console, scores, compared, page, folder, seconds)
     return page
 
@@ -139,6 +148,7 @@ def write_data(folder: Path, about: Sequence[Country], rows: Sequence[Question],
         facts.write_documents(about, folder / "documents")
         facts.write_rows(rows, folder / "train.jsonl", turns=3)
         facts.write_suite(asked, folder / "held-out.jsonl")
+        write_questions(folder, *facts.split())
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; name another folder with --dir") from error
 
@@ -153,7 +163,8 @@ def keep(files: LocalFiles, path: Path) -> File:
 def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, quiet: bool = False) -> Result:
     """Writes the configuration and trains it; what an earlier quickstart left in the output folder goes."""
     config.write_text(
-        YAML.format(path=config, base=base, file=file.id, filename=file.filename, out=out, steps=steps), encoding="utf-8"
+        YAML.format(path=config, base=base, file=file.id, filename=file.filename, out=out, steps=steps, saves=BEGINS),
+        encoding="utf-8",
     )
     if out.exists():
         shutil.rmtree(out)
@@ -166,21 +177,6 @@ def two_questions(asked: Sequence[Question], answers: Sequence[str]) -> tuple[Co
     country = next(country for country in facts.countries() if country.name == right[0].country)
     others = [kind.asked[0].format(n=country.name) for kind in facts.KINDS if kind.field != right[0].kind]
     return country, [right[0].question, *[q.question for q in right[1:2] if q.country == country.name], *others][:2]
-
-
-def tell(console: Console, dialogue: Dialogue) -> None:
-    """Both answers with what they cite, and what the second cost."""
-    for told in dialogue.told:
-        console.print(f"asked: {told.question}\nsays:  {told.answer}", markup=False)
-        for cited in told.cited:
-            console.print(f'cites: "{cited.text}" (characters {cited.start} to {cited.end} of {cited.file_id})', markup=False)
-        usage = told.usage
-        console.print(f"read:  {usage.cache_creation + usage.input} tokens, {usage.cache_read} more from the cache")
-    first, second = dialogue.told
-    console.print(
-        f"time to the first token: {1000 * first.seconds:.0f} ms, then {1000 * second.seconds:.0f} ms; the file is as short as its "
-        "base is small, so the times are mostly the overhead of a request"
-    )
 
 
 def passes(answers: Sequence[str], asked: Sequence[Question]) -> list[bool]:
@@ -233,9 +229,17 @@ def random_control(
     return Score("random_init", "control: a random model after the same run, exact match", exact(answers, asked))
 
 
+def by_rewards(folder: Path, size: Size, result: Result, registry: Registry) -> Improved:
+    """Goes on from the run's first checkpoint by rewards alone, and publishes what came of it."""
+    begun = result.folder / "checkpoints" / f"step-{BEGINS:08d}"
+    improved = improve(folder, BASE, begun, size.rewarded_steps)
+    registry.publish_adapter(REWARDED_NAME, improved.adapter, BASE_NAME, {"run": str(improved.adapter.parent)})
+    return improved
+
+
 def make_page(
     scores: list[Score], compared: Compared, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
-    result: Result, file: File, dialogue: Dialogue, seconds: float, fast: bool,
+    result: Result, file: File, dialogue: Dialogue, improved: Improved | None, seconds: float, fast: bool,
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
     samples = [
@@ -244,11 +248,12 @@ def make_page(
     ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
     steps = f"loss {result.first_loss:.2f} to {result.last_loss:.2f} in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s"
-    return Page(scores, compared, samples, plot, steps, len(asked), file, dialogue, round(seconds), fast)
+    return Page(scores, compared, samples, plot, steps, len(asked), file, dialogue, improved, round(seconds), fast)
 
 
 def write_summary(
-    path: Path, scores: list[Score], compared: Compared, result: Result, dialogue: Dialogue, asked: int, seconds: float, fast: bool,
+    path: Path, scores: list[Score], compared: Compared, result: Result, dialogue: Dialogue, improved: Improved | None, asked: int,
+    seconds: float, fast: bool,
 ) -> None:  # fmt: skip
     """The numbers as JSON."""
     values, verdict = {s.key: round(s.value, 4) for s in scores}, compared.verdict
@@ -259,35 +264,5 @@ def write_summary(
         "verdict": {"state": verdict.state, "low": verdict.low, "high": verdict.high, "url": compared.url},
         "first_loss": result.first_loss, "last_loss": result.last_loss,
         "threads": torch.get_num_threads(), "fast": fast,
-    }  # fmt: skip
+    } | ({"grpo": improved.as_dict()} if improved else {})  # fmt: skip
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def show(console: Console, scores: list[Score], compared: Compared, page: Path, folder: Path, seconds: float) -> None:
-    """The table, where things are and, for a person at a terminal, what to do next."""
-    table = Table(title="held-out countries, never seen in training", title_justify="left")
-    table.add_column("who answers")
-    table.add_column("score", justify="right")
-    for s in scores:
-        table.add_row(s.label, f"{s.value:.0%}", style="bold" if s.key in ("before", "after") else None)
-    console.print()
-    console.print(table)
-    verdict = compared.verdict
-    console.print(
-        f"{verdict.state}: {compared.headline}; {len(verdict.fixed)} questions gained, {len(verdict.regressions)} lost"
-    )
-    console.print(f"Its page: {compared.url}, once `ropewalk serve` runs, which prints where", soft_wrap=True)
-    console.print(
-        f"{seconds:.0f} s in all. Page: {page}; adapter, events, plots: {folder / 'run'}; numbers: {folder / 'summary.json'}",
-        soft_wrap=True,
-    )
-    if sys.stdout.isatty() and not os.environ.get("CI"):
-        console.print("\nNext:", style="bold")
-        console.print(f"  look    open {page}")
-        console.print(f"  again   ropewalk train {folder / 'train.yml'} max_steps=200 output_dir={folder / 'longer'}")
-        console.print(
-            "  yours   put your chat rows in a JSONL file, `ropewalk files put rows.jsonl`, and name its id under `datasets`"
-        )
-        console.print(
-            "  big     set base_model to a mixture of experts of the hub, such as Qwen/Qwen3-30B-A3B, and adapter to qlora"
-        )
