@@ -45,6 +45,25 @@ def logits(model, ids=IDS):
         return model(input_ids=ids).logits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_adapter_answers_like_one_in_training_also_after_it_was_changed_in_place(dtype):
+    model = model_of().to(dtype)
+    adapter = trained(model, LoraSpec(r=4, alpha=8))
+    for change in (0.0, 0.05):
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(True)
+            with torch.no_grad():
+                parameter.add_(change)
+        wanted = logits(model)
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03 * float(wanted.abs().max())
+        torch.testing.assert_close(logits(model), wanted, atol=tolerance, rtol=0)
+        adapter.switch.on = False
+        assert (logits(model) - wanted).abs().max() > 2 * tolerance
+        adapter.switch.on = True
+
+
 SPECS = {
     "all": LoraSpec(r=4, alpha=8, dropout=0.1),
     "small experts": LoraSpec(r=8, expert_r=2),

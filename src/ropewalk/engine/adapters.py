@@ -42,6 +42,9 @@ class Loaded:
     experts: dict[str, ExpertLora]
 
 
+Spans = list[tuple[Loaded | None, int, int]]  # whose adapter acts on rows [begin, end)
+
+
 class Adapters:
     """The adapters of a model, by name."""
 
@@ -50,6 +53,7 @@ class Adapters:
         self._loaded: dict[str, Loaded] = {}
         self._rows: Sequence[Rows] = ()
         self._last: Sequence[str | None] = ()
+        self._known: dict[tuple[int, int], tuple[Sequence[Part] | None, Spans]] = {}  # what a step has found for so many rows
         self._wrapped: set[str] = set()
         stacks = list(expert_modules(model))
         if stacks:
@@ -109,11 +113,11 @@ class Adapters:
     @contextmanager
     def rows(self, rows: Sequence[Rows], last: Sequence[str | None]) -> Iterator[None]:
         """Within it, the rows of a forward pass belong to these adapters; `last` names those of the rows whose logits are kept."""
-        self._rows, self._last = rows, last
+        self._rows, self._last, self._known = rows, last, {}
         try:
             yield
         finally:
-            self._rows, self._last = (), ()
+            self._rows, self._last, self._known = (), (), {}
 
     def _found(self, name: str) -> Loaded:
         try:
@@ -123,9 +127,12 @@ class Adapters:
 
     def _through_linear(self, name: str, linear: Any, x: Tensor) -> Tensor:
         y: Tensor = type(linear).forward(linear, x)
-        adapted = [(lora, begin, end) for lora, begin, end in self._spans(x, lambda found: found.linears.get(name)) if lora]
+        spans = self._spans(x)
+        adapted = [(lora, begin, end) for found, begin, end in spans if found and (lora := found.linears.get(name))]
         if not adapted:
             return y
+        if len(spans) == 1:
+            return adapted[0][0].add_to(linear, x, y)
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
         for lora, begin, end in adapted:
             flat_y[begin:end] = lora.add_to(linear, flat_x[begin:end], flat_y[begin:end])
@@ -134,27 +141,34 @@ class Adapters:
     def _through_experts(self, name: str, module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, k], weights [T, k] -> [T, H]."""
         outs = []
-        for lora, begin, end in self._spans(x, lambda found: found.experts.get(name)):
+        for found, begin, end in self._spans(x):
+            lora = found.experts.get(name) if found else None
             outs.append(experts_forward(module, x[begin:end], ids[begin:end], weights[begin:end], lora))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _spans(self, x: Tensor, part: Callable[[Loaded], Any]) -> list[tuple[Any, int, int]]:
-        """The rows of x in order, with the part of the adapter that acts on them; neighbours with the same are one."""
+    def _spans(self, x: Tensor) -> Spans:
+        """The rows of x in order, with the adapter that acts on them; neighbours with the same are one."""
         count = x.numel() // x.shape[-1]
+        parts = focus[-1] if focus else None
+        known = self._known.get((count, id(parts)))
+        if known is not None and known[0] is parts:
+            return known[1]
         rows = self._rows
-        if rows and focus:
-            rows = _within(rows, focus[-1])
+        if rows and parts is not None:
+            rows = _within(rows, parts)
         if rows and count != rows[-1][2]:
             assert count == len(self._last), f"{count} rows reach a layer; the step has {rows[-1][2]}"
             rows = [(name, index, index + 1) for index, name in enumerate(self._last)]
-        found: list[tuple[Any, int, int]] = []
+        spans: Spans = []
         for name, begin, end in rows or [(None, 0, count)]:
-            acts = None if name is None else part(self._found(name))
-            if found and found[-1][0] is acts:
-                found[-1] = (acts, found[-1][1], end)
+            acts = None if name is None else self._found(name)
+            if spans and spans[-1][0] is acts:
+                spans[-1] = (acts, spans[-1][1], end)
             else:
-                found.append((acts, begin, end))
-        return found
+                spans.append((acts, begin, end))
+        if self._rows:
+            self._known[count, id(parts)] = parts, spans
+        return spans
 
 
 def _within(rows: Sequence[Rows], parts: Sequence[Part]) -> list[Rows]:

@@ -2,7 +2,7 @@
 
 The rows of each expert are filled up to the longest and lie beside each other [E, n, .], so that bmm takes every expert at once. Weights
 are read either way, so that this pays as long as most experts have rows and all have few.
-Legend: S routed rows, sorted by expert, E experts, n rows of an expert, filled up.
+Legend: T tokens, k experts per token, E experts, n rows of an expert, filled up.
 """
 
 from __future__ import annotations
@@ -27,48 +27,50 @@ def pays(ids: Tensor, num_experts: int) -> bool:
     return counts.numel() == num_experts and int(counts.max()) <= ROWS
 
 
+def route_few(ids: Tensor, weights: Tensor, num_experts: int) -> Route:
+    """ids [T, k] below E, weights [T, k] -> E * n rows, those that fill up being the first token's and weighing nothing."""
+    k, weight = ids.shape[1], weights.detach().reshape(-1)
+    ordered, order = torch.sort(ids.reshape(-1), stable=True)
+    counts = torch.bincount(ordered, minlength=num_experts)
+    longest = max(1, int(counts.max()))
+    shift = torch.arange(num_experts) * longest - (counts.cumsum(0) - counts)
+    place = torch.arange(ordered.numel()) + shift[ordered]
+    token = order.new_zeros(num_experts * longest).index_copy_(0, place, order // k)
+    row_weight = weight.new_zeros(num_experts * longest).index_copy_(0, place, weight[order])
+    ends = torch.arange(1, num_experts + 1, dtype=torch.int32) * longest
+    return Route(token, row_weight, order, place, ends, k, counts)
+
+
 class Few(Grouped):
     """All rows, each expert's filled up to the longest's."""
 
-    def __init__(self, way: Route, count: int) -> None:
-        super().__init__(way.ends, count)
-        ends = way.ends.long()
-        counts = torch.diff(ends, prepend=ends.new_zeros(1))
-        self._longest, self._ends = max(1, int(counts.max())), way.ends.tolist()
-        self._hit = int((counts > 0).sum())
-        begins = ends - counts
-        filled = begins[:, None] + torch.arange(self._longest)
-        self._from = filled.clamp_(max=max(0, count - 1)).reshape(-1)  # [E * n], the row of every place
-        self._at = torch.arange(count) - begins[self.expert.long()]  # [S], the place of every row among its expert's
-        self._filled: tuple[Tensor, Tensor] | None = None  # the rows that were last filled up, and the result
+    def __init__(self, way: Route) -> None:
+        assert way.counts is not None
+        super().__init__(way.ends, way.token.numel())
+        self._counts = way.counts.tolist()
+        self._hit = sum(count > 0 for count in self._counts)
 
     def mm(self, a: Tensor, stack: Tensor | Turned, out: Tensor | None = None) -> Tensor:
+        apart = a.view(len(self._counts), -1, a.shape[1])
         if isinstance(stack, Turned):
-            return self._one_by_one(a, stack)
-        wide = stack.shape[2] > NARROW and stack.shape[1] > NARROW
-        if wide and self._hit * HIT.get(a.element_size(), 1) < stack.shape[0]:
-            return self._one_by_one(a, stack)
-        filled = self._fill(a)
-        if wide and (a.element_size() == 2 or self._longest >= TURN):
-            y = torch.bmm(stack.transpose(1, 2), filled.transpose(1, 2)).transpose(1, 2)
-        else:
-            y = torch.bmm(filled, stack)
-        return y[self.expert.long(), self._at]
+            return self._one_by_one(apart, stack)
+        if min(stack.shape[1:]) <= NARROW:
+            return torch.bmm(apart, stack).flatten(0, 1)
+        if self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
+            return self._one_by_one(apart, stack)
+        if a.element_size() == 2 or apart.shape[1] >= TURN:
+            turned = torch.bmm(stack.transpose(1, 2), apart.transpose(1, 2))
+            return turned.transpose(1, 2).reshape(-1, turned.shape[1])
+        return torch.bmm(apart, stack).flatten(0, 1)
 
     def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
-        y.add_(self.mm(a, stack), alpha=scale)
+        experts = len(self._counts)
+        y.view(experts, -1, y.shape[1]).baddbmm_(a.view(experts, -1, a.shape[1]), stack, alpha=scale)
 
-    def _fill(self, a: Tensor) -> Tensor:
-        """a [S, i] -> [E, n, i]; what belongs to no row is anybody's."""
-        if self._filled is None or self._filled[0] is not a:
-            self._filled = a, a.index_select(0, self._from).view(-1, self._longest, a.shape[1])
-        return self._filled[1]
-
-    def _one_by_one(self, a: Tensor, stack: Tensor | Turned) -> Tensor:
-        parts, begin = [], 0
-        for expert, end in enumerate(self._ends):
-            if end > begin:
-                part = a[begin:end]
-                parts.append(stack.mm(part, expert) if isinstance(stack, Turned) else torch.mm(part, stack[expert]))
-            begin = end
-        return torch.cat(parts)
+    def _one_by_one(self, apart: Tensor, stack: Tensor | Turned) -> Tensor:
+        out = apart.new_zeros(*apart.shape[:2], stack.shape[2])
+        for expert, count in enumerate(self._counts):
+            if count:
+                part = apart[expert, :count]
+                out[expert, :count] = stack.mm(part, expert) if isinstance(stack, Turned) else torch.mm(part, stack[expert])
+        return out.flatten(0, 1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.kernels.blocked import Blocked, Turned
-from ropewalk.kernels.expert_few import Few
+from ropewalk.kernels.expert_few import Few, route_few
 from ropewalk.kernels.expert_few import pays as few_pay
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
 from ropewalk.kernels.gates import Gate
@@ -91,7 +91,7 @@ def expert_lora(
         plan,
         _Operands.of(plan, x, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2),
         x,
-        route(ids, weights, plan.num_experts, x.dtype, plan.grouped or plan.few),
+        route_few(ids, weights, plan.num_experts) if plan.few else route(ids, weights, plan.num_experts, x.dtype, plan.grouped),
         keep=False,
     )[0]
 
@@ -201,7 +201,7 @@ def _forward(plan: _Plan, m: _Operands, x: Tensor, way: Route, keep: bool) -> tu
         widths = (m.up.shape[2], None if m.a1 is None else m.a1.shape[2], None if m.a2 is None else m.a2.shape[2])
         kept = [None if n is None else x.new_empty(way.token.numel(), n) for n in widths]
     combine = Combine(way, x)
-    for rows in [Few(way, way.order.numel())] if plan.few else all_rows(way, x):
+    for rows in [Few(way)] if plan.few else all_rows(way, x):
         into = [None if t is None else t[rows.span] for t in kept]
         taken = rows.take(x, way.token[rows.span], "x")
         y, made = _forward_rows(plan, m, rows, taken, way.weight[rows.span, None], into)

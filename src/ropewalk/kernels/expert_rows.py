@@ -35,6 +35,9 @@ class Route:
     place: Tensor | None  # [rows without filling] int64; None: row i is slot order[i]
     ends: Tensor  # [E] int32: where each expert's rows end, filling included
     k: int
+    counts: Tensor | None = (
+        None  # [E], where rows are filled up and yet computed all at once: how many of each expert's are none of those
+    )
 
     @property
     def grouped(self) -> bool:
@@ -216,7 +219,7 @@ class Combine:
     def __init__(self, way: Route, like: Tensor) -> None:
         self.way, self.like = way, like
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.out = None if way.grouped else like.new_zeros(like.shape, dtype=wide)
+        self.out = None if way.grouped or way.counts is not None else like.new_zeros(like.shape, dtype=wide)
 
     def add(self, rows: Rows, y: Tensor) -> None:
         """y [n, H] of these rows."""
@@ -224,7 +227,7 @@ class Combine:
             self.out.index_add_(0, self.way.token[rows.span], y.to(self.out.dtype))
             return
         back = torch.empty_like(self.way.order)
-        back[self.way.order] = torch.arange(back.numel(), device=back.device)
+        back[self.way.order] = torch.arange(back.numel(), device=back.device) if self.way.place is None else self.way.place
         # embedding_bag reads each token's k rows where they lie and sums them in float32: no permuted copy of y, no atomics
         self.out = F.embedding_bag(back.view(-1, self.way.k), y, mode="sum")
 

@@ -62,8 +62,8 @@ def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor, lora: 
             "load the model without a device mesh, or with experts_implementation 'grouped_mm' and no LoRA on experts"
         )
     experts = _experts(module)
-    up, down = (None, None) if lora is None else (lora.factors(name) for name in projections(module))
     dtype = experts.up.dtype if isinstance(experts.up, Tensor) else x.dtype
+    up, down = (None, None) if lora is None else (lora.factors(name, dtype) for name in projections(module))
     return expert_lora(x.to(dtype), ids, weights, experts, up, down).to(x.dtype)
 
 

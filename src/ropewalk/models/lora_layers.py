@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ropewalk.kernels.expert_lora import Factors
 from ropewalk.models.experts import LORA
 
+FEW = 64  # rows up to which a CPU multiplies narrow matrices sooner in float32 than it has brought 16 bits into order
+
 
 @dataclass
 class Switch:
@@ -24,6 +26,26 @@ class Switch:
 
     on: bool = True
     active: Tensor | None = None  # [B, T] bool; None: everywhere
+
+
+class Prepared:
+    """Factors as products want them, in their dtype and turned round, made anew only when a factor has changed.
+
+    For frozen factors, which change where an adapter is published or loaded, and not between two steps of decoding.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def turned(self, name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """factor [.., out, in] -> [.., in, out], contiguous."""
+        if factor.is_inference():  # it does not tell when it changes
+            return factor.to(dtype).transpose(-1, -2)
+        state = (factor._version, factor.data_ptr(), dtype)
+        known = self._made.get(name)
+        if known is None or known[0] != state:
+            known = self._made[name] = state, factor.detach().to(dtype).transpose(-1, -2).contiguous()
+        return known[1]
 
 
 class LinearLora(nn.Module):
@@ -40,9 +62,13 @@ class LinearLora(nn.Module):
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale, self.dropout, self.switch = scale, dropout, switch
+        self._prepared = Prepared()
 
     def add_to(self, linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., in] and the base's y [..., out] -> y plus the adapter's part."""
+        """x [..., in] and the base's y [..., out] -> y plus the adapter's part; what only answers may be given back in y itself."""
+        frozen = not self.A.requires_grad and not torch.is_grad_enabled()
+        if frozen and self.magnitude is None and self.switch.active is None and not (self.dropout and linear.training):
+            return self._answer(x.reshape(-1, x.shape[-1]), y)
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
         if self.dropout:
             rows = F.dropout(rows, self.dropout, linear.training)
@@ -53,6 +79,18 @@ class LinearLora(nn.Module):
             return y + self._dora(linear, xa, y)
         flat = y.reshape(-1, y.shape[-1])
         return torch.addmm(flat, xa, self.B.to(y.dtype).t(), alpha=self.scale).view(y.shape)
+
+    def _answer(self, rows: Tensor, y: Tensor) -> Tensor:
+        flat = y.reshape(-1, y.shape[-1])
+        few = y.device.type == "cpu" and y.dtype.itemsize == 2 and len(rows) <= FEW
+        dtype = torch.float32 if few else y.dtype
+        a, b = self._prepared.turned("A", self.A, dtype), self._prepared.turned("B", self.B, dtype)
+        xa = torch.mm(rows.to(dtype), a)
+        if few:
+            flat.add_(torch.mm(xa, b).to(y.dtype), alpha=self.scale)
+        else:
+            flat.addmm_(xa, b, alpha=self.scale)
+        return flat.view(y.shape)
 
     def _dora(self, linear: nn.Linear, xa: Tensor, y: Tensor) -> Tensor:
         """(m / |W + s B A| - 1) (W x) + m / |W + s B A| s B A x; the norm is held constant in the gradient, as DoRA does."""
@@ -96,6 +134,7 @@ class ExpertLora(nn.Module):
         super().__init__()
         self.switch = switch
         self.scales: dict[str, float] = {}
+        self._prepared = Prepared()
 
     def add(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
         """Adapt the stack `name` with A [E, r, in], B [E, out, r]."""
@@ -103,11 +142,15 @@ class ExpertLora(nn.Module):
         self.register_parameter(f"{name}_B", nn.Parameter(b))
         self.scales[name] = scale
 
-    def factors(self, name: str) -> Factors | None:
-        """What the kernel needs, or None where this stack is not adapted or the adapter is switched off."""
+    def factors(self, name: str, dtype: torch.dtype | None = None) -> Factors | None:
+        """What the kernel needs to compute in a dtype, or None where this stack is not adapted or the adapter is switched off."""
         if not self.switch.on or name not in self.scales:
             return None
-        return Factors(*self.factors_of(name), self.scales[name])
+        a, b = self.factors_of(name)
+        if dtype is None or a.requires_grad or torch.is_grad_enabled():
+            return Factors(a, b, self.scales[name])
+        turned = [self._prepared.turned(f"{name}_{n}", factor, dtype).transpose(-1, -2) for n, factor in (("A", a), ("B", b))]
+        return Factors(turned[0], turned[1], self.scales[name])
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [E, r, in] and B [E, out, r] of one stack."""
