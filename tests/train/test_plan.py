@@ -162,3 +162,12 @@ def test_a_bad_configuration_is_told_without_torch(tmp_path: Path) -> None:
         "    assert not {'torch', 'transformers'} & set(sys.modules)\nelse:\n    raise SystemExit('accepted')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+def test_a_published_shape_is_planned_for_without_its_files(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ropewalk.train.plan.cached_folder", lambda *_: None)
+    plan = check(run_of("mistralai/Mixtral-8x7B-v0.1", rows, "load_in_4bit: true\nsequence_len: 256\n"), offline=True)
+    assert plan.model is not None
+    assert plan.model["parameters"] == 46_702_792_704
+    assert plan.memory is not None
+    assert "its shape is the published one" in plan.unchecked["base_model"]

@@ -17,6 +17,7 @@ from ropewalk.data.preferences import example_reader
 from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
+from ropewalk.models.shapes import shape_folder
 from ropewalk.train.prepare import load_template
 from ropewalk.train.prompts import prompts
 from ropewalk.train.questions import groups_of
@@ -24,6 +25,7 @@ from ropewalk.train.rewards import specs_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"
+SHAPE_ONLY = "its tokenizer and weights are not on this disk, its shape is the published one (offline)"
 _NOTHING: dict[str, Any] = {"model": None, "coverage": [], "notes": [], "trained": None, "memory": None}
 Spans = Sequence[tuple[str, bool]]  # text of a row, and whether it is trained
 
@@ -77,15 +79,16 @@ def check(run: Run, *, offline: bool = False) -> Plan:
     if run.by_rewards and run.trl is not None and run.trl.reward_funcs:
         specs_of(run)
     folder = find_base(run, offline)
+    shape = folder or shape_folder(run.base_model)
     if folder is None:
-        unchecked["base_model"] = f"{run.base_model}: {UNCHECKED}"
+        unchecked["base_model"] = f"{run.base_model}: {SHAPE_ONLY if shape else UNCHECKED}"
     here = _sources_here(run, offline, unchecked)
     rows: list[tuple[str, list[tuple[str, bool]]]] = []
     if folder is not None and here:
         seen = run.model_copy(update={"datasets": here, "pretraining_dataset": None})
         template = load_template(run, folder)
         rows = _asked(seen, template) if run.by_rewards else previews(seen, template)
-    looked = _NOTHING if folder is None else _look(folder, run)
+    looked = _NOTHING if shape is None else _look(shape, run)
     return Plan(
         base_model=run.base_model,
         precision=_precision(run),
