@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from ropewalk.config.run import Run
 from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
 from ropewalk.kernels.branching import Branching, Piece
+from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
@@ -48,7 +50,7 @@ class Pupil:
         if config.packing and head.isolation == "unpacked":
             self.notices += ("this model carries a state over packed samples, so every sample gets a row of its own after all",)
         self.branching: BranchingModel | None = None
-        if config.by_rewards:
+        if config.by_rewards or self._packs_on_cpu():
             self._learn_to_branch()
         self._layers_chosen = False
         self.reference: PreTrainedModel | None = None  # the base once more, where every weight is trained and compared with it
@@ -134,21 +136,27 @@ class Pupil:
 
     def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
-        with self._where_activations_wait():
+        ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
+        with self._where_activations_wait(), attending:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
         return loss
 
     def log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """log p of every trained token given those before it, [B, T]; 0 where nothing is trained."""
-        with self._where_activations_wait():
-            return self.head.log_probs(self.model, ids, labels, position_ids)
+        shape = ids.shape
+        ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
+        with self._where_activations_wait(), attending:
+            return self.head.log_probs(self.model, ids, labels, position_ids).view(shape)
 
     def base_log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """The same of the base, which is this model with its adapter switched off, or else held beside it; constant."""
         with self.quietly(), nullcontext() if self.adapter is None else self.adapter.enabled(False):
             base = self.model if self.adapter is not None else self.reference
             assert base is not None, "without an adapter there is no base to compare with"
-            return self.head.log_probs(base, ids, labels, position_ids)
+            shape = ids.shape
+            ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids, base)
+            with attending:
+                return self.head.log_probs(base, ids, labels, position_ids).view(shape)
 
     def policy_log_probs(self, batch: PolicyBatch, temperature: float) -> Tensor:
         """log p of every sampled token at the temperature it was sampled at, [T]; 0 where nothing was sampled."""
@@ -188,7 +196,7 @@ class Pupil:
             self.branching = branching
             if self.config.alora_invocation_tokens is not None:
                 reason = "where an activated adapter begins is sought from the beginning of the prompt on"
-        if reason:
+        if reason and self.config.by_rewards:
             self.notices += (f"every answer is trained on together with a prompt of its own, since {reason}",)
 
     def _attending(self, batch: PolicyBatch, model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -197,13 +205,32 @@ class Pupil:
             assert self.branching is not None, "shared prompts for a model that was not found to read them"
             pieces = batch.shared.pieces
         else:
-            starts = np.flatnonzero(batch.position_ids[0] == 0)
-            # Where it was measured: on a CPU a mask over the whole row costs more the longer the row is.
-            better = model.device.type == "cpu" and self.head.isolation == "positions" and len(starts) > 1
-            if self.branching is None or not better:
-                return nullcontext()
-            pieces = (Piece(0, tuple(np.diff([*starts, batch.ids.shape[1]]).tolist())),)
+            return self._apart(batch.position_ids[0] == 0, model)
         return self.branching.row(Branching(pieces, batch.ids.shape[1], model.device), model)
+
+    def _apart(self, starts: NDArray[np.bool_], model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """The attention for a row of samples that begin at these tokens [T]."""
+        # Where it was measured: on a CPU a mask over the whole row costs more the longer the row is.
+        better = model.device.type == "cpu" and self.head.isolation == "positions" and int(starts.sum()) > 1
+        if self.branching is None or not better:
+            return nullcontext()
+        branches = np.diff([*np.flatnonzero(starts), len(starts)]).tolist()
+        return self.branching.row(Branching((Piece(0, tuple(branches)),), len(starts), model.device), model)
+
+    def _packs_on_cpu(self) -> bool:
+        return self.config.packing and self.model.device.type == "cpu" and type(self.head) is Head and not self.config.attention
+
+    def _in_one_row(
+        self, ids: Tensor, labels: Tensor, position_ids: Tensor, model: PreTrainedModel | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, AbstractContextManager[Any]]:
+        """Packed rows [B, T] as one [1, B*T], and the attention that keeps its samples apart; as they are, where that is no better."""
+        if self.branching is None or not self.config.packing or ids.device.type != "cpu":
+            return ids, labels, position_ids, nullcontext()
+        starts = position_ids == 0
+        starts[:, 0] = True
+        attending = self._apart(starts.flatten().numpy(), model or self.model)
+        labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)  # no row goes on from another
+        return ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1), attending
 
     def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
