@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--kinds", help="which models (default: all; with --quick qwen3 alone)")
     parser.add_argument("--rounds", type=int, default=None, help="turns of each (default 2, with --quick 1)")
+    parser.add_argument("--steps", type=int, default=None, help="of each turn, an even number (default 6, with --quick 4)")
     parser.add_argument("--no-peer", action="store_true", help="leave TRL out")
     given = parser.parse_args()
     at_start = machine("trl")
@@ -84,36 +85,35 @@ def main() -> int:
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
     rounds = given.rounds or (1 if given.quick else 2)
-    steps = 4 if given.quick else 6
+    steps = given.steps or (4 if given.quick else 6)
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
     try:
+        if given.no_peer:
+            raise NotInstalled("left out")
         versions = TRL.ensure(install=not given.quick)
     except NotInstalled as reason:
         missing["TRL"] = str(reason)
-    if given.no_peer:
-        missing["TRL"] = "left out"
     models = {}
     with tempfile.TemporaryDirectory(prefix="grpo-") as folder:
         for kind in kinds:
             models[kind] = measure(shapes[kind], given.device, Path(folder), rounds, steps, missing, whole=kind != "llama")
             print(report_of(kind, models[kind]), flush=True)
-    gates = gates_of(models)
-    result = {
-        "benchmark": "grpo",
-        "quick": given.quick,
-        "machine": at_start,
-        "device": given.device,
-        **overall(models),
-        "models": models,
-        "gates": gates,
-        "missing": missing,
-        "versions": versions,
-        "targets": TARGETS | (GPU_TARGETS if given.device == "cuda" else {}),
-    }
+            result = {
+                "benchmark": "grpo",
+                "quick": given.quick,
+                "machine": at_start,
+                "device": given.device,
+                **overall(models),
+                "models": models,
+                "gates": gates_of(models),
+                "missing": missing,
+                "versions": versions,
+                "targets": TARGETS | (GPU_TARGETS if given.device == "cuda" else {}),
+            }
+            write_json(given.json, result)
     print(report(result))
-    write_json(given.json, result)
-    return 0 if all(gate["passed"] for gate in gates.values()) else 1
+    return 0 if all(gate["passed"] for gate in result["gates"].values()) else 1
 
 
 def measure(
