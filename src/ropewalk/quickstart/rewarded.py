@@ -89,11 +89,11 @@ def write_questions(folder: Path, trained: Sequence[Country], held_out: Sequence
     shutil.copyfile(Path(reward.__file__), folder / "reward.py")
 
 
-def improve(folder: Path, base: Path, begun: Path, steps: int) -> Improved:
+def improve(folder: Path, base: Path, begun: Path, steps: int, recipe: str = YAML) -> Improved:
     """Writes the configuration and trains it; what an earlier quickstart left in the output folder goes."""
     config, out = folder / "grpo.yml", folder / "grpo"
     given = {"path": config, "base": base, "begun": begun, "begins": BEGINS, "folder": folder, "steps": steps, "rate": RATE}
-    config.write_text(YAML.format(**given), encoding="utf-8")
+    config.write_text(recipe.format(**given), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     result = train(load_run(config))
@@ -103,8 +103,8 @@ def improve(folder: Path, base: Path, begun: Path, steps: int) -> Improved:
     return Improved(
         before=examined[0],
         after=examined[-1],
-        sampled_before=sum(sampled[:NEAR]) / NEAR,
-        sampled_after=sum(sampled[-NEAR:]) / NEAR,
+        sampled_before=sum(sampled[:NEAR]) / len(sampled[:NEAR]),
+        sampled_after=sum(sampled[-NEAR:]) / len(sampled[-NEAR:]),
         questions=len((folder / "examined.jsonl").read_text(encoding="utf-8").splitlines()),
         steps=result.steps,
         seconds=result.seconds,
