@@ -125,7 +125,10 @@ def test_the_vectors_of_a_local_encoder_are_those_of_transformers(encoder_folder
     async def whole(pooling):
         encoder = LocalEncoder(encoder_folder, pooling, 1)
         try:
-            return (await encoder.encode(texts)).vectors
+            encoded = await encoder.encode(texts)
+            assert encoded.cut == (2,)  # the last is longer than the 32 tokens that are read
+            assert encoded.tokens == 3 + 2 + 32
+            return encoded.vectors
         finally:
             await encoder.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import anthropic
 import numpy as np
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -277,3 +278,15 @@ def test_a_model_that_sees_nothing_says_so(asked, sdk):
             ask()
     with asked.sdk() as client:
         assert not client.models.retrieve("blind").capabilities.image_input.supported
+
+
+def test_pictures_are_seen_in_openais_shapes_as_data_urls_and_as_files(asked, sdk):
+    picture = png(noise(1))
+    expected = sdk.messages.create(**request(shown(sent(picture)), "What is it?")).content[0].text
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}}
+    file = {"type": "file", "file": {"file_id": upload(asked, picture)}}
+    with openai.OpenAI(base_url=f"{asked.url}/openai/v1", api_key=asked.key, max_retries=0) as client:
+        for part in (url, file):
+            messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+            reply = client.chat.completions.create(model="qwen3_5_moe", messages=messages, max_tokens=WORDS, temperature=0)
+            assert reply.choices[0].message.content == expected
