@@ -7,7 +7,8 @@ warmed up by ordinary fine-tuning, about one time in five right and greedily not
 which are answered rightly, greedily, by transformers and PEFT from the saved adapter, so that nothing of what has trained it judges it.
 Curve: the mean reward of the last 20 steps. Exits 1 where a method ends below 0.85 held out or 0.75 on its curve, where our own
 evaluation differs from the independent one, or where a planted bug passes. Runs with planted bugs are told to trust the beginning:
-the comparison of generator and trainer that would stop some of them is off, and the curve alone must tell.
+the comparison of generator and trainer that would stop some of them is off, and the curve alone must tell. In full, the default method
+also learns from completions that were begun a step ahead (`dapo, async 1`).
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return "-".join([self.method, str(self.seed), *([self.planted] if self.planted else []), str(self.steps)])
+        odd = [self.planted or ("async" if self.asynchronous else "")]
+        return "-".join([self.method, str(self.seed), *filter(None, odd), str(self.steps)])
 
 
 def main() -> int:
@@ -108,10 +110,12 @@ def main() -> int:
     at_start = machine()
     starts = {seed: warmed_up(seed) for seed in seeds}
     jobs = [Job(method, seed) for method in methods for seed in seeds] + [Job("dapo", seeds[0], bug) for bug in planted]
+    if not given.quick:
+        jobs += [Job("dapo", seed, asynchronous=True) for seed in seeds]
     results = runs_in(given.json) if given.keep and given.json else []
-    done = {(r["method"], r["seed"], r["planted"]) for r in results}
+    done = {(r["method"], r["seed"], r["planted"], r["asynchronous"]) for r in results}
     for job in jobs:
-        if (job.method, job.seed, job.planted) not in done:
+        if (job.method, job.seed, job.planted, job.asynchronous) not in done:
             results.append(asdict(job) | run(job, starts[job.seed]["folder"]))
             result = summary(results, starts) | {"benchmark": "four_skills", "quick": given.quick, "machine": at_start}
             write_json(given.json, result)
@@ -292,8 +296,9 @@ def right(model: Any, asked: task.Ids, *, greedy: bool = True) -> float:
 def summary(results: list[dict[str, Any]], starts: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Of each method its worst seed, of each planted bug whether it was caught."""
     methods: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(r["method"] for r in results if not r["planted"]):
-        mine = [r for r in results if r["method"] == name and not r["planted"]]
+    whole = [r for r in results if not r["planted"]]
+    for name in dict.fromkeys(map(_title, whole)):
+        mine = [r for r in whole if _title(r) == name]
         methods[name] = {
             "heldout": min(r["heldout"] for r in mine),
             "curve": round(min(r["curve"] for r in mine), 4),
@@ -320,6 +325,10 @@ def summary(results: list[dict[str, Any]], starts: dict[int, dict[str, Any]]) ->
         "gates": gates,
         "targets": {"heldout": HELD_OUT, "curve": CURVE, "cpu_s": SECONDS},
     }
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['method']}, async 1" if result["asynchronous"] else str(result["method"])
 
 
 def _gate(held: Any) -> dict[str, Any]:

@@ -20,11 +20,12 @@ def four_skills():
         sys.path.remove(str(FOLDER))
 
 
-def made(method="dapo", seed=0, planted="", heldout=0.99, curve=0.95, stopped="", evaluated=0.99):
+def made(method="dapo", seed=0, planted="", heldout=0.99, curve=0.95, stopped="", evaluated=0.99, late=False):
     return {
         "method": method,
         "seed": seed,
         "planted": planted,
+        "asynchronous": late,
         "heldout": heldout,
         "curve": curve,
         "evaluated": evaluated,
@@ -38,9 +39,11 @@ STARTS = {0: {"sampled": 0.2, "greedy": 0.25, "folder": "somewhere"}}
 
 
 def test_of_a_method_its_worst_seed_counts(four_skills):
-    result = four_skills.summary([made(), made(seed=1, heldout=0.9, curve=0.8), made("grpo")], STARTS)
+    runs = [made(), made(seed=1, heldout=0.9, curve=0.8), made("grpo"), made(late=True)]
+    result = four_skills.summary(runs, STARTS)
+    assert list(result["methods"]) == ["dapo", "grpo", "dapo, async 1"]
     assert result["methods"]["dapo"] | {"seeds": 0} == {"heldout": 0.9, "curve": 0.8, "cpu_s": 21.0, "seeds": 0}
-    assert result["gates"]["methods"] == {"passed": True, "of": 2, "held": 2}
+    assert result["gates"]["methods"] == {"passed": True, "of": 3, "held": 3}
     worse = four_skills.summary([made(), made(seed=1, heldout=0.84)], STARTS)
     assert not worse["gates"]["methods"]["passed"]
 
@@ -61,7 +64,7 @@ def test_a_warm_start_must_be_neither_right_nor_lost(four_skills):
 
 
 def test_what_a_file_holds_is_kept(four_skills, tmp_path):
-    runs = [made(), made(seed=2), made(planted="sign", curve=0.0)]
+    runs = [made(), made(seed=2), made(late=True), made(planted="sign", curve=0.0)]
     file = tmp_path / "result.json"
     assert four_skills.runs_in(file) == []
     file.write_text(json.dumps(four_skills.summary(runs, STARTS)))
