@@ -270,6 +270,15 @@ def test_a_completion_that_cannot_be_had_is_refused(client, more, param):
     assert raised.value.param == param
 
 
+def test_where_a_budget_ends_thinking_not_every_id_is_the_models_and_none_is_told(client):
+    for more in ({"n": 2}, {"logprobs": True}, {"extra_body": {"return_token_ids": True}}):
+        with pytest.raises(openai.BadRequestError, match="budget of thinking"):
+            ask(client, reasoning_effort="low", **more)
+        assert ask(client, reasoning_effort="max", **more).usage.completion_tokens
+    with pytest.raises(openai.BadRequestError, match="enable_thinking"):
+        ask(client, reasoning_effort="none", extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+
+
 def test_a_model_that_is_not_served_is_told_before_a_stream_begins(client):
     for stream in (False, True):
         with pytest.raises(openai.NotFoundError) as raised:
