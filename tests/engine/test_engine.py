@@ -118,6 +118,37 @@ def test_samples_of_one_prompt_are_read_once_and_drawn_apart():
     assert {sample: text(events) for (_, sample), events in again.items()} == {s: text(e) for (_, s), e in found.items()}
 
 
+def test_samples_of_one_prompt_may_differ_in_length():
+    server, hot = engine(), Sampling(temperature=1.0, seed=7)
+    alike = run(server, ask("g", ids(30, 1), samples=3, sampling=hot, max_tokens=9))
+    found = run(server, ask("h", ids(30, 1), samples=3, sampling=hot, max_tokens=9, lengths=(2, 9, 1)))
+    assert [text(found["h", n]) for n in range(3)] == [text(alike["g", n])[:count] for n, count in enumerate((2, 9, 1))]
+    for wrong in ((2, 9), (2, 9, 0), (2, 10, 1)):
+        with pytest.raises(BadInput, match="one for each sample"):
+            server.submit(ask("i", ids(30, 1), samples=3, max_tokens=9, lengths=wrong))
+
+
+def test_log_probabilities_at_the_temperature_of_sampling_are_told_where_asked_for():
+    server, prompt = engine(), ids(30, 1)
+    one = ask("g", prompt, sampling=Sampling(temperature=0.5, seed=1, top_k=20), logprobs=True, tempered=True)
+    events = run(server, one)["g", 0]
+    out = text(events)
+    logits = make("qwen3")(torch.tensor([[*prompt, *out]])).logits[0].detach()
+    expected = [float((logits[len(prompt) - 1 + i] / 0.5).log_softmax(-1)[id]) for i, id in enumerate(out)]
+    assert [lp for event in events for lp in event.logprobs] == pytest.approx(expected, abs=2e-5)
+
+
+def test_pages_go_back_when_requests_end_and_long_replies_take_several(monkeypatch):
+    for module in ("pages", "crowd"):
+        monkeypatch.setattr(f"ropewalk.engine.{module}.PAGE", 8)
+    server = engine("gpt_oss")
+    alone = text(run(server, ask("alone", ids(9, 1), max_tokens=60))["alone", 0])
+    found = run(server, *(ask(str(n), ids(9, n), max_tokens=length) for n, length in enumerate((4, 60, 30, 50, 2))))
+    assert text(found["1", 0]) == alone
+    run(server, ask("last", ids(9, 4), max_tokens=2))
+    assert [len(pool) for pool in server.runner._pages.pools] == [2, 2]  # 10 ids, those of a single request
+
+
 def test_log_probabilities_are_those_of_the_model():
     server = engine()
     prompt = ids(30, 1)

@@ -109,6 +109,12 @@ class Job:
         return self.request.scope
 
     @property
+    def most(self) -> int:
+        """Ids that it produces at most."""
+        lengths = self.request.lengths
+        return lengths[self.sample] if lengths else self.request.max_tokens
+
+    @property
     def told_at(self) -> float:
         """The temperature at which log-probabilities are told."""
         return (self.request.sampling.temperature or 1.0) if self.request.tempered else 1.0
@@ -204,6 +210,12 @@ class Engine:
             raise BadInput("a request needs at least one id that is not part of its prefix")
         if any(not span.ids for span in request.prefix):
             raise BadInput("a span of a request's prefix has no ids")
+        lengths = request.lengths
+        if lengths and (len(lengths) != request.samples or min(lengths) < 1 or max(lengths) != request.max_tokens):
+            raise BadInput(
+                f"a request for {request.samples} samples of {request.max_tokens} ids has lengths {lengths}; they are one for "
+                "each sample, the longest being max_tokens"
+            )
         if self.sight is None and any(span.picture for span in request.prefix):
             raise BadInput("image: this model reads no images; send the text instead, or ask a model that does")
         if request.length + min(1, request.max_tokens) > self.longest:
@@ -396,7 +408,7 @@ class Engine:
         finish: Finish = ""
         if id in job.request.stop_ids or complete:
             finish = "stop"
-        elif job.produced == job.request.max_tokens or job.reading_on.position + 1 >= self.longest:
+        elif job.produced == job.most or job.reading_on.position + 1 >= self.longest:
             finish = "length"
         self._tell(job, (id,), (logprob,), finish)
         if finish:
