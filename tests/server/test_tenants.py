@@ -282,6 +282,13 @@ def jobs_under(prefix):
 
 
 JOBS = {**jobs_under("/v1"), **jobs_under("/openai/v1")}
+JOB_PAGES = {
+    ("GET", "/jobs"): [(ask("GET", "/jobs?after={things.job}"), 200, 404)],
+    ("GET", "/jobs/{id}"): [(ask("GET", "/jobs/{things.job}"), 200, 404)],
+    ("POST", "/jobs/{id}/pause"): [(ask_form("/jobs/{things.job}/pause"), 303, 404)],
+    ("POST", "/jobs/{id}/resume"): [(ask_form("/jobs/{things.job}/resume"), 303, 404)],
+    ("POST", "/jobs/{id}/cancel"): [(ask_form("/jobs/{things.job}/cancel"), 303, 404)],
+}
 COMPARE_PAGES = {
     ("GET", "/compare"): [(ask("GET", "/compare?after={things.comparison}"), 200, 404)],
     ("POST", "/compare"): [
@@ -420,7 +427,20 @@ def table():
 
 
 def test_every_route_is_in_one_of_the_tables_and_every_entry_is_a_route():
-    known = {*API, *MESSAGES, *OPENAI, *BATCHES, *JOBS, *COMPARE, *COMPARE_PAGES, *SHIP, *PAGES, *ADMIN, *WITHOUT_IDS}
+    known = {
+        *API,
+        *MESSAGES,
+        *OPENAI,
+        *BATCHES,
+        *JOBS,
+        *JOB_PAGES,
+        *COMPARE,
+        *COMPARE_PAGES,
+        *SHIP,
+        *PAGES,
+        *ADMIN,
+        *WITHOUT_IDS,
+    }
     routes = set(table())
     # HEAD is asked for by itself where it is looked at by itself; elsewhere it is GET without the body.
     assert {
@@ -611,6 +631,13 @@ def test_jobs_answer_alike_for_what_is_anothers_and_for_what_never_was(training,
     for probes in jobs_under(prefix).values():
         for probe, theirs, others in probes:
             check(asker.api, owner.api, "", "", owner.things, probe, theirs, others)
+
+
+def test_pages_of_jobs_answer_alike_for_what_is_anothers_and_for_what_never_was(training):
+    asker, owner = training
+    for probes in JOB_PAGES.values():
+        for probe, theirs, others in probes:
+            check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
 
 
 CARDS = (Path(__file__).parents[1] / "compare" / "pages" / "two_tools.txt").read_text()
