@@ -23,7 +23,7 @@ def second_tree(model: Any, adapter: Adapter | None, seed: int = 0) -> tuple[Any
     finally:
         if adapter is not None:
             adapter.reattach()
-    if getattr(twin, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
         twin.gradient_checkpointing_disable()
     twin.eval()
     if adapter is None:
