@@ -286,6 +286,27 @@ def test_a_model_that_is_not_served_is_told_before_a_stream_begins(client):
         assert raised.value.code == "model_not_found"
 
 
+def test_a_model_that_another_workspace_has_trained_is_not_there(place, tiny):
+    server, client, key = place
+    theirs, _ = server.workspace(f"trainers {secrets.token_hex(4)}")
+    server.app.state.registry.publish_base("theirs", tiny, {"workspace": theirs.id})
+    try:
+        assert "theirs" not in {model.id for model in client.models.list()}
+        text = client.files.create(file=("a.txt", b"text"), purpose="user_data").id
+        for asking in (
+            lambda: client.models.retrieve("theirs"),
+            lambda: ask(client, model="theirs"),
+            lambda: client.completions.create(model="theirs", prompt="a"),
+        ):
+            with pytest.raises(openai.NotFoundError) as raised:
+                asking()
+            assert raised.value.code == "model_not_found"
+        with server.http(key) as http:
+            assert http.post(f"/v1/files/{text}/questions", json={"model": "theirs"}).status_code == 404
+    finally:
+        server.app.state.registry.publish_base("theirs", tiny)
+
+
 def test_pictures_are_refused_by_a_model_that_sees_none(client):
     url = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
     parts = [{"type": "image_url", "image_url": {"url": url}}]
@@ -296,7 +317,7 @@ def test_pictures_are_refused_by_a_model_that_sees_none(client):
 def test_a_server_that_is_full_says_503_and_when_to_come_again(place, monkeypatch):
     server, client, _ = place
 
-    async def full(name):
+    async def full(name, caller):
         raise Overloaded("256 requests wait already")
 
     monkeypatch.setattr(server.app.state.models, "answerer", full)

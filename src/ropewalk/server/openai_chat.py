@@ -85,7 +85,7 @@ async def samples_of(
 ) -> AsyncGenerator[Indexed, None]:
     """All replies of one request as they come, numbered from `first`, and counted."""
     try:
-        answerer = await models.answerer(asked.model)
+        answerer = await models.answerer(asked.model, caller)
     except NotFound:
         raise unknown(asked.model) from None
     ended = 0

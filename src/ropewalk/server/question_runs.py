@@ -86,7 +86,7 @@ class QuestionRuns:
             raise NotFound(failed or "no row was written whose quote stands in the file; ask a model that is better at it")
         if (made := await questions.made_before(self._store, job)) is not None:
             return made
-        resolved = (await asyncio.to_thread(self._models.find, wanted.model)).shown
+        resolved = (await asyncio.to_thread(self._models.find, wanted.model, caller)).shown
         told = Made(KIND, questions.name_of(job), (job.file_id,), {"job": job.id, **lineage(wanted, resolved, rows, shown)})
         name = name_of(file.filename)
         return (await self._store.put(caller, rows.lines(), name, purpose="fine-tune", made=told)).id

@@ -66,7 +66,7 @@ async def create(request: Request) -> JSON:
     caller.needs("write")
     wanted = _wanted(Node(await body.read_json(request)))
     await state.store.show(caller, id)
-    await asyncio.to_thread(state.models.find, wanted.model)
+    await asyncio.to_thread(state.models.find, wanted.model, caller)
     shown = await asyncio.to_thread(passages, await document(state.store, caller, id), wanted)
     if not shown:
         raise DocumentError(
