@@ -143,9 +143,9 @@ class Answerer:
             Sampling(request.temperature, request.top_p, request.top_k, request.min_p, request.seed),
             stop_ids(self.template),
             grammar,
-            request.samples,
-            caller.workspace_id,
-            request.tokens,
+            samples=request.samples,
+            scope=caller.workspace_id,
+            logprobs=request.tokens,
         )
         kept = grammar is not None and grammar.kind == "lark"
         budget = budget_of(self.template, request, self._end(prompt), grammar)
