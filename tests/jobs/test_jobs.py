@@ -22,6 +22,7 @@ from ropewalk.jobs.runner import JobRunner, Options
 from ropewalk.jobs.tables import job_errors, jobs
 from ropewalk.registry import Registry
 from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.tables import audit
 from ropewalk.tenants.workspaces import create_workspace
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_train.py"))
@@ -135,6 +136,9 @@ def test_a_job_becomes_a_model_and_leaves_nothing_of_its_file_in_the_clear(tmp_p
                 f"{done.name}:ckpt-step-{step}" for step in (2, 4, 6)
             ]
             assert here.words() == []
+            async with here.store.database.reading() as connection:
+                written = (await connection.execute(select(audit.c.action).where(audit.c.subject == job.id))).scalars().all()
+            assert written == ["job_created", "job_ended"]
             receipt = await here.store.delete(me, file)
             assert {"job", "job_tokens", "job_log", "job_events"} <= set(receipt.derived)
             assert done.name in receipt.adapters

@@ -27,6 +27,7 @@ from ropewalk.files.tables import files
 from ropewalk.ids import new_id
 from ropewalk.jobs.recipe import Asked, make_recipe
 from ropewalk.jobs.tables import job_errors, job_events, jobs
+from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
 from ropewalk.tenants.workspaces import workspace_key
@@ -154,7 +155,7 @@ class Ledger:
 
     # -- what clients ask for
 
-    async def submit(self, caller: Caller, asked: Asked) -> Job:
+    async def submit(self, caller: Caller, asked: Asked, request_id: str = "") -> Job:
         """A job, queued; BadInput for what it may not hold, NotFound for a file that is not the caller's."""
         caller.needs("write")
         found = [await self.store.show(caller, id) for id in filter(None, (asked.training_file, asked.validation_file))]
@@ -204,6 +205,8 @@ class Ledger:
             await self._within_limits(connection, job)
             await connection.execute(insert(jobs).values(**{field.name: getattr(job, field.name) for field in fields(Job)}))
             await _tell(connection, job.id, [Told("created", f"Created fine-tuning job: {job.id}")])
+            detail = {"files": " ".join(job.file_ids), "base": job.base}
+            await append(connection, caller, "job_created", job.id, request_id=request_id, detail=detail)
         failpoint("job.submitted")
         return job
 
@@ -228,7 +231,7 @@ class Ledger:
             rows = (await connection.execute(query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1))).all()
         return Page(tuple(map(_job, rows[:limit])), len(rows) > limit)
 
-    async def want(self, caller: Caller, id: str, wanted: Literal["pause", "cancel"]) -> Job:
+    async def want(self, caller: Caller, id: str, wanted: Literal["pause", "cancel"], request_id: str = "") -> Job:
         """Has a job stop, for good or until it is resumed; what runs stops after its step, with a checkpoint."""
         caller.needs("write")
         async with self.database.writing() as connection:
@@ -240,9 +243,10 @@ class Ledger:
                 await _tell(connection, id, [Told(f"{wanted}:{job.tries}", f"The job is being {_DONE[wanted]}")])
             else:
                 await self._stop(connection, job, wanted)
+            await append(connection, caller, "job_stopped", id, request_id=request_id, detail={"asked": wanted})
             return await self._find(connection, caller, id)
 
-    async def resume(self, caller: Caller, id: str) -> Job:
+    async def resume(self, caller: Caller, id: str, request_id: str = "") -> Job:
         """Queues a paused job again; it goes on from its last checkpoint."""
         caller.needs("write")
         async with self.database.writing() as connection:
@@ -252,6 +256,7 @@ class Ledger:
             await self._within_limits(connection, job, resumed=True)
             await _set(connection, job, state="queued", wanted=None, holder=None, lease_until=0, failures=0)
             await _tell(connection, id, [Told(f"queued:{job.tries}", "The job is queued again")])
+            await append(connection, caller, "job_resumed", id, request_id=request_id)
             return await self._find(connection, caller, id)
 
     async def events(self, caller: Caller, id: str, limit: int, after: str | None = None) -> tuple[Sequence[Event], bool]:
@@ -390,6 +395,8 @@ class Ledger:
                     await self._keep_error(connection, job, error[1])
             await _set(connection, job, state=state, **{**free, **ended, **values})
             await _tell(connection, job.id, [told])
+            if state not in OPEN:
+                await append(connection, job.owner, "job_ended", job.id, detail={"state": state, "model": values.get("model")})
             failpoint("job.ending")
         failpoint("job.ended")
         return True
@@ -426,6 +433,7 @@ class Ledger:
             return
         await _set(connection, job, state="cancelled", finished_at=now(), **values)
         await _tell(connection, job.id, [FILES_GONE if gone else CANCELLED])
+        await append(connection, job.owner, "job_ended", job.id, detail={"state": "cancelled", "model": None})
 
     async def _still_held(self, connection: AsyncConnection, job: Job) -> bool:
         row = (await connection.execute(select(jobs.c.id).where(_held(job)).with_for_update())).first()

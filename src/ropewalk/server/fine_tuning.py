@@ -24,6 +24,7 @@ from ropewalk.server.auth import caller_of
 from ropewalk.server.files import MAX_LIMIT, limit_of
 from ropewalk.server.node import Node
 from ropewalk.server.openapi import STRING, operation, query, record
+from ropewalk.server.visitors import request_id_of
 from ropewalk.server.wire import JSON
 from ropewalk.tenants.caller import Caller
 
@@ -71,7 +72,7 @@ async def create(request: Request) -> JSON:
     caller_of(request).needs("write")
     asked = wire_jobs.read_new(Node(await body.read_json(request)))
     base = await asyncio.to_thread(_base, request.app.state.registry, asked.base)
-    made = await _ledger(request).submit(caller_of(request), replace(asked, base=base))
+    made = await _ledger(request).submit(caller_of(request), replace(asked, base=base), request_id_of(request))
     _runner(request).look()
     return JSON(wire_jobs.job(made))
 
@@ -98,7 +99,7 @@ async def show(request: Request) -> JSON:
 @operation("end a job for good", {200: JOB})
 async def cancel(request: Request) -> JSON:
     """POST /v1/fine_tuning/jobs/{job_id}/cancel"""
-    found = await _ledger(request).want(caller_of(request), request.path_params["job_id"], "cancel")
+    found = await _ledger(request).want(caller_of(request), request.path_params["job_id"], "cancel", request_id_of(request))
     _runner(request).look()
     return JSON(await _shown(request, found))
 
@@ -106,14 +107,14 @@ async def cancel(request: Request) -> JSON:
 @operation("have a job wait, with a checkpoint", {200: JOB})
 async def pause(request: Request) -> JSON:
     """POST /v1/fine_tuning/jobs/{job_id}/pause"""
-    found = await _ledger(request).want(caller_of(request), request.path_params["job_id"], "pause")
+    found = await _ledger(request).want(caller_of(request), request.path_params["job_id"], "pause", request_id_of(request))
     return JSON(await _shown(request, found))
 
 
 @operation("go on with a paused job", {200: JOB})
 async def resume(request: Request) -> JSON:
     """POST /v1/fine_tuning/jobs/{job_id}/resume"""
-    found = await _ledger(request).resume(caller_of(request), request.path_params["job_id"])
+    found = await _ledger(request).resume(caller_of(request), request.path_params["job_id"], request_id_of(request))
     _runner(request).look()
     return JSON(await _shown(request, found))
 

@@ -16,7 +16,7 @@ from ropewalk.errors import NotFound
 from ropewalk.jobs.ledger import OPEN, Job, Ledger
 from ropewalk.jobs.runner import JobRunner
 from ropewalk.server import words
-from ropewalk.server.visitors import Visitor, read_form, show, signed_in, store_of
+from ropewalk.server.visitors import Visitor, read_form, request_id_of, show, signed_in, store_of
 from ropewalk.server.wire_jobs import ERASED
 from ropewalk.server.words import Moment, Part
 
@@ -144,9 +144,9 @@ async def _asked(request: Request, visitor: Visitor, what: str) -> Response:
     await read_form(request, visitor.session)
     id, ledger = request.path_params["id"], _ledger(request)
     if what == "resume":
-        await ledger.resume(visitor.caller, id)
+        await ledger.resume(visitor.caller, id, request_id_of(request))
     else:
-        await ledger.want(visitor.caller, id, "cancel" if what == "cancel" else "pause")
+        await ledger.want(visitor.caller, id, "cancel" if what == "cancel" else "pause", request_id_of(request))
     _runner(request).look()
     return RedirectResponse(f"/jobs/{id}", 303)
 

@@ -48,6 +48,10 @@ ACTIONS = frozenset(
         "root_rotated",
         "alias_shipped",
         "alias_rolled_back",
+        "job_created",
+        "job_stopped",
+        "job_resumed",
+        "job_ended",
     }
 )
 
