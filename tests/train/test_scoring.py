@@ -5,12 +5,15 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import load_run
+from ropewalk.data.dataset import open_data
+from ropewalk.data.packing import batches
 from ropewalk.train.plan import check
 from ropewalk.train.progress import read_events
 from ropewalk.train.reward_builtins import read_spec
@@ -205,3 +208,29 @@ def test_only_the_last_step_may_be_scored_and_a_long_answer_is_cut(scoring, step
     source = {"path": str(steps), "type": "stepwise_supervised", "max_completion_length": 9}
     text = check(load_run(scoring("process_reward_model", datasets=[source]))).text()
     assert "row 3, steps right, wrong\n" in text
+
+
+def test_packed_lines_hold_their_rows_margins_and_verdicts_in_order(config, tmp_path):
+    rows = [{"input": f"q{n}", "chosen": "a" * (n + 1), "rejected": "b", "margin": n / 4} for n in range(7)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "x.jsonl"), "type": "bradley_terry.chat_template"}
+    run = load_run(config(reward_model=True, datasets=[source], sequence_len=96, curriculum_sampling=True))
+    template = Template.load(run.base_model)
+    found = list(batches(open_data(run, template, quiet=True).train, run, seed=1, epoch=0))
+    margins = np.concatenate([batch.compared.margins for batch in found])
+    assert margins.tolist() == [row["margin"] for row in rows]
+    for batch in found:
+        assert (batch.labels != -100).sum() == 2 * batch.compared.units
+        assert batch.ids.shape[1] == 2 * 96
+        assert batch.ids.max() < 259  # no margin among the ids
+
+    rows = [{"prompt": f"q{n}", "completions": ["a"] * (n + 1), "labels": [k == n for k in range(n + 1)]} for n in range(7)]
+    (tmp_path / "y.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "y.jsonl"), "type": "stepwise_supervised"}
+    run = load_run(config(process_reward_model=True, datasets=[source], sequence_len=16, curriculum_sampling=True))
+    found = list(batches(open_data(run, template, quiet=True).train, run, seed=1, epoch=0))
+    verdicts = np.concatenate([batch.compared.wanted for batch in found])
+    assert verdicts.tolist() == [label for row in rows for label in row["labels"]]
+    for batch in found:
+        ends = batch.ids[batch.labels != -100]
+        assert [template.decode([token]) for token in ends] == ["\n"] * batch.compared.units
