@@ -2,18 +2,24 @@
 
 import io
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from ropewalk.config.reinforcement import TrlKeys
 from ropewalk.config.run import ignored_keys, load_run
+from ropewalk.train.distributed import World
 from ropewalk.train.headlines import evaluation_line, panel_rows, step_line
 from ropewalk.train.policy_losses import METHODS
 from ropewalk.train.progress import EventLog, Screen, write_plots
+from ropewalk.train.report import Report
 from ropewalk.train.run_plots import plots_of
 from ropewalk.train.samples_page import samples_page
 
@@ -159,3 +165,20 @@ def test_the_configuration_on_the_page_is_one(tmp_path):
     (tmp_path / "grpo.yml").write_text(block)
     run = load_run(tmp_path / "grpo.yml")
     assert (run.by_rewards, run.trl.generation_batch_size, ignored_keys(run)) == (True, 64, {})
+
+
+def test_the_best_and_the_worst_are_written_down_of_prompts_that_teach_before_others():
+    def group(name):
+        episodes = [SimpleNamespace(ids=[1, 2], prompt=1, replies=[f"{name}{n}"]) for n in range(3)]
+        return SimpleNamespace(episodes=episodes, scores=np.zeros((3, 1)))
+
+    totals = np.array([1.0, 1.0, 1.0, 0.2, 0.9, math.nan, 0.0, 0.0, 0.0])
+    found = SimpleNamespace(mine=slice(0, 9), total=totals)
+    advantage = torch.tensor([0.0, 0.0, 0.0, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
+    report = Report(["late"], SimpleNamespace(decode=lambda ids: "asked"), World())
+    shown = report.samples([group("a"), group("b"), group("c")], found, advantage)
+    assert [(one["completion"], one["reward"], one["advantage"]) for one in shown] == [
+        ("b1", 0.9, 0.5),
+        ("b0", 0.2, -0.5),
+        ("a0", 1.0, 0.0),
+    ]

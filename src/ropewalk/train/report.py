@@ -13,6 +13,7 @@ from torch import Tensor
 from ropewalk.chat.template import Template
 from ropewalk.train.distributed import World
 from ropewalk.train.objective import Measures
+from ropewalk.train.rewards import Array
 from ropewalk.train.rollouts import Group
 from ropewalk.train.standing import Standing
 
@@ -52,13 +53,12 @@ class Report:
         }
 
     def samples(self, groups: Sequence[Group], found: Standing, advantage: Tensor) -> list[dict[str, Any]]:
-        """A few completions: of the first prompts the best one and the worst by turns."""
+        """A few completions: of some prompts the best and the worst, where there are such of prompts that teach something."""
         totals, mine = found.total[found.mine], advantage[found.mine]
+        placed = sorted(zip(groups, _places(groups)), key=lambda one: not bool((mine[one[1]] != 0).any()))
+        chosen = [(group, place, number) for group, place in placed[: SHOWN // 2] for number in _ends(totals[place])]
         shown = list[dict[str, Any]]()
-        for group, place in list(zip(groups, _places(groups)))[:SHOWN]:
-            scored = not np.isnan(totals[place]).all()
-            pick = np.nanargmin if len(shown) % 2 else np.nanargmax
-            number = int(pick(totals[place])) if scored else 0
+        for group, place, number in chosen:
             episode, reward = group.episodes[number], float(totals[place][number])
             shown.append(
                 {
@@ -79,6 +79,13 @@ def _places(groups: Sequence[Group]) -> list[slice]:
     """Where each group's samples stand among all."""
     ends = list(accumulate(len(group.episodes) for group in groups))
     return [slice(end - len(group.episodes), end) for group, end in zip(groups, ends)]
+
+
+def _ends(totals: Array) -> list[int]:
+    """The numbers of the best and the worst of a group; one where they are the same."""
+    if np.isnan(totals).all():
+        return [0]
+    return sorted({int(np.nanargmax(totals)), int(np.nanargmin(totals))}, key=lambda number: -totals[number])
 
 
 def _known(value: float) -> float | None:
