@@ -112,6 +112,22 @@ def test_token_ids_and_logprobs_are_those_of_the_model(client, tiny, template):
     assert [token.token for token in as_ids.choices[0].logprobs.content] == named
 
 
+def test_the_likeliest_tokens_are_told_in_the_place_of_each(client, tiny):
+    ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    reply = ask(client, logprobs=True, top_logprobs=3, temperature=1.0, seed=4, max_tokens=4, extra_body=ids)
+    prompt, chosen = reply.prompt_token_ids, reply.choices[0].token_ids
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]
+    values, places = logits.log_softmax(-1).topk(3)
+    for token, wanted, likely in zip(reply.choices[0].logprobs.content, values.tolist(), places.tolist(), strict=True):
+        assert [other.token for other in token.top_logprobs] == [f"token_id:{id}" for id in likely]
+        assert [other.logprob for other in token.top_logprobs] == pytest.approx(wanted, abs=1e-3)
+    made = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0, logprobs=2)
+    assert [len(likely) for likely in made.choices[0].logprobs.top_logprobs] == [2, 2]  # greedy: the chosen is one of them
+    assert max(made.choices[0].logprobs.top_logprobs[0].values()) == made.choices[0].logprobs.token_logprobs[0]
+
+
 def test_chunks_tell_every_id_once(client):
     whole = ask(client, logprobs=True, extra_body={"return_token_ids": True})
     chunks = list(ask(client, logprobs=True, stream=True, extra_body={"return_token_ids": True}))
@@ -204,7 +220,8 @@ REFUSED = [
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"presence_penalty": -1}, "presence_penalty"),
     ({"logit_bias": {"5": 100}}, "logit_bias"),
-    ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"store": True}, "store"),
     ({"service_tier": "flex"}, "service_tier"),
     ({"modalities": ["audio"]}, "modalities"),
@@ -255,7 +272,7 @@ def test_what_asks_for_nothing_passes(client):
     ("more", "param"),
     [
         ({"prompt": "a", "echo": True}, "echo"),
-        ({"prompt": "a", "logprobs": 5}, "logprobs"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": []}, "prompt"),

@@ -150,7 +150,7 @@ def test_a_stream_brings_each_reply_and_its_ids(client, words):
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]}, "messages"),
-        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
     ],
 )
 def test_what_would_change_its_ids_is_refused(client, more, param):

@@ -152,6 +152,7 @@ class MessagesRequest:
     min_p: float = 0.0
     samples: int = 1  # replies; the prompt is read once
     tokens: bool = False  # whether each id of prompt and reply is told, with log-probabilities
+    top: int = 0  # how many of the likeliest ids are told in the place of each, with `tokens`
     raw: str | tuple[int, ...] | None = None  # a prompt as it stands, which no chat template has written, instead of turns
 
     def documents(self) -> list[Document]:
@@ -233,6 +234,16 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Likely:
+    """An id that might have stood in the place of another, or is it."""
+
+    id: int
+    logprob: float
+    text: str
+    data: bytes | None  # None: not known
+
+
+@dataclass(frozen=True)
 class Token:
     """An id that was sampled."""
 
@@ -241,6 +252,7 @@ class Token:
     text: str
     data: bytes | None  # None: not known
     version: int = 0  # of the adapter that sampled it
+    top: tuple[Likely, ...] = ()  # the likeliest in its place
 
 
 @dataclass(frozen=True)

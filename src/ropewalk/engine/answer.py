@@ -146,6 +146,7 @@ class Answerer:
             samples=request.samples,
             scope=caller.workspace_id,
             logprobs=request.tokens,
+            top_logprobs=request.top,
         )
         kept = grammar is not None and grammar.kind == "lark"
         budget = budget_of(self.template, request, self._end(prompt), grammar)

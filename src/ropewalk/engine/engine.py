@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.cache import Reading, Segment
+from ropewalk.engine.likeliest import Likeliest, likeliest
 from ropewalk.engine.request import FORGOTTEN, Event, Finish, Grammar, Keep, Picture, Request, Span, acts_from
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.sampling import choose, stream
@@ -398,10 +399,11 @@ class Engine:
                     job.constraint.mask(row)
         told = [job.told_at for job in jobs] if any(job.request.logprobs for job in jobs) else []
         ids, logprobs = choose(allowed, [job.request.sampling for job in jobs], [job.random for job in jobs], plain, told)
-        for job, id, logprob in zip(jobs, ids, logprobs or [0.0] * len(jobs)):
-            self._produced(job, id, logprob)
+        tops = likeliest(plain, [job.request.top_logprobs for job in jobs])
+        for job, id, logprob, top in zip(jobs, ids, logprobs or [0.0] * len(jobs), tops):
+            self._produced(job, id, logprob, top)
 
-    def _produced(self, job: Job, id: int, logprob: float) -> None:
+    def _produced(self, job: Job, id: int, logprob: float, top: Likeliest) -> None:
         job.last = id
         job.produced += 1
         complete = job.constraint is not None and job.constraint.take(id)
@@ -410,7 +412,7 @@ class Engine:
             finish = "stop"
         elif job.produced == job.most or job.reading_on.position + 1 >= self.longest:
             finish = "length"
-        self._tell(job, (id,), (logprob,), finish)
+        self._tell(job, (id,), (logprob,), finish, top=(top,) if top else ())
         if finish:
             self._forget(job)
 
@@ -418,7 +420,15 @@ class Engine:
         self._tell(job, (), (), finish, error)
         self._forget(job)
 
-    def _tell(self, job: Job, ids: tuple[int, ...], logprobs: tuple[float, ...], finish: Finish, error: str = "") -> None:
+    def _tell(
+        self,
+        job: Job,
+        ids: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        finish: Finish,
+        error: str = "",
+        top: tuple[Likeliest, ...] = (),
+    ) -> None:
         first = not job.told and job.sample == 0
         job.told = True
         self._events.append(
@@ -432,6 +442,7 @@ class Engine:
                 created=job.created if first else None,
                 version=self.adapters.version(job.request.adapter) if self.adapters and job.request.adapter else 0,
                 error=error,
+                top=top,
                 routing=job.reading_on.routing() if finish and self.runner.routing is not None else None,
             )
         )

@@ -87,4 +87,5 @@ def write_event(event: Event) -> dict[str, Any]:
 def read_event(found: dict[str, Any]) -> Event:
     """The event that `write_event` was given."""
     values = {"sample": 0, **found}
-    return Event(**values | {name: tuple(values.get(name, ())) for name in ("ids", "logprobs")})
+    top = tuple(tuple((id, logprob) for id, logprob in place) for place in values.get("top", ()))
+    return Event(**values | {name: tuple(values.get(name, ())) for name in ("ids", "logprobs")} | {"top": top})

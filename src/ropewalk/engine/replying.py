@@ -16,6 +16,7 @@ from ropewalk.chat.messages import (
     BlockStarted,
     Delta,
     Ended,
+    Likely,
     MessagesRequest,
     ReplyEvent,
     Sampled,
@@ -91,8 +92,10 @@ class Reply:
         return [*found, Ended(reason, self._text.stopped_by, replace(usage, output=self.produced))]
 
     def _tokens(self, event: Event, versions: Sequence[int]) -> Iterable[Token]:
-        for id, logprob, version in zip(event.ids, event.logprobs, versions, strict=True):
-            yield Token(id, logprob, *_told(self._template, id), version)
+        tops = event.top or [()] * len(event.ids)
+        for id, logprob, version, top in zip(event.ids, event.logprobs, versions, tops, strict=True):
+            likely = tuple(Likely(other, chance, *_told(self._template, other)) for other, chance in top)
+            yield Token(id, logprob, *_told(self._template, id), version, likely)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -82,6 +82,7 @@ class Request:
     scope: str = ""  # whose it is: what one scope has read is never found by another
     logprobs: bool = False
     tempered: bool = False  # log-probabilities at the temperature of sampling, not truncated; otherwise the model's own
+    top_logprobs: int = 0  # of so many of the likeliest ids at each place, whichever was chosen
 
     @property
     def length(self) -> int:
@@ -105,6 +106,7 @@ class Event:
     version: int = 0  # of the adapter
     error: str = ""
     routing: Tensor | None = None  # at the end, int16 [ids read, layers, k]: the experts of each, where they are recorded
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each id, where they were asked for: the likeliest in its place
 
 
 def acts_from(ids: Sequence[int], invocation: tuple[int, ...] | None) -> int:

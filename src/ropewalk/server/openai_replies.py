@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ropewalk.chat.messages import Ended, Excerpt, ReplyEvent, Retrieved, Started, Token, Usage
+from ropewalk.chat.messages import Ended, Excerpt, Likely, ReplyEvent, Retrieved, Started, Token, Usage
 from ropewalk.server.openai_choices import JSON, Choice
 from ropewalk.server.openai_errors import error_of
 from ropewalk.server.openai_sampling import Told
@@ -123,7 +123,7 @@ class Writer:
             return {}
         return {"token_ids": [token.id for token in tokens], "token_versions": [token.version for token in tokens]}
 
-    def named(self, token: Token) -> str:
+    def named(self, token: Token | Likely) -> str:
         """The text of a token, as it was asked for."""
         return f"token_id:{token.id}" if self.told.tokens_as_ids else token.text
 
@@ -172,16 +172,12 @@ class ChatWriter(Writer):
     def _logprobs(self, tokens: Sequence[Token]) -> JSON | None:
         if not self.told.logprobs:
             return None
-        content = [
-            {
-                "token": self.named(token),
-                "logprob": token.logprob,
-                "bytes": None if token.data is None else list(token.data),
-                "top_logprobs": [],
-            }
-            for token in tokens
-        ]
+        content = [{**self._likely(token), "top_logprobs": [self._likely(other) for other in token.top]} for token in tokens]
         return {"content": content, "refusal": None}
+
+    def _likely(self, token: Token | Likely) -> JSON:
+        known = None if token.data is None else list(token.data)
+        return {"token": self.named(token), "logprob": token.logprob, "bytes": known}
 
 
 class CompletionWriter(Writer):
@@ -217,9 +213,14 @@ class CompletionWriter(Writer):
         return {
             "tokens": [self.named(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [self._tops(token) for token in tokens] if any(token.top for token in tokens) else None,
             "text_offset": offsets,
         }
+
+    def _tops(self, token: Token) -> dict[str, float]:
+        """The likeliest by their text, and the one that was chosen."""
+        shown: tuple[Token | Likely, ...] = (*token.top, token)
+        return {self.named(likely): likely.logprob for likely in shown}
 
 
 def sent_error(error: BaseException) -> bytes:

@@ -37,7 +37,6 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "verbosity": (("medium",), "say in the prompt how much the reply is to say"),
     "prompt_cache_options": ((), "what was read once is found again by itself"),
     "prompt_cache_retention": ((), "what was read once is found again by itself"),
-    "top_logprobs": ((0,), "the log-probability of each token that was chosen is told (logprobs), not those of others"),
     "prompt_logprobs": ((), "log-probabilities are told of replies alone"),
     "echo": ((False,), "a prompt is not sent back"),
     "suffix": (("",), "text is not filled in between here"),

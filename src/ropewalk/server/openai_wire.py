@@ -13,10 +13,20 @@ from ropewalk.server.openai_sampling import MAX_SAMPLES, Told, most_of, refuse_o
 from ropewalk.server.openai_turns import TurnReader
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+MAX_TOP = 20  # likeliest tokens that are told in the place of each
 MAX_IDS = 1 << 22  # of a prompt
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens: OpenAI's own default
 CHAT = {
-    *("messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs"),
+    *(
+        "messages",
+        "max_completion_tokens",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+    ),
     *("reasoning_effort", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
 }
 EFFORTS: dict[str, Effort] = {
@@ -35,6 +45,9 @@ def read_chat(body: Node) -> Asked:
     refuse_others(body, CHAT)
     logprobs = body.get("logprobs")
     told = told_of(body, logprobs is not None and logprobs.boolean())
+    top = body.get("top_logprobs")
+    if top is not None and top.integer(0, MAX_TOP) and not told.logprobs:
+        raise top.fail("it is only allowed when logprobs is true")
     system, turns = TurnReader().read(body.need("messages"))
     goes_on, begins = body.get("continue_final_message"), body.get("add_generation_prompt")
     continues = goes_on is not None and goes_on.boolean()
@@ -64,6 +77,7 @@ def read_chat(body: Node) -> Asked:
         effort=effort,
         stream=told.stream,
         tokens=told.tokens,
+        top=0 if top is None else top.integer(0),
     )
     return request, told
 
@@ -80,8 +94,7 @@ def read_completion(body: Node) -> Prompts:
     """A body of completions."""
     refuse_others(body, {"prompt", "logprobs", "add_special_tokens"})
     logprobs, special = body.get("logprobs"), body.get("add_special_tokens")
-    if logprobs is not None and logprobs.integer(0, 5):
-        raise logprobs.fail("0 tells the log-probability of each token that was chosen; those of others are not told")
+    top = 0 if logprobs is None else logprobs.integer(0, MAX_TOP)
     if special is not None and not special.boolean():
         raise special.fail("a text is read as the tokenizer reads a document; send ids to say it otherwise")
     told = told_of(body, logprobs is not None)
@@ -93,7 +106,7 @@ def read_completion(body: Node) -> Prompts:
         )
     most = body.get("max_tokens")
     tokens = COMPLETION_TOKENS if most is None else most.integer(1)
-    request = MessagesRequest(**sampling, max_tokens=tokens, turns=(), stream=told.stream, tokens=told.tokens)
+    request = MessagesRequest(**sampling, max_tokens=tokens, turns=(), stream=told.stream, tokens=told.tokens, top=top)
     return Prompts(tuple(replace(request, raw=raw) for raw in prompts), told)
 
 

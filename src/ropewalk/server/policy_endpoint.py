@@ -67,6 +67,7 @@ class Policy:
             raise unknown(asked.model)
         refused = {
             "stop": asked.stop_sequences,
+            "top_logprobs": asked.top,
             "messages": asked.documents() or asked.images(),
             "response_format": asked.schema,
             "tool_choice": asked.tool_choice.kind in ("any", "tool"),
