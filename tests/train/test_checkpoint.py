@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ropewalk.errors import ModelError, OutputError
+from ropewalk.errors import ConfigError, ModelError, OutputError
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
+from ropewalk.train.folder import open_folder
 
 
 def optimizer():
@@ -66,3 +67,12 @@ def test_a_checkpoint_without_optimizer_is_not_gone_on_from(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(Position(step=1), None, weights)
     assert checkpoints.newest() is None
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_newer_keys_are_off_and_is_refused_where_one_is_not(tmp_path):
+    open_folder(tmp_path, {"base_model": "b"}).close()
+    open_folder(tmp_path, {"base_model": "b", "reward_model": False, "qat": None}).close()
+    with pytest.raises(ConfigError, match="holds a run of another configuration: reward_model"):
+        open_folder(tmp_path, {"base_model": "b", "reward_model": True})
+    with pytest.raises(ConfigError, match="base_model"):
+        open_folder(tmp_path, {"reward_model": False})

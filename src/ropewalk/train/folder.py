@@ -181,7 +181,8 @@ def _move_aside(path: Path) -> None:
 
 def _same_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(dict(new), default=str))
-    keys = sorted(k for k in {*old, *plain} - NEUTRAL if old.get(k) != plain.get(k))
+    # A key that an earlier version did not have, and that is switched off now, changes nothing.
+    keys = sorted(k for k in {*old, *plain} - NEUTRAL if old.get(k) != plain.get(k) and (k in old or plain[k]))
     if keys:
         shown = ", ".join(f"{k} ({old.get(k)!r} there, {plain.get(k)!r} now)" for k in keys[:4]) + (
             ", ..." if len(keys) > 4 else ""
