@@ -50,7 +50,7 @@ def rows_for(slots: int, num_experts: int) -> int:
 def tiling_for(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Tiling:
     """What fits the shared memory: 227 KB on SM90 and SM100, 163 KB on SM80, 99 KB on SM86, SM89 and SM120."""
     if device.type != "cuda":
-        return Tiling(16, 16, 1, 1)
+        return Tiling(64, 64, 1, 1)
     narrow = max(16, triton.next_power_of_2(width))
     if dtype.itemsize == 4:
         return Tiling(min(64, narrow), 32, 4, 2)

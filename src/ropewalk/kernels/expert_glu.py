@@ -20,11 +20,6 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 CLAMPED = 3
 
 
-def known(gate: Gate) -> bool:
-    """Whether these kernels compute this gate."""
-    return isinstance(gate, Glu | ClampedGlu)
-
-
 def expert_glu(
     gate_up: Tensor, weight: Tensor | None, gate: Gate, tiles: Tiles, a: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ def expert_gram(
     out = torch.empty(shape, dtype=torch.float32, device=narrow.device)
     by_rank, by_column = (out.stride(2), out.stride(1)) if turned else (out.stride(1), out.stride(2))
     rank_block = max(16, triton.next_power_of_2(rank))
-    rows, columns, warps = (64, 128 if rank_block <= 32 else 64, 4) if narrow.device.type == "cuda" else (16, 16, 1)
+    rows, columns, warps = (64, 128 if rank_block <= 32 else 64, 4) if narrow.device.type == "cuda" else (32, 32, 1)
     _gram[(triton.cdiv(width, columns), experts)](
         narrow, wide, row_ends, row_ends if token is None else token, out, scale, rank, width,
         narrow.stride(0), wide.stride(0), out.stride(0), by_rank, by_column,

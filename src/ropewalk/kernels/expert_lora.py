@@ -7,10 +7,12 @@ For a row of expert e with routing weight w, and with the factors' product never
 
 Kept for the backward: gate_up [S, 2I], A1 x and A2 (w h) [S, r], the order of the rows and their weights. Nothing of size [S, H]
 survives the forward: rows of x are gathered again, h is computed again from gate_up, and the routing gradient is <dh, h>.
+With `recompute` the first three are not kept either: x and the routing are, and the backward computes them again, the same to the bit.
 Weighing h instead of the output takes the weights out of every [S, H] pass.
 
 One text of the mathematics runs on every kind of rows: tiles on a CPU, grouped_mm on a GPU (expert_rows.py), and all together where a
-CPU has few of them and nothing is trained (expert_few.py).
+CPU has few of them and nothing is trained (expert_few.py). Where Triton's kernels run, they take it over pass by pass
+(expert_fused.py), keep the same, and hand back to grouped_mm if one does not compile.
 `expert_lora_plain` is the twin: a loop over experts with the explicit delta, differentiated by autograd.
 """
 
@@ -29,7 +31,8 @@ from ropewalk.kernels.blocked import Blocked, Turned
 from ropewalk.kernels.expert_few import Few, route_few
 from ropewalk.kernels.expert_few import pays as few_pay
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
-from ropewalk.kernels.gates import Gate
+from ropewalk.kernels.gates import ClampedGlu, Gate, Glu
+from ropewalk.kernels.triton_kernels import refuse, usable
 
 
 class Packed(Protocol):
@@ -64,6 +67,7 @@ class Experts:
     transposed: bool = False
     post_norm: Callable[[Tensor], Tensor] | None = None  # applied to each row's output before it is weighed
     post_norm_parameters: Sequence[Tensor] = field(default=())
+    recompute: bool = False  # keep x and the routing only
 
 
 def expert_lora(
@@ -76,15 +80,17 @@ def expert_lora(
     *,
     rows: str | None = None,
 ) -> Tensor:
-    """x [T, H], ids [T, k] below E, weights [T, k] -> [T, H]; `rows` forces "tiles", "grouped" or "few" where tests want one of them."""
+    """x [T, H], ids [T, k] below E, weights [T, k] -> [T, H]; `rows` forces "tiles", "grouped", "few" or "fused" where tests want one."""
     forced, rows = rows is not None, rows or _rows_for(x, experts)
     a1, b1, s1 = (up.A, up.B, up.scale) if up else (None, None, 0.0)
     a2, b2, s2 = (down.A, down.B, down.scale) if down else (None, None, 0.0)
     trained = (*experts.gate.parameters, *experts.post_norm_parameters)
-    plan = _Plan(experts, s1, s2, rows == "grouped")
+    plan = _Plan(experts, s1, s2, rows in ("grouped", "fused"), fused=_fused(rows, x, experts), forced=forced)
     given = (x, ids, weights, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2, *trained)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
         return cast(Tensor, _ExpertLora.apply(plan, *given))  # type: ignore[no-untyped-call]
+    if plan.fused and (made := _try_fused(plan, x, ids, weights, *given[3:11], keep=False)) is not None:
+        return made[0]
     if rows == "few" or (rows == "tiles" and not forced and few_pay(ids, plan.num_experts)):
         plan = replace(plan, few=True)
     return _forward(
@@ -128,6 +134,8 @@ class _Plan:
     down_scale: float
     grouped: bool
     few: bool = False
+    fused: bool = False
+    forced: bool = False  # by a test, which wants no other way to step in
 
     @property
     def num_experts(self) -> int:
@@ -158,14 +166,8 @@ class _Operands:
         down_bias: Tensor | None,
         *factors: Tensor | None,
     ) -> _Operands:
-        a1, b1, a2, b2 = (None if f is None else f.to(x.dtype) for f in factors)
-        if plan.grouped:
-            # grouped_mm wants strides of whole 16 bytes, so ranks are padded with zeros up to 4 (float32) or 8 columns
-            step = 16 // x.element_size()
-            a1, a2 = (None if a is None else F.pad(a, (0, 0, 0, -a.shape[1] % step)) for a in (a1, a2))
-            b1, b2 = (None if b is None else F.pad(b, (0, -b.shape[2] % step)) for b in (b1, b2))
         w1, w2 = (_oriented(stack, x.dtype, plan.experts.transposed) for stack in (up, down))
-        return cls(w1, up_bias, w2, down_bias, _turned(a1), _turned(b1), _turned(a2), _turned(b2))
+        return cls(w1, up_bias, w2, down_bias, *_oriented_factors(plan, x, factors))
 
 
 def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool) -> Tensor | Turned:
@@ -173,6 +175,16 @@ def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool) -> Tensor | Tu
         return Turned(stack)
     dense = _dense(stack, dtype)
     return dense if transposed else dense.transpose(1, 2)
+
+
+def _oriented_factors(plan: _Plan, x: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    a1, b1, a2, b2 = (None if f is None else f.to(x.dtype) for f in factors)
+    if plan.grouped:
+        # grouped_mm wants strides of whole 16 bytes, so ranks are padded with zeros up to 4 (float32) or 8 columns
+        step = 16 // x.element_size()
+        a1, a2 = (None if a is None else F.pad(a, (0, 0, 0, -a.shape[1] % step)) for a in (a1, a2))
+        b1, b2 = (None if b is None else F.pad(b, (0, -b.shape[2] % step)) for b in (b1, b2))
+    return [_turned(f) for f in (a1, b1, a2, b2)]
 
 
 def _turned(factor: Tensor | None) -> Tensor | None:
@@ -189,6 +201,61 @@ def _rows_for(x: Tensor, experts: Experts) -> str:
 
 def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
     return stack.to(dtype) if isinstance(stack, Tensor) else stack.dequantize(dtype)
+
+
+# ---------------------------------------------------------------- where Triton's kernels run
+
+
+def _fused(rows: str, x: Tensor, experts: Experts) -> bool:
+    """Whether Triton's kernels compute this layer: a gate in closed form, frozen stacks, no norm of single rows."""
+    if rows == "fused":
+        return True
+    fits = isinstance(experts.gate, Glu | ClampedGlu) and experts.post_norm is None
+    given = (experts.up, experts.down, experts.up_bias, experts.down_bias)
+    return rows == "grouped" and fits and not any(t.requires_grad for t in given if isinstance(t, Tensor)) and usable(x.device)
+
+
+def _fused_layer(plan: _Plan, x: Tensor, stacks: Sequence[Any], factors: Sequence[Tensor | None]) -> Any:
+    from ropewalk.kernels.expert_fused import Layer
+
+    (up, up_bias, down, down_bias), (a1, b1, a2, b2) = stacks, _oriented_factors(plan, x, factors)
+    gate, transposed = plan.experts.gate, plan.experts.transposed
+    return Layer(up, up_bias, down, down_bias, gate, transposed, a1, b1, a2, b2, plan.up_scale, plan.down_scale)
+
+
+def _try_fused(
+    plan: _Plan, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any, keep: bool
+) -> tuple[Tensor, list[Tensor | None], Route] | None:
+    """-> out, what to keep, the route; or None where a kernel did not run."""
+    try:
+        from ropewalk.kernels import expert_fused
+
+        way = expert_fused.route_fused(ids, weights, plan.num_experts)
+        out, kept = expert_fused.forward(_fused_layer(plan, x, rest[:4], rest[4:8]), x, way)
+        return out, kept if keep else [None, None, None], way
+    except Exception as error:
+        if plan.forced:
+            raise
+        refuse(error)
+        return None
+
+
+def _try_fused_backward(
+    plan: _Plan, x: Tensor, way: Route, d_out: Tensor, kept: list[Tensor | None], rest: Sequence[Any], need: Sequence[bool]
+) -> Any:
+    """-> the gradients of everything but gate and norm, or None where a kernel did not run."""
+    names = {"x": need[1], "weights": need[3], "a1": need[8], "b1": need[9], "a2": need[10], "b2": need[11]}
+    try:
+        from ropewalk.kernels import expert_fused
+
+        layer = _fused_layer(plan, x, rest[:4], rest[4:8])
+        kept = expert_fused.again(layer, x, way) if plan.experts.recompute else kept
+        return expert_fused.backward(layer, x, way, d_out, kept, {name for name, wanted in names.items() if wanted})
+    except Exception as error:
+        if plan.forced:
+            raise
+        refuse(error)
+        return None
 
 
 # ---------------------------------------------------------------- forward
@@ -208,6 +275,7 @@ def _forward(plan: _Plan, m: _Operands, x: Tensor, way: Route, keep: bool) -> tu
         combine.add(rows, y)
         if keep and way.grouped:
             kept = made
+        del y, made
     return combine.result(), kept
 
 
@@ -215,13 +283,7 @@ def _forward_rows(
     plan: _Plan, m: _Operands, rows: Rows, x: Tensor, w: Tensor, into: list[Tensor | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """x [n, H] of some rows -> their weighed outputs [n, H], and what to keep (written into `into` where that is given)."""
-    xa = ha = None
-    gate_up = rows.mm(x, m.up, rows.space("gate_up", m.up.shape[2]) if into[0] is None else into[0])
-    if m.a1 is not None and m.b1 is not None:
-        xa = rows.mm(x, m.a1, into[1])
-        rows.mm_add_(gate_up, xa, m.b1, plan.up_scale)
-    if m.up_bias is not None:
-        rows.bias_(gate_up, m.up_bias)
+    gate_up, xa = _up(plan, m, rows, x, into[0], into[1])
     h = plan.experts.gate.forward(gate_up)
     early = plan.experts.post_norm is None  # the weights can go in before the down projection
     if early:
@@ -230,6 +292,29 @@ def _forward_rows(
     if plan.experts.post_norm is not None:
         y = plan.experts.post_norm(y) * w
     return y.to(x.dtype), [gate_up, xa, ha]
+
+
+def _up(
+    plan: _Plan, m: _Operands, rows: Rows, x: Tensor, into: Tensor | None = None, into_xa: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x [n, H] -> W1 x + s1 B1 A1 x + b1 [n, N], and A1 x [n, r]."""
+    xa = None
+    gate_up = rows.mm(x, m.up, rows.space("gate_up", m.up.shape[2]) if into is None else into)
+    if m.a1 is not None and m.b1 is not None:
+        xa = rows.mm(x, m.a1, into_xa)
+        rows.mm_add_(gate_up, xa, m.b1, plan.up_scale)
+    if m.up_bias is not None:
+        rows.bias_(gate_up, m.up_bias)
+    return gate_up, xa
+
+
+def _again(plan: _Plan, m: _Operands, rows: Rows, x: Tensor, w: Tensor) -> list[Tensor | None]:
+    """gate_up, A1 x and A2 h of some rows as the forward had them; h carries its weight unless it is normed first."""
+    gate_up, xa = _up(plan, m, rows, x)
+    if m.a2 is None:
+        return [gate_up, xa, None]
+    h = plan.experts.gate.forward(gate_up)
+    return [gate_up, xa, rows.mm(h if plan.experts.post_norm is not None else h.mul_(w), m.a2)]
 
 
 def _down(
@@ -364,11 +449,15 @@ class _ExpertLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
         up, up_bias, down, down_bias, *factors = rest[:8]
-        way = route(ids, weights, plan.num_experts, x.dtype, plan.grouped)
-        m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
-        out, kept = _forward(plan, m, x, way, keep=True)
+        made = _try_fused(plan, x, ids, weights, *rest[:8], keep=not plan.experts.recompute) if plan.fused else None
+        if made is not None:
+            out, kept, way = made
+        else:
+            way = route(ids, weights, plan.num_experts, x.dtype, plan.grouped)
+            m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
+            out, kept = _forward(plan, m, x, way, keep=not plan.experts.recompute)
         tensors = [t if isinstance(t, Tensor) else None for t in rest]
-        ctx.save_for_backward(x, way.token, way.weight, way.order, way.place, way.ends, *kept, *tensors)
+        ctx.save_for_backward(x, way.token, way.weight, way.order, way.place, way.ends, way.row, *kept, *tensors)
         ctx.plan, ctx.k, ctx.weights_dtype = plan, way.k, weights.dtype
         return out
 
@@ -377,10 +466,17 @@ class _ExpertLora(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         saved = ctx.saved_tensors  # read once: a checkpointed layer unpacks each tensor a single time
-        x, token, weight, order, place, ends, gate_up, xa, ha, up, up_bias, down, down_bias, *others = saved
+        x, token, weight, order, place, ends, row, gate_up, xa, ha, up, up_bias, down, down_bias, *others = saved
         up, down = (plan.experts.up if up is None else up), (plan.experts.down if down is None else down)
         factors, trained = others[:4], others[4:]
-        way = Route(token, weight, order, place, ends, ctx.k)
+        way = Route(token, weight, order, place, ends, ctx.k, row=row)
+        if row is not None:  # the forward ran in Triton's kernels
+            rest = (up, up_bias, down, down_bias, *factors)
+            made = _try_fused_backward(plan, x, way, d_out, [gate_up, xa, ha], rest, ctx.needs_input_grad)
+            if made is not None:
+                dw = None if made.weights is None else way.to_slots(made.weights).to(ctx.weights_dtype)
+                given = [None if g is None else _as(g, t) for g, t in zip((made.a1, made.b1, made.a2, made.b2), factors)]
+                return None, made.x, None, dw, None, None, None, None, *given, *[None] * len(trained)
         m = _Operands.of(plan, x, up, up_bias, down, down_bias, *factors)
         need = ctx.needs_input_grad
         stacks = [
@@ -392,8 +488,12 @@ class _ExpertLora(torch.autograd.Function):
         grad = _Gradients([torch.zeros_like(t) for t in trained], Combine(way, x) if need[1] else None, d_weights, *stacks)
         for rows in all_rows(way, x):
             token, w = way.token[rows.span], way.weight[rows.span, None]
-            kept = [None if t is None else t[rows.span] for t in (gate_up, xa, ha)]
-            _backward_rows(plan, m, rows, rows.take(x, token, "x"), w, rows.take(d_out, token, "dy"), kept, grad)
+            rows_x = rows.take(x, token, "x")
+            if plan.experts.recompute:
+                kept = _again(plan, m, rows, rows_x, w)
+            else:
+                kept = [None if t is None else t[rows.span] for t in (gate_up, xa, ha)]
+            _backward_rows(plan, m, rows, rows_x, w, rows.take(d_out, token, "dy"), kept, grad)
         dw = None if d_weights is None else way.to_slots(d_weights).to(ctx.weights_dtype)
         originals = (up, up_bias, down, down_bias, *factors)
         given = [None if g is None else _as(g, t) for g, t in zip(stacks, originals)]

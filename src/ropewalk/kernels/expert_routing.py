@@ -95,8 +95,8 @@ def cut_plain(row_ends: Tensor, slots: int, rows: int) -> Tiles:
         ends.append(len(expert))
     unused = [-1] * (triton.cdiv(slots, rows) + min(len(counts), slots) - len(expert))
     lists = (expert + unused, start + unused, ends)
-    of, first, upto = (torch.tensor(v, dtype=torch.int32, device=row_ends.device) for v in lists)
-    return Tiles(of, first, upto, row_ends, rows)
+    of, begin, upto = (torch.tensor(v, dtype=torch.int32, device=row_ends.device) for v in lists)
+    return Tiles(of, begin, upto, row_ends, rows)
 
 
 @triton.jit

@@ -38,6 +38,7 @@ class Route:
     counts: Tensor | None = (
         None  # [E], where rows are filled up and yet computed all at once: how many of each expert's are none of those
     )
+    row: Tensor | None = None  # [S] int64: the row of each slot, where it is known
 
     @property
     def grouped(self) -> bool:
