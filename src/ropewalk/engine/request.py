@@ -78,10 +78,10 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
     samples: int = 1
-    lengths: tuple[int, ...] = ()  # of each sample, instead of max_tokens, which is the longest
     scope: str = ""  # whose it is: what one scope has read is never found by another
     logprobs: bool = False
     tempered: bool = False  # log-probabilities at the temperature of sampling, not truncated; otherwise the model's own
+    lengths: tuple[int, ...] = ()  # of each sample, instead of max_tokens, which is the longest
     top_logprobs: int = 0  # of so many of the likeliest ids at each place, whichever was chosen
 
     @property
