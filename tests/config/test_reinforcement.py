@@ -4,7 +4,6 @@ import pytest
 
 from ropewalk.config.run import ignored_keys, parse_run
 from ropewalk.errors import ConfigError
-from ropewalk.train.prepare import prepare
 
 BASE = "base_model: some/model\ndatasets: [{path: rows.jsonl}]\nlearning_rate: 1e-5\nadapter: lora\n"
 # As a configuration for Axolotl is written.
@@ -71,12 +70,3 @@ def test_what_is_wrong_is_told_with_a_way_out(change, said):
 def test_keys_that_are_off_ask_for_nothing_and_the_block_alone_is_not_needed():
     assert parse_run(BASE + "rl: false\ntrl: {rollout_func: null, repetition_penalty: 1.0}\n").rl is None
     assert "rl: grpo is one" in ignored_keys(parse_run(BASE + "trl: {num_generations: 4}\n"))["trl"]
-
-
-def test_training_by_rewards_is_refused_in_one_sentence_that_says_what_can_be_done():
-    with pytest.raises(ConfigError) as caught:
-        prepare(parse_run(BASE + TRL))
-    assert str(caught.value) == (
-        "training by rewards (rl: grpo) is not supported yet; "
-        "`ropewalk rewards check CONFIG` tries its rewards on completions of the base already"
-    )
