@@ -93,6 +93,11 @@ class Base:
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     starting: asyncio.Task[None] | None = None
 
+    @property
+    def loading(self) -> bool:
+        """Whether its engine is on its way, and somebody may wait for it."""
+        return self.starting is not None and not self.starting.done()
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -236,7 +241,7 @@ class Models:
         for base in self._bases.values():
             base.client.held = LENT
         late = time.monotonic() + LEND_SECONDS
-        while any(base.client.busy for base in self._bases.values()) and time.monotonic() < late:
+        while any(base.client.busy or base.loading for base in self._bases.values()) and time.monotonic() < late:
             await asyncio.sleep(0.05)
         self._lent_bases = [folder for folder, base in self._bases.items() if base.client.running]
         for base in self._bases.values():
