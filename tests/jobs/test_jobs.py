@@ -356,11 +356,14 @@ def test_what_was_to_stop_when_its_server_died_stops_with_the_next(tmp_path):
 class Engines:
     """What has the device while no job does."""
 
-    def __init__(self):
-        self.did, self.answering = [], asyncio.Event()
+    def __init__(self, fails=0):
+        self.did, self.answering, self.fails = [], asyncio.Event(), fails
         self.answering.set()
 
     async def lend(self):
+        if self.fails:
+            self.fails -= 1
+            raise OSError("it does not end")
         self.did.append("drain")
         await self.answering.wait()
         self.did.append("free")
@@ -374,7 +377,7 @@ def test_on_one_device_a_job_and_the_engines_of_all_servers_take_turns(tmp_path,
 
     async def body():
         async with yard(tmp_path / "data") as (here, me):
-            ledger, ours, theirs = here.ledger(), Engines(), Engines()
+            ledger, ours, theirs = here.ledger(), Engines(fails=1), Engines()
             beside = asyncio.create_task(Device(tmp_path / "device", theirs).watch())  # of another server
             theirs.answering.clear()
             async with here.running(ledger, Device(tmp_path / "device", ours)):

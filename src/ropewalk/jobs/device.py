@@ -54,21 +54,24 @@ class Device:
     async def watch(self) -> None:
         """The engines' turn, for as long as no job wants the device; until it is cancelled."""
         with _Lock(self._folder / "device.lock") as device:
-            self.lent = not device.take(fcntl.LOCK_SH)
-            if self.lent:  # a job has it since before this process began
-                await self._engines.lend()
             while True:
-                wanted = await asyncio.to_thread(self._is_wanted)
-                if wanted and not self.lent:
-                    log.info("a job wants the device: the engines make room")
-                    await self._engines.lend()
-                    device.free()
-                    self.lent = True
-                elif not wanted and self.lent and device.take(fcntl.LOCK_SH):
-                    self.lent = False
-                    log.info("the device is free again: the engines come back")
-                    await self._engines.take_back()
+                try:
+                    await self._turn_over(device)
+                except Exception as error:  # an engine that does not end, or does not come back: the next look tries again
+                    log.error("the device cannot change hands: %r", error)
                 await asyncio.sleep(LOOK_SECONDS)
+
+    async def _turn_over(self, device: _Lock) -> None:
+        wanted = await asyncio.to_thread(self._is_wanted)
+        if wanted and not self.lent:
+            log.info("a job wants the device: the engines make room")
+            await self._engines.lend()
+            device.free()
+            self.lent = True
+        elif not wanted and device.take(fcntl.LOCK_SH) and self.lent:
+            log.info("the device is free again: the engines come back")
+            await self._engines.take_back()
+            self.lent = False
 
     def _is_wanted(self) -> bool:
         with _Lock(self._folder / "wanted.lock") as wanted:
