@@ -31,7 +31,7 @@ class Scripted:
     async def start(self):
         pass
 
-    async def generate(self, request, pixels=None):
+    async def generate(self, request, pixels=None, over=()):
         self.request = request
         ids = self._template.encode_content(self._reply)
         for place in range(0, len(ids), 3):

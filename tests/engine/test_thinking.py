@@ -21,7 +21,7 @@ class Thinker:
         self.script = [*opening, *[5] * length, *CLOSE]
         self.asked = []
 
-    async def generate(self, request):
+    async def generate(self, request, pixels=None, over=()):
         self.asked.append(request)
         said = list(request.tail[1:])  # of the reply so far
         yield Event(request.id, 0, read=2, created=0)
