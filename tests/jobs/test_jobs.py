@@ -314,7 +314,9 @@ def test_a_workspace_has_its_limits_and_no_other_waits_for_it(tmp_path, url):
             ledger = here.ledger(running=1, queued=3, file_bytes=1000)
             made = await create_workspace(here.store.database, here.store.vault, "other")
             other = Caller(made.organization_id, made.id, None)
-            mine = [await here.ask(me, ledger, await here.put(me)) for _ in range(3)]
+            mine = [await here.ask(me, ledger, await here.put(me), metadata={"n": str(n)}) for n in range(3)]
+            assert [job.id for job in (await ledger.list(me, 9, metadata={"n": "1"})).jobs] == [mine[1].id]
+            assert (await ledger.list(me, 9, metadata={"n": "1", "m": "1"})).jobs == ()
             theirs = await here.ask(other, ledger, await here.put(other))
             with pytest.raises(QuotaExceeded, match="3 jobs that have not ended, of 3"):
                 await here.ask(me, ledger, await here.put(me))
