@@ -35,6 +35,8 @@ run() { # name, command...: goes on to the next whatever happens
 }
 results=benchmarks/results
 run kernels "$python" benchmarks/gpu_kernels.py --device cuda $quick --json "$results/gpu-kernels.json"
+# a kernel that hangs must not hold up what comes after it
+run expert_kernels timeout 600 "$python" benchmarks/expert_kernels.py --device cuda $quick --json "$results/gpu-expert_kernels.json"
 run serve "$python" benchmarks/serve.py --device cuda $quick --json "$results/gpu-serve.json"
 run moe_lora "$python" benchmarks/moe_lora.py --device cuda $quick --json "$results/gpu-moe_lora.json"
 run grpo "$python" benchmarks/grpo.py --device cuda --no-peer $quick --json "$results/gpu-grpo.json"

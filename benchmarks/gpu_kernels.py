@@ -3,7 +3,8 @@
     python benchmarks/gpu_kernels.py [--device cpu|cuda] [--quick] [--json FILE]
 
     attend       result and log-sum-exp of attention, of every shape that the engine asks for, against float64; with the way that ran
-    experts      the expert layer and all its gradients against autograd over W + s B A, tiles and grouped products
+    experts      the expert layer and all its gradients against autograd over W + s B A: tiles, grouped products and, on a GPU, Triton's
+                 kernels, each of which expert_kernels.py looks at by itself
     head         the loss over a vocabulary in pieces, and its gradients
     stored       weights of 4 and 8 bits, what is read back on the device against what is read back on the CPU
     engine       every kind of layer: greedy ids and log-probabilities against generate(), and a segment read again, bit for bit
@@ -125,7 +126,7 @@ def experts(device: torch.device, quick: bool) -> Iterator[Row]:
                     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), list(t.values()))]
 
                 truth = gradients(expert_lora_plain, torch.float64)
-                for how in ("tiles", "grouped"):
+                for how in ("tiles", "grouped", "fused") if device.type == "cuda" else ("tiles", "grouped"):
                     found = gradients(expert_lora, dtype, rows=how)
                     spent = milliseconds(lambda how=how: gradients(expert_lora, dtype, rows=how), device)  # noqa: B023
                     case = f"{count} of {hidden} to {inter}, {tokens} tokens, {type(gate).__name__}, {str(dtype)[6:]}"
