@@ -16,7 +16,7 @@ from rich.console import Console
 from ropewalk.config.reinforcement import TrlKeys
 from ropewalk.config.run import ignored_keys, load_run
 from ropewalk.train.distributed import World
-from ropewalk.train.headlines import evaluation_line, panel_rows, step_line
+from ropewalk.train.headlines import end_line, evaluation_line, panel_rows, step_line
 from ropewalk.train.policy_losses import METHODS
 from ropewalk.train.progress import EventLog, Screen, write_plots
 from ropewalk.train.report import Report
@@ -63,6 +63,14 @@ def test_an_evaluation_by_rewards_has_no_loss_to_tell():
     assert told == "step 4  evaluation reward 0.900 (a 0.800, b 1.000)  length 12.0, 100% ended"
     told = evaluation_line({"step": 4, "loss": 0.5, "trained": 20, "best": True})
     assert told == "step 4  evaluation loss 0.5000 over 20 tokens  (best so far)"
+
+
+def test_the_end_is_told_by_loss_or_by_what_the_first_and_the_last_steps_were_given():
+    told = end_line([ALWAYS | {"loss": loss} for loss in (2.0, 1.0, 0.5)])
+    assert told == "loss 2.0000 -> 0.5000 in 3 steps"
+    steps = [REWARDED | {"reward": n / 10} for n in range(10)]  # means of 0, .1, ... .4 and of .5, .6, ... .9
+    assert end_line(steps) == "reward 0.200 -> 0.700 (first and last 5 of 10 steps)"
+    assert end_line([]) == "no step"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,7 @@ def test_a_log_without_samples_has_no_page(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(TrlKeys.model_fields))
 def test_every_key_of_trl_is_explained_on_the_page(name):
-    assert f"`{name}`" in PAGE or f"`{name}: " in PAGE
+    assert f"`{name}`" in PAGE or f"`{name}: " in PAGE  # or with a value
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -3,7 +3,8 @@
 output_dir/
   run.json         resolved config, versions, threads, state (training, finished), result
   events.jsonl     every step, evaluation and checkpoint
-  plots/           loss, throughput and learning rate as SVG
+  plots/           loss, throughput, learning rate and, by rewards, what was reached, as SVG
+  samples.html     by rewards: completions and what each was given
   checkpoints/     what a killed run goes on from
   adapter/         the result of a LoRA run, in PEFT's layout (model/ after full fine-tuning)
 """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 Values = Mapping[str, Any]  # of an event
 Rows = list[tuple[str, ...]]  # name, value, name, value, ...
 
 PREFIX = "rewards/"
+NEAR = 5  # steps at either end whose rewards are told together
 
 
 def step_line(values: Values, total: int, left: str) -> str:
@@ -30,6 +32,16 @@ def evaluation_line(values: Values) -> str:
     else:
         parts += [f"evaluation loss {values['loss']:.4f} over {values['trained']} tokens", *_compared(values)]
     return "  ".join([*parts, *(["(best so far)"] if values.get("best") else [])])
+
+
+def end_line(steps: Sequence[Values]) -> str:
+    """What all steps together have come to; single rewards are too rough to be set side by side."""
+    if not steps:
+        return "no step"
+    if not is_rewarded(steps[-1]):
+        return f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} in {len(steps)} steps"
+    first, last = ([step["reward"] for step in some] for some in (steps[:NEAR], steps[-NEAR:]))
+    return f"reward {fmean(first):.3f} -> {fmean(last):.3f} (first and last {len(first)} of {len(steps)} steps)"
 
 
 def panel_rows(values: Values, evaluated: Values, total: int, left: str) -> Rows:

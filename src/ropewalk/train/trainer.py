@@ -20,6 +20,7 @@ from ropewalk.errors import TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
+from ropewalk.train.headlines import end_line
 from ropewalk.train.lessons import Examined, Lessons, Taught
 from ropewalk.train.objective import Measures
 from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
@@ -233,8 +234,7 @@ class Fit:
             if self.config.hub_model_id:
                 self.screen.say(f"uploaded to {push(result.adapter, self.config.hub_model_id, self.config.hub_revision)}")
         self.screen.say(
-            f"done: loss {result.first_loss:.4f} -> {result.last_loss:.4f} in {result.steps} steps, {seconds:.0f} s; "
-            f"the result is in {result.adapter}, its plots in {self.folder.plots}"
+            f"done: {end_line(steps)}, {seconds:.0f} s; the result is in {result.adapter}, its plots in {self.folder.plots}"
         )
         if kind := scored(self.config):
             named = "model" if kind == "answers" else "process_model"
