@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ropewalk.compare import verbs as compare
 from ropewalk.config import verbs as config
+from ropewalk.doctor import verbs as doctor
 from ropewalk.engine import verbs as engine
 from ropewalk.errors import RopewalkError
 from ropewalk.files import verbs as files
@@ -21,7 +23,7 @@ from ropewalk.train import verbs as train
 from ropewalk.verbs import Verb, needs_verb
 
 # Each has a function add_verbs. In the order of --help; a new room needs an import and its place here.
-ROOMS = (quickstart, train, models, compare, engine, server, jobs, files, tenants, config)
+ROOMS = (quickstart, train, models, compare, engine, server, jobs, files, tenants, config, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,11 +65,19 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: ropewalk quickstart        (the whole loop on a small model, on CPU, in minutes)",
     )
     top.add_argument("--version", action="store_true", help="print the version and exit")
-    top.set_defaults(run=lambda arguments: _version(arguments, top))
+    # Of what one room does for another, where the other may not import it.
+    top.set_defaults(run=lambda arguments: _version(arguments, top), opens=_open_policy)
     verbs = top.add_subparsers(title="commands", metavar="COMMAND")
     for room in ROOMS:
         room.add_verbs(verbs)
     return top
+
+
+def _open_policy(*given: Any, **named: Any) -> Any:
+    """The address at which `ropewalk train` lets its model be asked."""
+    from ropewalk.server.policy_endpoint import open_policy
+
+    return open_policy(*given, **named)
 
 
 def _version(arguments: argparse.Namespace, top: argparse.ArgumentParser) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ropewalk.cli import main
 from ropewalk.config.run import load_run
 from ropewalk.errors import ConfigError, TrainingStopped
 from ropewalk.models.sharing import shares
@@ -285,3 +287,40 @@ def test_completions_of_equal_reward_teach_nothing(rewarded, tmp_path):
     (tmp_path / "rewards.py").write_text("def late(completion):\n    return 1.0\n")
     fit(rewarded(max_steps=2))
     assert told(tmp_path / "run", "reward", "reward_std", "varied", "loss", "gradient_norm") == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 2
+
+
+ASKING = '''
+import json
+import urllib.request
+
+
+class Asking:
+    """Asks the model under training itself, before it says what a reply was worth."""
+
+    def reset(self, row):
+        return [{"role": "user", "content": row["messages"][0]["content"]}]
+
+    def step(self, reply):
+        from ropewalk.train.environment import Step
+
+        asked = {"model": "NAME", "prompt": [5, 6, 7], "max_tokens": 4, "return_token_ids": True, "logprobs": 0}
+        address = "http://127.0.0.1:PORT/v1/completions"
+        request = urllib.request.Request(address, json.dumps(asked).encode(), {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            choice = json.load(answer)["choices"][0]
+        return Step(reward=len(choice["token_ids"]) / 4, done=True)
+'''
+
+
+def test_an_environment_may_ask_the_model_that_is_learning(rewarded, base, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "asking.py").write_text(ASKING.replace("PORT", str(port)).replace("NAME", base.name))
+    trl = {"environment": f"{tmp_path}/asking.py:Asking", "reward_funcs": None, "endpoint": f"127.0.0.1:{port}"}
+    path = rewarded(trl, max_steps=2, sequence_len=128)
+    assert main(["train", str(path)]) == 0
+    assert all(step["rewards/Asking"] > 0.5 for step in steps(tmp_path / "run"))
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port))
+    with pytest.raises(ConfigError, match="is opened by the command `ropewalk train`"):
+        fit(rewarded(trl, output_dir=str(tmp_path / "other")))

@@ -88,6 +88,9 @@ class TrlKeys(VllmKeys):
         "Own: in training, experts are those that were picked when the tokens were sampled; their weights are computed anew.",
         False,
     )
+    endpoint: str | None = key(
+        "Own: host:port at which the model under training is asked while it learns, in the shape of OpenAI's API."
+    )
     num_iterations: Positive = key("Optimizer steps over each batch of completions.", 1)
     mask_truncated_completions: bool = key("Learn nothing from completions that did not end by themselves.", False)
     async_prefetch: bool = key("Generate the next batch while this one is learnt from.", False)

@@ -213,6 +213,30 @@ class PolicyServer:
         asyncio.run(self._server.serve(sockets=[self._socket]))
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An address at which a run's model is asked.  server -> trainer"""
+
+    asked: LivePolicy
+    server: PolicyServer
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+def open_policy(address: str, *, name: str, template: Template, longest: int, version: Callable[[], int]) -> Opened:
+    """Begins to listen at host:port; what is asked there waits for whoever drives the generator."""
+    host, port = address_of(address)
+    live = LivePolicy()
+    server = PolicyServer(Policy(name, template, longest, live, version), host, port)
+    server.start()
+    return Opened(live, server)
+
+
 def address_of(text: str) -> tuple[str, int]:
     """A host and a port, of `trl.endpoint`."""
     host, _, port = text.rpartition(":")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ropewalk.config.vllm import by_server, server_url
 from ropewalk.engine.request import Sampling
+from ropewalk.errors import ConfigError
 from ropewalk.train.background import Background
 from ropewalk.train.distributed import World
 from ropewalk.train.environment_pool import environment_of
@@ -28,28 +29,32 @@ from ropewalk.train.generator import Generator
 from ropewalk.train.lessons import Examined
 from ropewalk.train.objective import Measures
 from ropewalk.train.policy_step import PolicyStep
-from ropewalk.train.prepare import Prepared
+from ropewalk.train.prepare import Prepared, tell
 from ropewalk.train.process import step_seed
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.questions import Question, Questions, groups_of
 from ropewalk.train.report import Report
 from ropewalk.train.rewards import Rewards, specs_of
 from ropewalk.train.rollouts import Rollouts
+from ropewalk.train.shared_writer import Opens, PublishingWriter, SharedWriter
 from ropewalk.train.standing import standings
+from ropewalk.train.survey import SLOTS
 from ropewalk.train.vllm_generator import VllmGenerator
 
-SLOTS = 64  # completions that are written at once
 BETWEEN = 4  # steps of the generator between two micro-batches
 
 
 class Rewarded:
     """Lessons of completions and their rewards."""
 
-    def __init__(self, prepared: Prepared, questions: Questions, device: torch.device, world: World) -> None:
+    def __init__(
+        self, prepared: Prepared, questions: Questions, device: torch.device, world: World, opens: Opens | None = None
+    ) -> None:
         run, trl = prepared.run, prepared.run.trl
         assert trl is not None
         self.run, self.trl, self.template, self.folder = run, trl, prepared.template, prepared.folder.path
         self.questions, self.device, self.world = questions, device, world
+        self.opens, self.base = opens, prepared.base
         self.groups = groups_of(run, world.size)  # of a step, over all processes
         self.ahead = trl.prefetch_depth if trl.async_prefetch else 0
         of_epoch = math.ceil(len(questions.train) / self.groups)
@@ -77,7 +82,7 @@ class Rewarded:
         if self.host is not None:
             self._open.enter_context(self.host)
         sampling = Sampling(trl.temperature, trl.top_p, trl.top_k, trl.min_p)
-        self.writer = self._writer(pupil, step, sampling)
+        self.writer = self._beside(self._writer(pupil, step, sampling))
         self.rollouts = Rollouts(
             self.writer,
             self.rewards,
@@ -156,6 +161,24 @@ class Rewarded:
         background = Background(generator, self.device)
         self._open.callback(background.close)
         return background
+
+    def _beside(self, writer: Generator | Background | VllmGenerator) -> PublishingWriter:
+        """The writer, which others may ask too where the run opens an address."""
+        address = self.trl.endpoint
+        if not address or not self.world.leads:
+            return writer
+        if self.opens is None:
+            raise ConfigError(f"trl.endpoint: {address} is opened by the command `ropewalk train`; run it, or remove the key")
+        opened = self.opens(
+            address,
+            name=self.base.name,
+            template=self.template,
+            longest=self.run.sequence_len,
+            version=lambda: writer.version,
+        )
+        self._open.callback(opened.stop)
+        tell(f"the model under training is asked at {opened.url}")
+        return SharedWriter(writer, opened.asked)
 
     def _mine(self, batch: int) -> list[int]:
         """The numbers of this process's groups of a batch."""

@@ -26,6 +26,7 @@ from ropewalk.train.questions import Question
 from ropewalk.train.reward_functions import Sample
 from ropewalk.train.rewards import Array, Rewards, as_array
 
+MOMENT = 0.05  # seconds after which a wait looks whether there is something to write
 PATIENCE = 600.0  # seconds that an environment's answer is waited for, which has limits of its own
 
 
@@ -134,8 +135,11 @@ class Rollouts:
         begun = time.perf_counter()
         wanted = [self._coming[str(number)] for number in numbers]
         self._write(wanted)
-        while self.writer.busy and not all(coming.scores and coming.scores.done() for coming in wanted):
-            self.go_on()
+        while waiting := [coming.scores for coming in wanted if coming.scores and not coming.scores.done()]:
+            if self.writer.busy:
+                self.go_on()
+            else:
+                wait_for(waiting, MOMENT)  # somebody may ask meanwhile, perhaps the reward itself; its limits bound this
         groups = [self._group(coming) for coming in wanted]
         for coming in wanted:
             del self._coming[coming.key]
@@ -219,8 +223,11 @@ class Rollouts:
     def _hear_environments(self, wait: bool) -> None:
         """Goes on with the episodes whose environments have answered; waits for one where there is nothing else to do."""
         if wait and self._answers:
-            futures = [answer for _, _, answer in self._answers]
-            if not wait_for(futures, PATIENCE, FIRST_COMPLETED).done:
+            futures, until = [answer for _, _, answer in self._answers], time.monotonic() + PATIENCE
+            while not wait_for(futures, MOMENT, FIRST_COMPLETED).done and time.monotonic() < until:
+                if self.writer.busy:  # the environment may be asking for it
+                    return
+            if time.monotonic() >= until:
                 raise TrainingStopped(f"none of {len(futures)} environments has answered within {PATIENCE:g} seconds")
         ready = [entry for entry in self._answers if entry[2].done()]
         self._answers = [entry for entry in self._answers if not entry[2].done()]

@@ -30,6 +30,7 @@ from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.questions import Questions
 from ropewalk.train.reinforcement import Rewarded
+from ropewalk.train.shared_writer import Opens
 from ropewalk.train.trackers import Tracker, start_trackers
 
 
@@ -54,8 +55,8 @@ def train(run: Run, *, restart: bool = False, quiet: bool = False) -> Result:
     return fit(prepare(run, restart=restart, quiet=quiet), quiet=quiet)
 
 
-def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
-    """Trains what `prepare` made ready."""
+def fit(prepared: Prepared, *, quiet: bool = False, opens: Opens | None = None) -> Result:
+    """Trains what `prepare` made ready; `opens` opens the address at which a model under training is asked, where the run has one."""
     if prepared.folder.finished:
         prepared.folder.close()
         if not quiet and leads():
@@ -65,7 +66,8 @@ def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
     with join_world(device) as world:
         set_threads(prepared, world)
         try:
-            return Fit(prepared, device, world, quiet=quiet or not world.leads).run()
+            lessons = lessons_of(prepared, device, world, opens)
+            return Fit(prepared, lessons, device, world, quiet=quiet or not world.leads).run()
         finally:
             prepared.folder.close()
 
@@ -73,11 +75,11 @@ def fit(prepared: Prepared, *, quiet: bool = False) -> Result:
 class Fit:
     """One run under way: the pupil, its optimizer, its position, and where all of it is told."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, world: World, *, quiet: bool) -> None:
+    def __init__(self, prepared: Prepared, lessons: Lessons, device: torch.device, world: World, *, quiet: bool) -> None:
         self.config, self.folder, self.device, self.world = prepared.run, prepared.folder, device, world
         self.prepared = prepared
         config = self.config
-        self.lessons = lessons_of(prepared, device, world)
+        self.lessons = lessons
         self.checkpoints = Checkpoints(self.folder.checkpoints)
         newest = Path(config.resume_from_checkpoint) if config.resume_from_checkpoint else self.checkpoints.newest()
         self.position = read_position(newest) if newest else Position()
@@ -324,10 +326,10 @@ class Fit:
             tracker.close()
 
 
-def lessons_of(prepared: Prepared, device: torch.device, world: World) -> Lessons:
+def lessons_of(prepared: Prepared, device: torch.device, world: World, opens: Opens | None = None) -> Lessons:
     """What the run learns from."""
     if isinstance(prepared.data, Questions):
-        return Rewarded(prepared, prepared.data, device, world)
+        return Rewarded(prepared, prepared.data, device, world, opens)
     return Taught(prepared.run, prepared.data, device, world)
 
 

@@ -91,5 +91,5 @@ def _train(arguments: argparse.Namespace) -> int:
         return launch(arguments.processes, [str(arguments.config), *arguments.overrides, *["--trust-remote-code"] * trusted])
     from ropewalk.train.trainer import fit
 
-    fit(prepared)
+    fit(prepared, opens=getattr(arguments, "opens", None))
     return 0
