@@ -70,6 +70,16 @@ class Database:
             raise
         return database
 
+    @classmethod
+    @asynccontextmanager
+    async def unprepared(cls, url: str) -> AsyncIterator[Database]:
+        """A database as it is found, whatever its tables: to look at, for as long as the block lasts."""
+        database = cls(_engine(url))
+        try:
+            yield database
+        finally:
+            await database.close()
+
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only looks: one moment in time, and no waiting for writers."""
@@ -154,8 +164,7 @@ async def _in_thread(work: Callable[[], Any]) -> None:
 
 def upgrade(connection: Connection, to: str = "head") -> None:
     """Applies the migrations that this database has not seen."""
-    newest = max(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
-    if to == "head" and _version(connection) == newest:  # Alembic is slow to import
+    if to == "head" and version_at(connection) == newest_migration():  # Alembic is slow to import
         return
     from alembic import command
     from alembic.config import Config
@@ -166,7 +175,13 @@ def upgrade(connection: Connection, to: str = "head") -> None:
     command.upgrade(config, to)
 
 
-def _version(connection: Connection) -> str | None:
+def newest_migration() -> str:
+    """The last that this version knows."""
+    return max(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+
+
+def version_at(connection: Connection) -> str | None:
+    """The last migration that this database has seen; None where it has no tables of ours."""
     if not connection.dialect.has_table(connection, "alembic_version"):
         return None
     found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

@@ -68,7 +68,7 @@ FOLDERS = {
     "sandbox_child": {"confinement"},
     "confinement": set(),
 }
-TOP = {"cli", "verbs", "quickstart", "__main__"}  # may import everything; a room's verbs.py is part of the command line
+TOP = {"cli", "verbs", "quickstart", "doctor", "__main__"}  # may import everything; a room's verbs.py is part of the command line
 LIGHT = [
     "ropewalk.cli",
     "ropewalk.errors",
@@ -88,6 +88,7 @@ LIGHT = [
     "ropewalk.files.local",
     "ropewalk.files.documents",
     "ropewalk.files.granted",
+    "ropewalk.doctor.run",
     "ropewalk.jobs.runner",
     "ropewalk.jobs.commands",
     "ropewalk.server.app",
