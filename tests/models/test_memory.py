@@ -7,20 +7,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from ropewalk.models.experts import NAME, expert_modules, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import LoraSpec, attach
-from ropewalk.models.memory import Memory, estimate, free
+from ropewalk.models.memory import Estimate, Memory, estimate, free
+from ropewalk.models.recompute import WAYS, recompute
 from ropewalk.models.tiny import tiny_config
 
 ROWS, TOKENS = 2, 192
 
 
-def build(architecture: str, device: str, full: bool = False):
+def build(architecture: str, device: str, full: bool = False, **sizes):
     torch.manual_seed(0)
-    config = tiny_config(architecture, vocab_size=997)
+    register_experts()
+    config = tiny_config(architecture, **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 997), **sizes)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
+    if any(True for _ in expert_modules(model)):
+        model.set_experts_implementation(NAME)
     return model, None if full else attach(model, LoraSpec(r=8), seed=0)
 
 
@@ -46,27 +51,28 @@ def allocated(model, path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "full", "recompute"),
+    ("architecture", "full", "way"),
     [
-        ("llama", False, None),
-        ("llama", True, None),
-        ("qwen3_moe", False, None),
-        ("qwen3_moe", False, "layers"),
-        ("gpt_oss", False, None),
-        ("deepseek_v3", False, None),
+        ("llama", False, "keep"),
+        ("llama", True, "keep"),
+        ("qwen3_moe", False, "keep"),
+        ("qwen3_moe", False, "experts"),
+        ("qwen3_moe", False, "layer"),
+        ("gpt_oss", False, "keep"),
+        ("gemma4_text", False, "experts"),
+        ("deepseek_v3", False, "keep"),
     ],
 )
-def test_the_estimate_is_within_15_percent_of_what_the_allocator_measures(architecture, full, recompute, tmp_path):
-    expected = estimated(architecture, full, recompute=recompute)
+def test_the_estimate_is_near_what_the_allocator_measures(architecture, full, way, tmp_path):
+    expected = estimated(architecture, full, recompute=way)
     model, adapter = build(architecture, "cpu", full)
     model.train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, way)
     trained = list(model.parameters()) if adapter is None else adapter.parameters()
     measured = allocated(model, tmp_path / "trace.json")
-    assert abs(expected.activations - measured) <= 0.15 * measured
-
     held = sum(p.nbytes for p in {id(p): p for p in (*model.parameters(), *trained)}.values())
+    # Tiles and odds and ends weigh more in a tiny model; benchmarks/memory.py holds larger ones to 5 %.
+    assert abs(expected.activations - measured) <= 0.12 * measured
     assert expected.weights + expected.adapter == pytest.approx(held, rel=0.01)
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
@@ -74,9 +80,38 @@ def test_the_estimate_is_within_15_percent_of_what_the_allocator_measures(archit
     assert expected.optimizer == pytest.approx(states, rel=0.01)
 
 
-def test_checkpointing_and_fewer_tokens_take_less():
-    plain, checkpointed = (estimated("qwen3_moe", recompute=way).activations for way in (None, "layers"))
-    assert checkpointed < 0.8 * plain
+def test_leaner_ways_take_less_and_memory_is_filled_with_the_fastest_that_fit():
+    model, adapter = build("qwen3_moe", "meta", num_hidden_layers=6)
+    found = Estimate(model, rows=ROWS, tokens=TOKENS, adapter=adapter.parameters())
+    totals = [found.of(way).total for way in WAYS]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == len(WAYS)
+    keep, experts, layer, offload = totals
+    assert found.fill(keep) == ("keep",) * 6
+    assert found.fill(offload - 1) == ("offload",) * 6
+    for faster, leaner, names in ((keep, experts, ("experts", "keep")), (experts, layer, ("layer", "experts"))):
+        room = (faster + leaner) // 2
+        mixed = found.fill(room)
+        assert set(mixed) == set(names)
+        assert mixed == tuple(sorted(mixed, key=WAYS.index, reverse=True))
+        assert leaner <= found.of(mixed).total <= room
+
+
+def test_layers_of_a_kind_are_measured_once_and_count_as_often_as_there_are():
+    sizes = [estimated_deep(layers) for layers in (3, 4, 9)]
+    each = sizes[1] - sizes[0]
+    assert each > 0
+    assert sizes[2] == sizes[1] + 5 * each
+
+
+def estimated_deep(layers: int) -> int:
+    model, adapter = build("qwen3_moe", "meta", num_hidden_layers=layers)
+    return estimate(model, rows=1, tokens=64, adapter=adapter.parameters()).activations
+
+
+def test_gradients_that_come_one_by_one_take_the_place_of_what_was_kept():
+    there, coming = (estimated("qwen3_moe", full=True, accumulates=way) for way in (True, False))
+    assert coming.total < there.total
 
 
 def test_a_quantised_base_takes_what_it_takes(tmp_path):

@@ -13,12 +13,14 @@ from ropewalk.kernels.branching import Branching, Piece, plain
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.recompute import recompute
 from ropewalk.models.routing import Routing
 from ropewalk.models.tiny import tiny_config
+from ropewalk.train.branching import kept
 from ropewalk.train.environment import Episode
 from ropewalk.train.policy_batches import lay_out, sharing_pays
 from ropewalk.train.policy_losses import METHODS, PolicyInput, Totals, policy_loss
-from ropewalk.train.pupil import Pupil, recompute
+from ropewalk.train.pupil import Pupil
 
 PAD = 0
 RUN = parse_run(
@@ -159,7 +161,7 @@ def test_shared_prompts_with_layers_computed_again_teach_the_same():
     pupil, groups = pupil_of("qwen3_moe"), step()
     shared = lay_out(groups, tokens=60, shared=True, pad=PAD, multiple=8)
     expected = learnt(pupil, shared, ADVANTAGE)
-    recompute(pupil.model)
+    recompute(pupil.model, "layer", wrap=kept)
     pupil.model.train()
     before = pupil.model.config._attn_implementation
     again = Pupil(pupil.model, pupil.adapter, pupil.head, RUN)

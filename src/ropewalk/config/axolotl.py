@@ -171,7 +171,7 @@ _REFUSED = {
         "further arguments are not passed on; the schedule's keys are warmup_*, cosine_min_lr_ratio, cosine_constant_lr_ratio"
     ): "lr_scheduler_kwargs lr_quadratic_warmup",
     "the size of a batch is not searched for; `ropewalk check` estimates the memory": """
-        auto_find_batch_size max_memory gpu_memory_limit
+        auto_find_batch_size max_memory
     """,
     "the vocabulary can only grow; use tokens": "shrink_embeddings added_tokens_overrides fix_untrained_tokens",
     "the trainer cannot be exchanged": "trainer_cls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,14 @@ def not_a_switch(value: Any) -> Any:
     return value
 
 
+def giga_bytes(value: Any) -> Any:
+    """24, 24GB and 24GiB in GB of 1e9 bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*(GB|GiB|G)?\s*", value) if isinstance(value, str) else None
+    if found is None:
+        return not_a_switch(value)
+    return float(found[1]) * (2**30 / 1e9 if found[2] == "GiB" else 1)
+
+
 def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str | Mapping) else value
 
@@ -34,6 +43,7 @@ AboveZero = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0, allow_in
 Positive = Annotated[int, BeforeValidator(not_a_switch), Field(gt=0)]
 Number = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, le=1)]
+GigaBytes = Annotated[float, BeforeValidator(lambda value: giga_bytes(value)), Field(gt=0, allow_inf_nan=False)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 Moment = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_word)]
 Optimizer = Literal[
@@ -291,8 +301,13 @@ class TrainingKeys(Group):
     adam_beta2: Share = key("AdamW's second decay.", 0.999)
     adam_epsilon: Number = key("AdamW's epsilon.", 1e-8)
     max_grad_norm: Number = key("Gradients are scaled down to this norm; 0: never.", 1.0)
-    gradient_checkpointing: bool | Literal["offload"] = key(
-        "Keep only the inputs of layers and compute the rest again; offload: keep them on the host.", False
+    gradient_checkpointing: bool | Literal["offload", "experts", "auto"] = key(
+        "Keep only the inputs of layers and compute the rest again; offload: keep them on the host. Own: experts computes only "
+        "those again, auto chooses layer by layer so that the memory there is gets filled.",
+        False,
+    )
+    gpu_memory_limit: GigaBytes | None = key(
+        "Plan for a GPU with so much memory, a number of GB or as in 24GiB, and take no more of it; default: all there is."
     )
     activation_offloading: bool | Literal["legacy", "hidden_states"] | None = key(
         "The same as gradient_checkpointing: offload."

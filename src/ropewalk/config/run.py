@@ -146,11 +146,13 @@ class Run(
         return "warmup_stable_decay" if self.lr_scheduler == "wsd" else self.lr_scheduler
 
     @property
-    def recompute(self) -> Literal["layers", "offload"] | None:
-        """What the backward pass computes again, and where its inputs wait meanwhile."""
+    def recompute(self) -> Literal["keep", "experts", "layer", "offload", "auto"]:
+        """What every layer keeps for the backward pass; auto: chosen layer by layer to fill the memory there is."""
         if self.activation_offloading or self.gradient_checkpointing == "offload":
             return "offload"
-        return "layers" if self.gradient_checkpointing else None
+        if isinstance(self.gradient_checkpointing, bool):
+            return "layer" if self.gradient_checkpointing else "keep"
+        return self.gradient_checkpointing
 
     @property
     def evaluates(self) -> bool:

@@ -103,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_w += narrow.T @ x
             if grad_b is not None:
                 grad_b += dz.sum(0)
+            del z, log_p, dz, narrow  # or the next chunk's logits would be made beside this one's
         ctx.save_for_backward(rows, grad_x, grad_w, grad_b)
         ctx.hidden_shape, ctx.weight_dtype = hidden.shape, weight.dtype
         return total

@@ -21,6 +21,7 @@ from ropewalk.kernels.gates import AnyGate, ClampedGlu, Gate, Glu
 
 NAME = "ropewalk"
 LORA = "ropewalk_lora"  # the child module that holds the factors, in expert modules and linear layers alike
+RECOMPUTE = "_ropewalk_recompute"  # whether the module's experts keep their input only (models/recompute.py)
 _GATE = "_ropewalk_gate"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -79,6 +80,7 @@ def _experts(module: Any) -> Experts:
         transposed=module.is_transposed,
         post_norm=post_norm,
         post_norm_parameters=_trained(post_norm),
+        recompute=module.__dict__.get(RECOMPUTE, False),
     )
 
 

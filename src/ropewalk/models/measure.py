@@ -1,13 +1,18 @@
 """The memory that a forward and backward pass takes, measured on the meta device: every tensor is made, none of them has bytes.
 
 The model's own code runs, so every architecture is measured and none is named. What depends on values (routing, labels) and what
-a kernel hides (attention) is played by stand-ins that make and keep tensors of the same sizes. Legend: B sequences, T tokens,
-S = T*k routed rows, H hidden, I expert intermediate, N = 2I with a gate, r rank, V vocabulary, h heads, d head width.
+a kernel hides (attention) is played by stand-ins that make and keep tensors of the same sizes. One layer of each kind runs, however many
+there are: a pass is the sum of what each of its layers keeps, and the most that one of them takes for a moment.
+Legend: B sequences, T tokens, S = T*k routed rows, H hidden, I expert intermediate, N = 2I with a gate, r rank, V vocabulary, h heads,
+d head width.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +21,72 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropewalk.kernels.cross_entropy import rows_at_once
-from ropewalk.models.experts import LORA, expert_modules, projections, stack_sizes
+from ropewalk.kernels.expert_rows import ROWS_PER_TILE
+from ropewalk.models.experts import LORA, RECOMPUTE, expert_modules, projections, stack_sizes
 from ropewalk.models.head import instead_of, nothing, run
+from ropewalk.models.recompute import Way, decoder_layers, recompute
 from ropewalk.models.score_head import last_layer
 
 NAME = "ropewalk_measured"
 
 
+@dataclass(frozen=True)
+class Passed:
+    """One layer's part of a pass, in bytes beyond what lived as it began."""
+
+    forward: int  # the most in its forward
+    kept: int  # what it leaves behind
+    backward: int  # the most in its backward
+    freed: int  # what is gone after it
+
+
+@dataclass(frozen=True)
+class Course:
+    """A pass of a model with few layers."""
+
+    begin: int  # what lives as the first layer begins
+    begin_peak: int
+    layers: tuple[Passed, ...]
+    head: int  # the most from the last layer's end until its gradient is there, beyond what lived then
+    left: int  # what of that is still there
+    end: int  # the most after the first layer's backward
+
+
+@dataclass(frozen=True)
+class Courses:
+    """A pass for every way, and which of its layers each layer of the whole model is like."""
+
+    by_way: dict[Way, Course]
+    like: tuple[int, ...]
+
+    def peak(
+        self, ways: Sequence[Way], *, gradients: Sequence[int] = (), there: bool = True, passing: Sequence[int] = ()
+    ) -> int:
+        """The most bytes at once, for these ways of the model's layers.
+
+        gradients: bytes of each layer's, which come one by one where they are not `there` before; passing: what each takes besides.
+        """
+        course = next(iter(self.by_way.values()))
+        layers = [self.by_way[way].layers[kind] for way, kind in zip(ways, self.like)]
+        extra = list(passing) or [0] * len(layers)
+        now, most = course.begin, course.begin_peak
+        for layer, more in zip(layers, extra):
+            most = max(most, now + layer.forward + more)
+            now += layer.kept
+        most = max(most, now + course.head)
+        now += course.left
+        for layer, more, grown in reversed(list(zip(layers, extra, list(gradients) or [0] * len(layers)))):
+            most = max(most, now + layer.backward + more)
+            now += (0 if there else grown) - layer.freed
+        return max(most, now + course.end)
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors while they live; `peak` is the most there were at once."""
+    """Counts the bytes of tensors while they live; `peak` is the most there were at once since it was last set."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,6 +96,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: set[int] = {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True  # a mask asks whether positions go on without a break, and here they do
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -56,16 +117,24 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known.discard(key)
         self.now -= size
 
+    def lap(self) -> tuple[int, int]:
+        """What lives, and the most since the last lap."""
+        found = self.now, self.peak
+        self.peak = self.now
+        return found
 
-def measure(model: PreTrainedModel, rows: int, tokens: int, *, on_gpu: bool, whole_logits: bool = False) -> int:
-    """The most bytes that live at once in one forward and backward over [rows, tokens], beyond weights and gradients.
 
-    The model lies on the meta device, carries its adapter, and is in the state (checkpointing, train mode) it will be trained in.
+def measure(model: PreTrainedModel, rows: int, tokens: int, ways: Sequence[Way], *, on_gpu: bool) -> Courses:
+    """What passes over [rows, tokens] take beyond weights and gradients, for each of the ways.
+
+    The model lies on the meta device and carries its adapter. "offload" is "layer" without the layer's input, which waits on the host.
     """
     _register()
-    before = model.get_experts_implementation() if any(True for _ in expert_modules(model)) else None
-    attention = model.config._attn_implementation
     _Situation.on_gpu = on_gpu
+    layers = decoder_layers(model)
+    chosen, like = kinds(layers)
+    before = model.get_experts_implementation() if any(True for _ in expert_modules(model)) else None
+    attention, training = model.config._attn_implementation, model.training
     if attention != "eager":  # which keeps what it keeps in plain sight
         model.set_attn_implementation(NAME)
     if before is not None:
@@ -73,24 +142,129 @@ def measure(model: PreTrainedModel, rows: int, tokens: int, *, on_gpu: bool, who
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
+    model.train()
     try:
-        with Live(model) as live:
-            ids = torch.zeros((rows, tokens), dtype=torch.long, device="meta")
-            _loss(model, ids, whole_logits).backward()  # type: ignore[no-untyped-call]
-        return int(live.peak)
+        found: dict[Way, Course] = {}
+        for way in ways:
+            recompute(model, "layer" if way == "offload" and layers else way)
+            course = _course(model, layers, chosen, rows, tokens)
+            found[way] = _offloaded(course, model, rows * tokens) if way == "offload" and on_gpu else course
+        return Courses(found, tuple(like))
     finally:
+        recompute(model, "keep")
+        model.train(training)
         model.set_attn_implementation(attention)
         if before is not None:
             model.set_experts_implementation(before)
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, whole_logits: bool) -> Tensor:
-    if whole_logits:
-        return run(model, ids).logits.float().log_softmax(-1).sum()  # type: ignore[no-any-return]
+def kinds(layers: nn.ModuleList) -> tuple[list[int], list[int]]:
+    """The layers that stand for all, and the place among them of the one that each is like.
+
+    The first layer is a kind of its own: nothing asks for the gradient of what goes into it.
+    """
+    first: dict[Any, int] = {}
+    for number, layer in enumerate(layers):
+        first.setdefault(_kind(layer, number == 0), number)
+    chosen = sorted(first.values())
+    place = {number: at for at, number in enumerate(chosen)}
+    return chosen, [place[first[_kind(layer, number == 0)]] for number, layer in enumerate(layers)]
+
+
+def _kind(layer: nn.Module, first: bool) -> Any:
+    shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters())
+    said = tuple(
+        (path, name, value if isinstance(value, str | bool | float) or value is None else type(value).__name__)
+        for path, module in layer.named_modules()
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_")
+    )
+    return first, shapes, said
+
+
+def _offloaded(course: Course, model: PreTrainedModel, tokens: int) -> Course:
+    size = tokens * int(model.config.get_text_config().hidden_size) * model.dtype.itemsize
+    layers = [Passed(p.forward, p.kept - size, p.backward + size, p.freed - size) for p in course.layers]
+    return Course(course.begin, course.begin_peak, tuple(layers), course.head, course.left, course.end)
+
+
+def _course(model: PreTrainedModel, layers: nn.ModuleList, chosen: list[int], rows: int, tokens: int) -> Course:
+    laps: list[tuple[int, int]] = []
+    with Live(model) as live, _fewer(model, layers, chosen, live, laps):
+        ids = torch.zeros((rows, tokens), dtype=torch.long, device="meta")
+        _loss(model, ids).backward()  # type: ignore[no-untyped-call]
+        laps.append(live.lap())
+    count = len(chosen)
+    if not count:
+        return Course(0, laps[-1][1], (), 0, 0, 0)
+    (begin, begin_peak), *ahead = laps[: count + 1]
+    back = laps[count + 1 :]  # as each layer's backward begins, the last layer's first, and at the end
+    passed, lived = [], begin
+    for at, (now, peak) in enumerate(ahead):
+        start, (until, most) = back[count - 1 - at][0], back[count - at] if at else back[-1]
+        # The first layer's backward and what comes after it are one: nothing marks where its input's gradient would be.
+        passed.append(Passed(peak - lived, now - lived, most - start, start - until))
+        lived = now
+    return Course(begin, begin_peak, tuple(passed), back[0][1] - lived, back[0][0] - lived, 0)
+
+
+@contextmanager
+def _fewer(
+    model: nn.Module, layers: nn.ModuleList, chosen: list[int], live: Live, laps: list[tuple[int, int]]
+) -> Iterator[None]:
+    """Within it the model has only the chosen layers, and every border between them is a lap."""
+    if not chosen:
+        yield
+        return
+    owner, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is layers)
+    config: Any = getattr(owner, "config", None) or getattr(model, "config")  # noqa: B009
+    lists = {n: v for n, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == len(layers)}
+    depth = getattr(config, "num_hidden_layers", None)
+    marked = [_Marked(layers[number], live, laps, first=at == 0) for at, number in enumerate(chosen)]
+    setattr(owner, name, nn.ModuleList(marked))
+    try:
+        for key, value in lists.items():
+            setattr(config, key, [value[number] for number in chosen])
+        if depth == len(layers):
+            config.num_hidden_layers = len(chosen)
+        yield
+    finally:
+        setattr(owner, name, layers)
+        for key, value in lists.items():
+            setattr(config, key, value)
+        if depth == len(layers):
+            config.num_hidden_layers = depth
+
+
+class _Marked(nn.Module):
+    """A layer whose beginning, end, and gradient's arrival are laps."""
+
+    def __init__(self, layer: nn.Module, live: Live, laps: list[tuple[int, int]], *, first: bool) -> None:
+        super().__init__()
+        self.layer, self._live, self._laps, self._first = layer, live, laps, first
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._first:
+            self._laps.append(self._live.lap())
+        out = self.layer(*args, **kwargs)
+        self._laps.append(self._live.lap())
+        hidden = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        hidden.register_hook(lambda gradient: self._laps.append(self._live.lap()))  # type: ignore[no-untyped-call]
+        return out
+
+
+def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     head = last_layer(model)
     with instead_of(head, nothing) as seen:
         run(model, ids)
-    loss: Tensor = _LossStandIn.apply(seen[0].flatten(0, 1), head.weight)  # type: ignore[no-untyped-call]
+    capped = bool(getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+    loss: Tensor = _LossStandIn.apply(seen[0].flatten(0, 1), head.weight, capped)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -104,6 +278,7 @@ def _register() -> None:
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_stand_in)
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attention_stand_in)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 
 def _experts_stand_in(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -114,63 +289,83 @@ def _experts_stand_in(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> T
         _, inputs, outputs = stack_sizes(module, name)
         sizes += [inputs, outputs, 0 if found is None else found.A.shape[1]]
         factors += [] if found is None else [found.A, found.B]
-    out: Tensor = _ExpertsStandIn.apply(x, ids, weights, tuple(sizes), *factors)  # type: ignore[no-untyped-call]
+    again = module.__dict__.get(RECOMPUTE, False)
+    out: Tensor = _ExpertsStandIn.apply(x, ids, weights, tuple(sizes), again, *factors)  # type: ignore[no-untyped-call]
     return out
 
 
 class _ExpertsStandIn(torch.autograd.Function):
-    """kernels/expert_lora.py in sizes: kept are x, gate_up [S, N], xa and ha [S, r] and the routing."""
+    """kernels/expert_lora.py in sizes: kept are x, the routing and, unless they are made again, gate_up [S, N], xa and ha [S, r]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, sizes: tuple[int, ...], *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, sizes: tuple[int, ...], again: bool, *factors: Tensor
+    ) -> Tensor:
         hidden, n, r1, inner, _, r2 = sizes
-        slots = ids.numel()
-        order, sorted_weights = ids.reshape(-1).clone(), weights.reshape(-1).clone()
-        kept = [x.new_empty(slots, width) for width in (n, r1, r2)]
-        if _Situation.on_gpu:
-            gathered, h = x.new_empty(slots, hidden), x.new_empty(slots, inner)
-            del gathered
-            y = x.new_empty(slots, hidden)
-            del h
+        slots, on_gpu = ids.numel(), _Situation.on_gpu
+        ordered, order = torch.sort(ids.reshape(-1), stable=True)
+        routing = [order, torch.empty_like(order), weights.reshape(-1).clone(), *([] if on_gpu else [torch.empty_like(order)])]
+        del ordered
+        kept = [x.new_empty(slots, width) for width in (n, r1, r2) if width and not again]
+        if on_gpu:
+            # x of the rows, gate_up, and what is added to it; then h, y, and what is added to that
+            rows = x.new_empty(slots, hidden)
+            made = x.new_empty(slots, n) if again else None
+            added = x.new_empty(slots, n)
+            del added
+            h, y, added = (x.new_empty(slots, width) for width in (inner, hidden, hidden))
             out = torch.empty_like(x)
-            del y
+            del rows, made, h, y, added
         else:
-            out = x.new_empty(x.shape, dtype=torch.float32).to(x.dtype)
-        ctx.save_for_backward(x, order, sorted_weights, *kept)
-        ctx.factors, ctx.sizes, ctx.shape = [f.shape for f in factors], sizes, weights.shape
+            wide = x.new_empty(x.shape, dtype=torch.float32)
+            tile = x.new_empty(ROWS_PER_TILE, 2 * hidden + inner + (n if again else 0))
+            del tile
+            out = wide.to(x.dtype)
+        ctx.save_for_backward(x, *routing, *kept)
+        ctx.factors, ctx.sizes, ctx.shape, ctx.again = [f.shape for f in factors], sizes, weights.shape, again
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, order, _, *_ = ctx.saved_tensors
+        x, order, *_ = ctx.saved_tensors
         hidden, n, _, inner, _, _ = ctx.sizes
         slots = order.numel()
-        grads = [x.new_empty(shape, dtype=torch.float32) for shape in ctx.factors]
+        grads = [x.new_empty(shape) for shape in ctx.factors]
+        weights = x.new_empty(slots, dtype=torch.float32)
+        again = n if ctx.again else 0
         if _Situation.on_gpu:
-            rows = [x.new_empty(slots, width) for width in (hidden, hidden, inner, inner, n)]
+            # x and dy of the rows, gate_up where it is made again, h, what was activated, dh, d gate_up; then dx and what is added to it
+            rows = [x.new_empty(slots, width) for width in (hidden, hidden, again, inner, inner, inner, n, hidden, hidden)]
+            dx = torch.empty_like(x)
             del rows
-            dx = x.new_empty(slots, hidden)
-        dx = x.new_empty(x.shape, dtype=torch.float32).to(x.dtype)
-        return dx, None, upstream.new_empty(ctx.shape), None, *grads
+        else:
+            wide = x.new_empty(x.shape, dtype=torch.float32)
+            tile = x.new_empty(ROWS_PER_TILE, 3 * hidden + 4 * inner + n + again)
+            del tile
+            dx = wide.to(x.dtype)
+        del weights
+        return dx, None, upstream.new_empty(ctx.shape), None, None, *grads
 
 
 def _attention_stand_in(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **unused: Any
 ) -> tuple[Tensor, None]:
     """query [B, h, T, d] -> [B, T, h, d]."""
+    repeated = mask is not None or not key.shape[-1] == value.shape[-1] <= 256  # for every head, as transformers has it
+    if repeated and key.shape[1] != query.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     out: Tensor = _AttentionStandIn.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out, None
 
 
 class _AttentionStandIn(torch.autograd.Function):
-    """Fused attention in sizes: kept are its inputs, its output and one number per row; sdpa on CPU repeats keys and values."""
+    """Fused attention in sizes: kept are its inputs, its output and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ctx.shapes = key.shape, value.shape
-        if not _Situation.on_gpu and key.shape[1] != query.shape[1]:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        out = query.new_empty(
+            len(query), query.shape[2], query.shape[1], value.shape[-1]
+        )  # as it is wanted: heads side by side
         each = query.new_empty(query.shape[:3], dtype=torch.float32)
         if not _Situation.on_gpu and value.shape[-1] != query.shape[-1]:
             # Values of another width have no fused kernel on CPU: the attention of every pair is kept.
@@ -178,7 +373,7 @@ class _AttentionStandIn(torch.autograd.Function):
             scores = torch.empty_like(each)
             del scores
         ctx.save_for_backward(query, key, value, out, each)
-        return out.transpose(1, 2).contiguous()
+        return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -186,22 +381,23 @@ class _AttentionStandIn(torch.autograd.Function):
         if each.dim() == 4:
             scores = [torch.empty_like(each), torch.empty_like(each)]
             del scores
-        wide = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        return wide[0], *(t if t.shape == shape else t.new_empty(shape) for t, shape in zip(wide[1:], ctx.shapes))
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _LossStandIn(torch.autograd.Function):
     """kernels/cross_entropy.py in sizes, with a label on every token: a chunk of logits, and the gradient of hidden [n, H]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, capped: bool) -> Tensor:
         rows = min(len(hidden), rows_at_once(weight.shape[0], _Situation.on_gpu))
         grad = torch.empty_like(hidden)
         grad_w = weight.new_empty(weight.shape, dtype=torch.float32) if weight.requires_grad else None
-        logits = hidden.new_empty(rows, weight.shape[0])
-        wide = logits.float() if logits.dtype != torch.float32 else logits
+        x = hidden.new_empty(rows, hidden.shape[1])
+        wide = hidden.new_empty(rows, weight.shape[0]).float()
+        slope = torch.empty_like(wide) if capped else None
         log_p = torch.empty_like(wide)
-        del log_p, wide, logits
+        narrow = log_p.to(hidden.dtype)
+        del narrow, log_p, slope, wide, x
         ctx.save_for_backward(grad, grad_w)
         ctx.dtype = weight.dtype
         return hidden.new_empty((), dtype=torch.float32)
@@ -209,4 +405,6 @@ class _LossStandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad, grad_w = ctx.saved_tensors
-        return grad.clone(), None if grad_w is None else grad_w.to(ctx.dtype)
+        whole, scaled = torch.empty_like(grad), grad.clone()
+        del scaled
+        return whole, None if grad_w is None else grad_w.to(ctx.dtype), None

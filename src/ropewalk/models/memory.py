@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ropewalk.models.experts import expert_modules
 from ropewalk.models.measure import measure
 from ropewalk.models.quantized import to_quantise
+from ropewalk.models.recompute import WAYS, Way, decoder_layers
 
 # Bytes of optimizer state per byte or number of what is trained: states kept in the parameter's own type, or in a few bits.
 STATES_LIKE_PARAMETERS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_hf": 2, "paged_adamw_32bit": 2, "sgd": 1}
@@ -35,6 +38,7 @@ class Memory:
     optimizer: int
     activations: int  # with the logits of a chunk, and what the passes need for a moment
     workspace: int  # the device's own, and weights while they are dequantised
+    generator: int = 0  # keys and values of what is being written, where a model learns by rewards
 
     @property
     def total(self) -> int:
@@ -46,41 +50,123 @@ class Memory:
         return {**asdict(self), "total": self.total}
 
 
-def estimate(
-    model: PreTrainedModel,
-    *,
-    rows: int,
-    tokens: int,
-    dtype: torch.dtype = torch.bfloat16,
-    quantize: str | None = None,
-    adapter: Collection[Tensor] | None = None,
-    optimizer: str = "adamw_torch_fused",
-    recompute: str | None = None,
-    on_gpu: bool = True,
-    whole_logits: bool = False,
-) -> Memory:
-    """What training `model` takes over micro-batches of [rows, tokens]; adapter: its parameters, or None for full fine-tuning.
+class Estimate:
+    """What training a model takes over micro-batches of [rows, tokens], for any ways of its layers.
 
-    The model lies on the meta device with its adapter attached, and is changed: its weights take on `dtype`.
+    The model lies on the meta device with its adapter attached, and is changed: its weights take on `dtype`. adapter: its parameters, or
+    None for full fine-tuning. accumulates: whether gradients are there before a pass begins.
     """
-    ours = {id(parameter) for parameter in adapter or ()}
-    base = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
-    for parameter in base.values():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    trained = list(adapter) if adapter is not None else list(base.values())
-    packed = set(to_quantise(model)) if quantize else set()
-    weights = sum(_bytes(name, parameter, packed, quantize) for name, parameter in base.items())
-    weights += sum(buffer.nbytes for buffer in model.buffers())
-    unpacked = [parameter.nbytes for name, parameter in base.items() if name in packed]
-    return Memory(
-        weights=int(weights),
-        adapter=0 if adapter is None else sum(parameter.nbytes for parameter in trained),
-        gradients=sum(parameter.nbytes for parameter in trained),
-        optimizer=int(sum(_states(parameter, optimizer) for parameter in trained)),
-        activations=_activations(model, rows, tokens, recompute, on_gpu, whole_logits),
-        workspace=(CONTEXT if on_gpu else 0) + sum(sorted(unpacked)[-2:]),  # an expert layer has two stacks at once
-    )
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int,
+        tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        quantize: str | None = None,
+        adapter: Collection[Tensor] | None = None,
+        optimizer: str = "adamw_torch_fused",
+        on_gpu: bool = True,
+        accumulates: bool = True,
+        slots: int = 0,
+        ways: Sequence[Way] = WAYS,
+    ) -> None:
+        ours = {id(parameter) for parameter in adapter or ()}
+        base = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
+        for parameter in base.values():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        trained = list(adapter) if adapter is not None else list(base.values())
+        packed = set(to_quantise(model)) if quantize else set()
+        self._model, self._base = model, base
+        self.weights = self.quantised(quantize)
+        self.adapter = 0 if adapter is None else sum(parameter.nbytes for parameter in trained)
+        self.gradients = sum(parameter.nbytes for parameter in trained)
+        self.optimizer = int(sum(_states(parameter, optimizer) for parameter in trained))
+        self.context = CONTEXT if on_gpu else 0
+        self.generator = slots * _keys_and_values(model) if slots else 0
+        self.on_gpu, self.accumulates = on_gpu, accumulates
+        layers = decoder_layers(model)
+        self.layers = len(layers)
+        names = {id(parameter): name for name, parameter in base.items()}
+        taught = {id(parameter) for parameter in trained}
+        self._passing = [_dequantised([p for p in layer.parameters() if names.get(id(p)) in packed]) for layer in layers]
+        self._grown = [sum(p.nbytes for p in layer.parameters() if id(p) in taught) for layer in layers]
+        self.experts = any(True for _ in expert_modules(model))
+        self._courses = measure(model, rows, tokens, [way for way in ways if self.possible(way)], on_gpu=on_gpu)
+
+    def quantised(self, quantize: str | None) -> int:
+        """The bytes of the base held in this format."""
+        packed = set(to_quantise(self._model)) if quantize else set()
+        held = sum(_bytes(name, parameter, packed, quantize) for name, parameter in self._base.items())
+        return int(held + sum(buffer.nbytes for buffer in self._model.buffers()))
+
+    def possible(self, way: Way) -> bool:
+        """Whether a way saves anything in this model, on this device."""
+        return way == "keep" or bool(self.layers and (self.experts or way != "experts") and (self.on_gpu or way != "offload"))
+
+    def of(self, ways: Sequence[Way] | Way) -> Memory:
+        """The bytes for these ways of the layers, or one for all; a way that saves nothing here is taken for the one before it."""
+        each = [ways] * self.layers if isinstance(ways, str) else list(ways)
+        known = [next(w for w in reversed(WAYS[: WAYS.index(way) + 1]) if self.possible(w)) for way in each]
+        with_experts, without = (
+            self._courses.peak(known, gradients=self._grown, there=self.accumulates, passing=passing)
+            for passing in (self._passing, ())
+        )
+        # Gradients that come one by one take the place of what layers had kept.
+        later = 0 if self.accumulates else self.gradients
+        return Memory(
+            weights=self.weights,
+            adapter=self.adapter,
+            gradients=self.gradients,
+            optimizer=self.optimizer,
+            activations=max(0, without - later),
+            workspace=self.context + max(0, with_experts - max(without, later)),
+            generator=self.generator,
+        )
+
+    def fill(self, room: int) -> tuple[Way, ...]:
+        """The fastest ways that need no more than `room`, or the leanest where none does.
+
+        The last layers are the first to keep more: what they keep is gone before the others' gradients have come.
+        """
+        order = [way for way in WAYS if self.possible(way)]
+        for faster, leaner in pairwise(order):
+            if self.of(faster).total <= room:
+                return (faster,) * self.layers
+            if self.of(leaner).total > room:
+                continue
+            low, high = 0, self.layers - 1  # how many of the last layers keep more
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self.of(self._mixed(leaner, faster, middle)).total <= room:
+                    low = middle
+                else:
+                    high = middle - 1
+            return self._mixed(leaner, faster, low)
+        return (order[-1],) * self.layers
+
+    def _mixed(self, leaner: Way, faster: Way, last: int) -> tuple[Way, ...]:
+        return (leaner,) * (self.layers - last) + (faster,) * last
+
+
+def estimate(model: PreTrainedModel, *, recompute: Way = "keep", **options: Any) -> Memory:
+    """What training takes where every layer goes the same way; options as of Estimate."""
+    return Estimate(model, ways=("keep", "layer", recompute), **options).of(recompute)
+
+
+def _dequantised(stacks: Sequence[Tensor]) -> int:
+    """What a layer's weights take while they are dequantised: both of its stacks of experts, or one matrix."""
+    wide = sorted((p.nbytes for p in stacks if p.dim() == 3), reverse=True)[:2]
+    return max(sum(wide), max((p.nbytes for p in stacks if p.dim() < 3), default=0))
+
+
+def _keys_and_values(model: PreTrainedModel) -> int:
+    """Bytes that a written token leaves in the generator's cache."""
+    names = ("k_proj", "v_proj", "qkv_proj")
+    linears = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return int(sum(m.out_features * m.weight.itemsize for n, m in linears if n in names))
 
 
 def free(device: torch.device) -> int:
@@ -102,32 +188,3 @@ def _states(parameter: Tensor, optimizer: str) -> float:
     if optimizer in STATES_LIKE_PARAMETERS:
         return STATES_LIKE_PARAMETERS[optimizer] * parameter.nbytes
     return STATES_IN_BYTES[optimizer] * parameter.numel()
-
-
-def _activations(
-    model: PreTrainedModel, rows: int, tokens: int, recompute: str | None, on_gpu: bool, whole_logits: bool
-) -> int:
-    training = model.training
-    model.train()
-    try:
-        if recompute:
-            _recompute(model)
-        peak = measure(model, rows, tokens, on_gpu=on_gpu, whole_logits=whole_logits)
-        if recompute != "offload":
-            return peak
-        # Inputs of the layers wait on the host; one layer's own tensors remain.
-        text = model.config.get_text_config()
-        kept = int(text.num_hidden_layers * rows * tokens * text.hidden_size)
-        return max(0, peak - kept * int(model.dtype.itemsize))
-    finally:
-        if recompute:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_disable()
-        model.train(training)
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # renamed in newer transformers, where the old name still works
-        model.gradient_checkpointing_enable({"use_reentrant": False})

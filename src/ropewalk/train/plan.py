@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ropewalk.train.rewards import specs_of
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"
 SHAPE_ONLY = "its tokenizer and weights are not on this disk, its shape is the published one (offline)"
-_NOTHING: dict[str, Any] = {"model": None, "coverage": [], "notes": [], "trained": None, "memory": None}
+_NOTHING: dict[str, Any] = {"model": None, "coverage": [], "notes": [], "trained": None, "memory": None, "ways": []}
 Spans = Sequence[tuple[str, bool]]  # text of a row, and whether it is trained
 
 
@@ -42,6 +42,7 @@ class Plan:
     precision: str
     steps: dict[str, Any]
     memory: dict[str, Any] | None
+    ways: list[str]
     ignored: dict[str, str]
     unchecked: dict[str, str]
     preview: list[list[tuple[str, bool]]] = field(default_factory=list)
@@ -165,6 +166,7 @@ def _look(folder: Path, run: Run) -> dict[str, Any]:
         "notes": list(found.coverage.notes) if found.coverage else [],
         "trained": found.trained,
         "memory": found.memory,
+        "ways": list(found.ways),
     }
 
 
@@ -239,10 +241,30 @@ def _step_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     if not plan.memory:
         return []
-    needed, here = plan.memory["total"], plan.memory["free"]
-    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in plan.memory.items() if name not in ("total", "free") and n)
-    fits = "" if needed <= here else ": it will not fit here"
-    return [f"Memory    about {_bytes(needed)} per process ({_bytes(here)} free here{fits})", f"          {parts}"]
+    needed, planned = plan.memory["total"], "planned" in plan.memory
+    room = plan.memory["planned" if planned else "free"]
+    apart = ("total", "free", "planned")
+    parts = ", ".join(f"{name} {_bytes(n)}" for name, n in plan.memory.items() if name not in apart and n)
+    fits = "" if needed <= room else ": it will not fit here"
+    there = f"of the {_bytes(room)} planned for" if planned else f"{_bytes(room)} free here{fits}"
+    return [
+        f"Memory    about {_bytes(needed)} per process ({there})",
+        f"          {parts}",
+        f"Keeps     {_runs(plan.ways)}",
+    ]
+
+
+WORDS = {
+    "keep": "everything",
+    "experts": "all but what experts compute",
+    "layer": "a layer's input only",
+    "offload": "a layer's input, on the host",
+}
+
+
+def _runs(ways: Sequence[str]) -> str:
+    """Neighbouring layers of one way together."""
+    return "; ".join(f"{WORDS[way]} in {len(list(same))} layers" for way, same in groupby(ways)) or WORDS["keep"]
 
 
 def _preview_lines(names: Sequence[str], rows: Sequence[Spans], colour: bool) -> list[str]:

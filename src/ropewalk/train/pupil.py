@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from ropewalk.chat.template import Template
@@ -28,14 +27,12 @@ from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
+from ropewalk.models.recompute import Way, recompute
 from ropewalk.models.rounding import Rounding, attach_rounding
 from ropewalk.models.score_head import ScoreHead, score_head, score_name
 from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
-
-# What routes a token is kept in a checkpointed layer: computed again in another order of sums, a near tie could fall the other way.
-ROUTING = frozenset({torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable})
 
 # Where an expression over names of a model that also sees speaks of its text part, which is loaded here under plain names.
 TEXT_PART = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)\\?\.(?:model\\?\.)?")
@@ -62,6 +59,7 @@ class Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
         config = prepared.run
         full = config.adapter is None
+        ways = _ways(prepared, device)
 
         def load(source: Path, *, trainable: bool) -> PreTrainedModel:
             torch.manual_seed(config.seed)
@@ -96,8 +94,8 @@ class Pupil:
         adapter = None if full else attach(model, lora_spec(config, model), seed=config.seed)
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
-        if config.recompute:
-            recompute(model)
+        if set(ways) - {"keep"}:
+            recompute(model, ways, wrap=kept)
         model.train()
         pupil = cls(model, adapter, head, config)
         if rounding is not None:
@@ -137,7 +135,7 @@ class Pupil:
     def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
         ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
-        with self._where_activations_wait(), attending:
+        with attending:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
         return loss
 
@@ -145,7 +143,7 @@ class Pupil:
         """log p of every trained token given those before it, [B, T]; 0 where nothing is trained."""
         shape = ids.shape
         ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
-        with self._where_activations_wait(), attending:
+        with attending:
             return self.head.log_probs(self.model, ids, labels, position_ids).view(shape)
 
     def base_log_probs(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
@@ -180,7 +178,7 @@ class Pupil:
     ) -> LogProbs:
         model = model or self.model
         ids, labels, positions = (torch.from_numpy(a).to(model.device) for a in (batch.ids, batch.labels, batch.position_ids))
-        with self._where_activations_wait(), self._attending(batch, model):
+        with self._attending(batch, model):
             found = self.head.log_probs_at(model, ids, labels, positions, temperature=temperature, entropy=entropy)
         return LogProbs(found.of_labels.flatten(), None if found.entropy is None else found.entropy.flatten())
 
@@ -235,8 +233,7 @@ class Pupil:
     def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
         assert isinstance(self.head, ScoreHead), "this model writes text"
-        with self._where_activations_wait():
-            return self.head.scores(self.model, ids, labels, position_ids)
+        return self.head.scores(self.model, ids, labels, position_ids)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
@@ -248,11 +245,6 @@ class Pupil:
                 yield
         finally:
             self.model.train(training)
-
-    def _where_activations_wait(self) -> AbstractContextManager[Any]:
-        if self.config.recompute == "offload" and torch.is_grad_enabled():
-            return torch.autograd.graph.save_on_cpu(pin_memory=self.model.device.type == "cuda")
-        return nullcontext()
 
     def save_weights(self, folder: Path) -> None:
         """The trained weights into a checkpoint's folder."""
@@ -362,14 +354,14 @@ def _unfreeze(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def recompute(model: PreTrainedModel) -> None:
-    """Layers keep their inputs and the routing of tokens, and are computed again in the backward pass."""
+def _ways(prepared: Prepared, device: torch.device) -> tuple[Way, ...] | Way:
+    """What each layer keeps, chosen before anything is loaded; a run that cannot fit on its GPU ends here."""
+    config = prepared.run
+    if device.type == "cuda" and config.gpu_memory_limit is not None:
+        share = config.gpu_memory_limit * 1e9 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    if device.type != "cuda" and config.recompute != "auto":
+        return config.recompute
+    from ropewalk.train.survey import survey  # which itself asks this module what the adapter covers
 
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def contexts() -> tuple[Any, Any]:
-        first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
-        return first, kept(again)
-
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    return survey(prepared.base, config, device).ways

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ropewalk.config.preference import REFERENCED
 from ropewalk.config.run import Run
+from ropewalk.config.vllm import by_server
 from ropewalk.errors import ModelError
 from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
-from ropewalk.models.memory import estimate, free
+from ropewalk.models.memory import Estimate, Memory, free
+from ropewalk.models.recompute import WAYS, Way
 from ropewalk.train.pupil import lora_spec, scored_by
+from ropewalk.train.questions import groups_of
 
+FILLED = 0.95  # of the memory there is
+SLOTS = 64  # completions that are written at once
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k")
 
 
@@ -37,9 +43,10 @@ class Survey:
     coverage: Coverage | None  # None: every weight is trained
     trained: int
     memory: dict[str, int]  # by purpose, with the total and what is free here
+    ways: tuple[Way, ...]  # what each layer keeps for the backward pass
 
 
-def survey(folder: Path, run: Run) -> Survey:
+def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey:
     """Builds the model on the meta device, where it takes no memory, and attaches the run's adapter to it."""
     config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
     try:
@@ -62,6 +69,8 @@ def survey(folder: Path, run: Run) -> Survey:
         adapter = attach(model, lora_spec(run, model), seed=run.seed)
         _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
         coverage = adapter.coverage()
+    room = Room.of(run, device or pick_device("auto"))
+    memory, ways = _memory(model, adapter, run, room)
     return Survey(
         config=config,
         model_type=str(config.model_type),
@@ -73,16 +82,36 @@ def survey(folder: Path, run: Run) -> Survey:
         active=total - in_experts + (in_experts * chosen // experts if chosen else in_experts),
         coverage=coverage,
         trained=total if coverage is None else coverage.parameters,
-        memory=_memory(model, adapter, run),
+        memory={**memory.as_dict(), "planned" if room.planned else "free": room.bytes},
+        ways=ways,
     )
 
 
-def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run) -> dict[str, int]:
-    """What one process will take: on a GPU where there is one, else on this machine's processor."""
-    device = pick_device("auto")
-    on_gpu = device.type == "cuda"
-    name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if on_gpu else "float32"
-    found = estimate(
+@dataclass(frozen=True)
+class Room:
+    """What one process may take, and where."""
+
+    bytes: int
+    on_gpu: bool
+    planned: bool  # for a GPU that need not be this machine's
+
+    @classmethod
+    def of(cls, run: Run, device: torch.device) -> Room:
+        """The room for a run: as much as it says, or what is free here; a little is left over, since memory falls to pieces."""
+        there = free(device)
+        if run.gpu_memory_limit is not None:
+            limit = int(run.gpu_memory_limit * 1e9)
+            there = min(there, limit) if device.type == "cuda" else limit
+        return cls(
+            int(there * FILLED), device.type == "cuda" or run.gpu_memory_limit is not None, run.gpu_memory_limit is not None
+        )
+
+
+def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Room) -> tuple[Memory, tuple[Way, ...]]:
+    """What one process will take, and the way of every layer: on a GPU where there or planned for one, else on this processor."""
+    name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if room.on_gpu else "float32"
+    asked = run.recompute
+    found = Estimate(
         model,
         rows=run.micro_batch_size,
         tokens=run.sequence_len,
@@ -90,19 +119,47 @@ def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run) -> dict[s
         quantize=run.quantization,
         adapter=None if adapter is None else list(adapter.parameters()),
         optimizer=run.optimizer,
-        recompute=run.recompute,
-        on_gpu=on_gpu,
+        on_gpu=room.on_gpu,
+        accumulates=run.accumulation > 1,
+        slots=_slots(run),
+        ways=WAYS if asked == "auto" else ("keep", "layer", asked),
     )
     if run.adapter is None and run.rl in REFERENCED:
-        found = replace(found, weights=2 * found.weights)  # the base, to compare with
-    memory = {**found.as_dict(), "free": free(device)}
-    if on_gpu and found.total > torch.cuda.get_device_properties(device).total_memory:
+        found.weights *= 2  # the base, to compare with
+    ways = found.fill(room.bytes) if asked == "auto" else (asked,) * found.layers
+    memory = found.of(ways)
+    if room.on_gpu and memory.total > room.bytes:
         raise ModelError(
-            f"this run needs about {found.total / 2**30:.1f} GiB in every process, and the GPU has "
-            f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB; try adapter: qlora, "
-            "gradient_checkpointing: true, a smaller sequence_len or micro_batch_size, or optimizer: adamw_torch_8bit"
+            f"this run needs about {memory.total / 1e9:.1f} GB in every process, and {room.bytes / 1e9:.1f} GB of the GPU can be filled; "
+            f"{_way_out(model, found, memory, run, ways)}"
         )
-    return memory
+    return memory, ways
+
+
+def _slots(run: Run) -> int:
+    """Tokens whose keys and values are kept for completions that are being written."""
+    if not run.by_rewards or run.trl is None or by_server(run):
+        return 0
+    return min(SLOTS, groups_of(run) * run.trl.num_generations) * run.sequence_len
+
+
+def _way_out(model: PreTrainedModel, found: Estimate, memory: Memory, run: Run, ways: Sequence[Way]) -> str:
+    """Keys that make a run smaller, each with what it would need then."""
+    saved: dict[str, int] = {}
+    if run.recompute != "auto" and found.layers:
+        saved["gradient_checkpointing: true"] = memory.total - found.of("layer").total
+    eighth = found.adapter // 4 * 2 if run.adapter else found.gradients // 2
+    saved["optimizer: adamw_torch_8bit"] = memory.optimizer - eighth
+    if run.adapter is not None and run.quantization != "nf4":
+        saved["adapter: qlora"] = memory.weights - found.quantised("nf4")
+    if run.adapter is not None and run.rank > 1:
+        saved[f"lora_r: {max(1, run.rank // 4)}"] = (memory.adapter + memory.gradients + memory.optimizer) * 3 // 4
+    saved["half of sequence_len"] = memory.activations // 2
+    saved = {key: less for key, less in saved.items() if less > 0.01 * memory.total}
+    return "change one of these, or several: " + ", ".join(
+        f"{key} (then about {(memory.total - less) / 1e9:.1f} GB)"
+        for key, less in sorted(saved.items(), key=lambda item: -item[1])
+    )
 
 
 def _patterns_match(run: Run, names: list[str]) -> None:
