@@ -208,6 +208,7 @@ class Fit:
             path = self.checkpoints.save(self.position, optimizer, self.pupil.save_weights)
             self.checkpoints.prune(self.config.save_total_limit, but=self.position.best_step)
             self._tell("checkpoint", {"step": self.position.step, "path": str(path.relative_to(self.folder.path))}, {})
+            write_plots(self.folder.events, self.folder.plots)
         self.world.wait()
 
     def _finish(self, seconds: float, tokens: int) -> Result:
