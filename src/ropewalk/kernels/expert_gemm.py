@@ -53,7 +53,7 @@ def tiling_for(device: torch.device, dtype: torch.dtype, rows: int, width: int) 
         return Tiling(64, 64, 1, 1)
     narrow = max(16, triton.next_power_of_2(width))
     if dtype.itemsize == 4:
-        return Tiling(min(64, narrow), 32, 4, 2)
+        return Tiling(min(32, narrow), 16, 4, 2)  # without tensor cores: small enough to compile in seconds
     if narrow <= 64:
         return Tiling(narrow, 64, 4, 4)
     roomy = torch.cuda.get_device_capability(device)[0] in (9, 10)
