@@ -1,6 +1,7 @@
 # make run    the quickstart: the whole loop on a small model, on CPU, in minutes (FAST=1: the short form)
 # make test   checks and tests
 # make check  lint, format, types
+# make docs   the pages under docs/ as a site, in build/site; any warning is an error
 # make test-sdk  the official SDKs against a running server; needs node for the TypeScript one
 # make bench  ours beside its peers, which are installed into environments of their own
 # Each sets up what it needs in .venv and starts at once the second time.
@@ -24,6 +25,11 @@ check: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/properdocs build --strict --quiet
+
+docs: .venv/dev.stamp
+	.venv/bin/properdocs build --strict
+	@echo "open build/site/index.html"
 
 test-sdk: .venv/dev.stamp
 	.venv/bin/python tests/sdk/run.py
@@ -48,4 +54,4 @@ bench: .venv/dev.stamp
 clean:
 	rm -rf .venv .sdk runs build dist
 
-.PHONY: run test test-sdk check bench clean
+.PHONY: run test docs test-sdk check bench clean
