@@ -171,3 +171,21 @@ def test_a_published_shape_is_planned_for_without_its_files(rows: Path, monkeypa
     assert plan.model["parameters"] == 46_702_792_704
     assert plan.memory is not None
     assert "its shape is the published one" in plan.unchecked["base_model"]
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_each_way_out_would_need(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ropewalk.train.plan.cached_folder", lambda *_: None)
+    run = run_of("openai/gpt-oss-20b", rows, "gpu_memory_limit: 24GiB\nsequence_len: 128\n")
+    with pytest.raises(ModelError) as error:
+        check(run, offline=True)
+    message = str(error.value)
+    assert "24.5 GB of the GPU can be filled" in message  # 24 GiB are 25.77 GB, of which a twentieth is left
+    # 41.8 GB of weights in bfloat16 become 12.5 GB in nf4.
+    assert "adapter: qlora (then about" in message
+    assert "optimizer: adamw_torch_8bit" in message
+
+
+def test_what_layers_keep_is_told(base: Path, rows: Path) -> None:
+    plan = check(run_of(base, rows, "gradient_checkpointing: experts\nsequence_len: 64\n"), offline=True)
+    assert plan.ways == ["experts"] * len(plan.ways)
+    assert f"Keeps     all but what experts compute in {len(plan.ways)} layers" in plan.text()

@@ -124,13 +124,15 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def measure(model: PreTrainedModel, rows: int, tokens: int, ways: Sequence[Way], *, on_gpu: bool) -> Courses:
+def measure(
+    model: PreTrainedModel, rows: int, tokens: int, ways: Sequence[Way], *, on_gpu: bool, packed: bool = False
+) -> Courses:
     """What passes over [rows, tokens] take beyond weights and gradients, for each of the ways.
 
     The model lies on the meta device and carries its adapter. "offload" is "layer" without the layer's input, which waits on the host.
     """
     _register()
-    _Situation.on_gpu = on_gpu
+    _Situation.on_gpu, _Situation.packed = on_gpu, packed
     layers = decoder_layers(model)
     chosen, like = kinds(layers)
     before = model.get_experts_implementation() if any(True for _ in expert_modules(model)) else None
@@ -147,7 +149,14 @@ def measure(model: PreTrainedModel, rows: int, tokens: int, ways: Sequence[Way],
         found: dict[Way, Course] = {}
         for way in ways:
             recompute(model, "layer" if way == "offload" and layers else way)
-            course = _course(model, layers, chosen, rows, tokens)
+            try:
+                course = _course(model, layers, chosen, rows, tokens)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                if found or len(chosen) == len(layers):
+                    raise
+                # A model that asks for a certain layer by its number runs whole, which only takes longer.
+                chosen, like = [*range(len(layers))], [*range(len(layers))]
+                course = _course(model, layers, chosen, rows, tokens)
             found[way] = _offloaded(course, model, rows * tokens) if way == "offload" and on_gpu else course
         return Courses(found, tuple(like))
     finally:
@@ -212,28 +221,26 @@ def _course(model: PreTrainedModel, layers: nn.ModuleList, chosen: list[int], ro
 def _fewer(
     model: nn.Module, layers: nn.ModuleList, chosen: list[int], live: Live, laps: list[tuple[int, int]]
 ) -> Iterator[None]:
-    """Within it the model has only the chosen layers, and every border between them is a lap."""
+    """Within it the model has only the chosen layers, and every border between them is a lap.
+
+    Their number in the configuration stays: some models cut what they embed into as many parts, and none asks for more than there are.
+    """
     if not chosen:
         yield
         return
     owner, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is layers)
     config: Any = getattr(owner, "config", None) or getattr(model, "config")  # noqa: B009
     lists = {n: v for n, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == len(layers)}
-    depth = getattr(config, "num_hidden_layers", None)
     marked = [_Marked(layers[number], live, laps, first=at == 0) for at, number in enumerate(chosen)]
     setattr(owner, name, nn.ModuleList(marked))
     try:
         for key, value in lists.items():
             setattr(config, key, [value[number] for number in chosen])
-        if depth == len(layers):
-            config.num_hidden_layers = len(chosen)
         yield
     finally:
         setattr(owner, name, layers)
         for key, value in lists.items():
             setattr(config, key, value)
-        if depth == len(layers):
-            config.num_hidden_layers = depth
 
 
 class _Marked(nn.Module):
@@ -272,13 +279,19 @@ class _Situation:
     """Where the measured run will be: kernels keep and pass different things there."""
 
     on_gpu = False
+    packed = False  # several samples in a row, which a mask keeps apart
 
 
 def _register() -> None:
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_stand_in)
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attention_stand_in)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+
+
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    made: Tensor | None = sdpa_mask(*args, **options | ({"allow_is_causal_skip": False} if _Situation.packed else {}))
+    return made
 
 
 def _experts_stand_in(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

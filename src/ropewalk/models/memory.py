@@ -70,6 +70,7 @@ class Estimate:
         on_gpu: bool = True,
         accumulates: bool = True,
         slots: int = 0,
+        packed: bool = False,
         ways: Sequence[Way] = WAYS,
     ) -> None:
         ours = {id(parameter) for parameter in adapter or ()}
@@ -78,7 +79,7 @@ class Estimate:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         trained = list(adapter) if adapter is not None else list(base.values())
-        packed = set(to_quantise(model)) if quantize else set()
+        few_bits = set(to_quantise(model)) if quantize else set()
         self._model, self._base = model, base
         self.weights = self.quantised(quantize)
         self.adapter = 0 if adapter is None else sum(parameter.nbytes for parameter in trained)
@@ -91,10 +92,10 @@ class Estimate:
         self.layers = len(layers)
         names = {id(parameter): name for name, parameter in base.items()}
         taught = {id(parameter) for parameter in trained}
-        self._passing = [_dequantised([p for p in layer.parameters() if names.get(id(p)) in packed]) for layer in layers]
+        self._passing = [_dequantised([p for p in layer.parameters() if names.get(id(p)) in few_bits]) for layer in layers]
         self._grown = [sum(p.nbytes for p in layer.parameters() if id(p) in taught) for layer in layers]
         self.experts = any(True for _ in expert_modules(model))
-        self._courses = measure(model, rows, tokens, [way for way in ways if self.possible(way)], on_gpu=on_gpu)
+        self._courses = measure(model, rows, tokens, [way for way in ways if self.possible(way)], on_gpu=on_gpu, packed=packed)
 
     def quantised(self, quantize: str | None) -> int:
         """The bytes of the base held in this format."""

@@ -122,6 +122,7 @@ def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Roo
         on_gpu=room.on_gpu,
         accumulates=run.accumulation > 1,
         slots=_slots(run),
+        packed=run.packing and room.on_gpu,  # on a CPU packed samples are kept apart without a mask
         ways=WAYS if asked == "auto" else ("keep", "layer", asked),
     )
     if run.adapter is None and run.rl in REFERENCED:
