@@ -23,12 +23,25 @@ FOLDERS = {
         "vault",
         "home",
         "ids",
+        "tracing",
     },
     "compare": {
         *("config", "jobs", "engine", "chat", "files", "models", "registry", "checks", "sandbox", "tenants"),
         *("database", "vault", "ids", "failpoints", "folders"),
     },
-    "jobs": {"checks", "config", "registry", "files", "tenants", "vault", "database", "ids", "failpoints", "folders"},
+    "jobs": {
+        "checks",
+        "config",
+        "registry",
+        "files",
+        "tenants",
+        "vault",
+        "database",
+        "ids",
+        "failpoints",
+        "folders",
+        "tracing",
+    },
     "train": {
         "config",
         "data",
@@ -45,7 +58,7 @@ FOLDERS = {
     },
     "data": {"config", "chat", "files", "folders", "home"},
     "config": {"chat", "tenants"},
-    "engine": {"config", "models", "kernels", "chat", "files", "tenants", "registry", "vault", "database", "ids"},
+    "engine": {"config", "models", "kernels", "chat", "files", "tenants", "registry", "vault", "database", "ids", "tracing"},
     "models": {"kernels", "registry"},
     "chat": {"files", "ids"},
     "files": {"batches", "tenants", "database", "vault", "sandbox", "home", "ids", "failpoints", "folders"},
@@ -64,11 +77,18 @@ FOLDERS = {
     "home": set(),
     "ids": set(),
     "failpoints": set(),
+    "tracing": set(),
     "sandbox": {"sandbox_child"},
     "sandbox_child": {"confinement"},
     "confinement": set(),
 }
-TOP = {"cli", "verbs", "quickstart", "doctor", "__main__"}  # may import everything; a room's verbs.py is part of the command line
+TOP = {
+    "cli",
+    "verbs",
+    "quickstart",
+    "doctor",
+    "__main__",
+}  # may import everything; a room's verbs.py is part of the command line
 LIGHT = [
     "ropewalk.cli",
     "ropewalk.errors",

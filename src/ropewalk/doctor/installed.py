@@ -21,6 +21,7 @@ FEATURES = {
     "wandb": "a run's measures in Weights & Biases (report_to: wandb)",
     "tensorboard": "a run's measures in TensorBoard (report_to: tensorboard)",
     "mlflow": "a run's measures in MLflow (report_to: mlflow)",
+    "otel": "traces and metrics by OpenTelemetry",
 }
 
 

@@ -12,7 +12,7 @@ def add_verbs(verbs: Verbs) -> None:
     summary = "what is installed, what is missing, which device will be used, and whether a small training and a reply work"
     verb = add_verb(verbs, "doctor", summary, "ropewalk doctor --need gpu data", _doctor)
     store_arguments(verb)
-    needs = ("gpu", "data", "postgres", "buckets", "cluster", "wandb", "tensorboard", "mlflow")
+    needs = ("gpu", "data", "postgres", "buckets", "cluster", "wandb", "tensorboard", "mlflow", "otel")
     verb.add_argument(
         "--need",
         nargs="+",

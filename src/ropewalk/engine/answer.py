@@ -40,6 +40,7 @@ from ropewalk.ids import new_id
 from ropewalk.models.folder import sees
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import workspace_key
+from ropewalk.tracing import traced_stream
 from ropewalk.vault import derive
 
 FOLDER = "prefixes"  # in the data folder
@@ -70,6 +71,19 @@ class Places:
             if len(self._registered) >= MOST_REMEMBERED:
                 self._registered.clear()
             self._registered.add((file_id, path))
+
+
+def _spent(event: ReplyEvent) -> dict[str, int | str] | None:
+    """What a trace says of a reply: numbers alone."""
+    if not isinstance(event, Ended):
+        return None
+    usage = event.usage
+    told: dict[str, int | str] = {
+        "gen_ai.usage.output_tokens": usage.output,
+        "gen_ai.usage.cache_read_tokens": usage.cache_read,
+    }
+    read = usage.input + usage.cache_creation + usage.cache_read
+    return told | {"gen_ai.usage.input_tokens": read, "gen_ai.response.finish_reason": event.stop_reason}
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class Answerer:
             async for _, event in events:
                 yield event
 
+    @traced_stream("reply", lambda self, caller, request: {"gen_ai.request.model": request.model}, lambda item: _spent(item[1]))
     async def samples(self, caller: Caller, request: MessagesRequest) -> AsyncGenerator[tuple[int, ReplyEvent], None]:
         """Each sample's reply, as they come; closing the iterator ends them at once."""
         if not request.max_tokens:  # only to read ahead

@@ -27,6 +27,7 @@ from ropewalk.jobs.device import Device
 from ropewalk.jobs.ledger import CANCELLED, FILES_GONE, Job, Ledger, Order, Told
 from ropewalk.jobs.run_folder import EventTail, JobFolder
 from ropewalk.registry import Entry, Registry
+from ropewalk.tracing import traced
 
 POLL_SECONDS = 2.0  # another process may have taken in a job, or have died
 LOOK_SECONDS = 0.5  # at a run
@@ -116,6 +117,7 @@ class JobRunner:
 
     # -- one job
 
+    @traced("job", lambda self, job: {"job.id": job.id, "job.tries": job.tries, "job.base": job.base})
     async def _work(self, job: Job) -> None:
         folder = self.folder_of(job.id)
         try:

@@ -64,6 +64,7 @@ from ropewalk.server.wire import JSON, Failure, failure
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
+from ropewalk.tracing import request_seconds, request_span
 
 API = ("/v1/", PREFIX)  # what lies under them needs a key
 THOROUGH_SECONDS = 3600.0  # between two sweeps that look at every stored name and every row
@@ -177,6 +178,13 @@ class Front:
             return
         exchange = Exchange(scope, receive, send)
         request = Request(scope, exchange.receive, exchange.send)
+        told = {"http.request.method": request.method, "ropewalk.request_id": exchange.request_id}
+        with request_span(request.headers, told) as end:
+            await self._exchange(exchange, request)
+            end(exchange.told)
+
+    async def _exchange(self, exchange: Exchange, request: Request) -> None:
+        scope = exchange.scope
         request.state.request_id = exchange.request_id
         metrics: Metrics = scope["app"].state.metrics
         metrics.in_progress.inc()
@@ -243,6 +251,7 @@ class Exchange:
         self.request_id = new_id("req")
         self.status: int | None = None
         self.received = self.sent = 0
+        self.told: dict[str, Any] = {}  # of its span, once it has ended
         self._began = time.perf_counter()
 
     async def receive(self) -> Message:
@@ -275,6 +284,8 @@ class Exchange:
         status = self.status or DISCONNECTED
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.seconds.labels(method, route).observe(seconds)
+        self.told = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+        request_seconds(seconds, self.told)
         metrics.received.labels(route).inc(self.received)
         metrics.sent.labels(route).inc(self.sent)
         caller: Caller | None = self.scope["state"].get("caller")

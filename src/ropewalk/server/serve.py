@@ -16,6 +16,7 @@ import uvicorn
 import uvloop
 from starlette.applications import Starlette
 
+from ropewalk import tracing
 from ropewalk.errors import BadInput
 from ropewalk.files.documents import weakness
 from ropewalk.files.settings import Settings
@@ -45,11 +46,14 @@ async def _serve(store_settings: Settings, settings: ServerSettings, tell: Calla
         store = await Store.open(store_settings)
         try:
             app = create_app(store, settings)
+            if tracing.configure(app.state.metrics.registry.collect):
+                logs.event("telemetry")
             port = listener.getsockname()[1]
             await _greet(store, settings, f"{settings.url.rpartition(':')[0]}:{port}", tell)
             await Server(app, settings).serve(sockets=[listener])
         finally:
             await store.close()
+            await asyncio.to_thread(tracing.close)  # waits for the collector
     logs.event("stopped")
 
 
