@@ -79,24 +79,22 @@ class Pretend(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = "cpu"
-        if func is Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:  # type: ignore[attr-defined]  # another object each time
             return torch.device("cuda", 0)
         return func(*args, **kwargs)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sm", type=int, nargs="+", choices=tuple(SHARED), default=tuple(SHARED), help="kinds of GPU (default: all)"
-    )
-    parser.add_argument("--quick", action="store_true", help="the first layer and SM90 alone")
+    parser.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED), help="kinds of GPU (default: all, or 90 if quick)")
+    parser.add_argument("--quick", action="store_true", help="the first layer alone")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("no Triton: nothing compiled", file=sys.stderr)
         return 77
     rows = []
-    for sm in (90,) if given.quick else given.sm:
+    for sm in given.sm or ((90,) if given.quick else SHARED):
         for case in CASES[: 1 if given.quick else len(CASES)]:
             for row in compiled(sm, case):
                 rows.append(row)
@@ -160,14 +158,19 @@ def layer(case: Case) -> None:
     if case.stored is not None:
         up, down = case.stored.of(up), case.stored.of(down)
     biases = (make(2, 2 * case.inner), make(2, case.hidden)) if case.bias else (None, None)
-    x, weights = make(case.tokens, case.hidden).requires_grad_(), torch.rand(case.tokens, 2).to(case.dtype).requires_grad_()
+    x, weights = make(case.tokens, case.hidden), torch.rand(case.tokens, 2).to(case.dtype)
     sizes = (2, 16, case.hidden), (2, 2 * case.inner, 16), (2, 16, case.inner), (2, case.hidden, 16)
-    a1, b1, a2, b2 = (make(*size).requires_grad_() for size in sizes)
+    a1, b1, a2, b2 = (make(*size) for size in sizes)
     experts = layers.Experts(up, down, case.gate, *biases)
-    with Pretend():
-        factors = layers.Factors(a1, b1, 0.5), layers.Factors(a2, b2, 0.5)
-        out = layers.expert_lora(x, ids, weights, experts, *factors, rows="fused")
-        out.sum().backward()
+    plan, rest = (
+        layers._Plan(experts, 0.5, 0.5, True, fused=True, forced=True),
+        (up, biases[0], down, biases[1], a1, b1, a2, b2),
+    )
+    with Pretend(), torch.no_grad():  # not by autograd, whose threads do not pretend
+        made = layers._try_fused(plan, x, ids, weights, *rest, keep=True)
+        assert made is not None
+        out, kept, way = made
+        layers._try_fused_backward(plan, x, way, out, kept, rest, [True] * 12)
 
 
 def assembled(made: Any, sm: int) -> tuple[int | None, int | None]:

@@ -167,7 +167,7 @@ class Case:
         self.way = route_sorted(self.ids, self.weights, experts)
         plain = route_sorted_plain(self.ids, self.weights, experts)
         same = all(torch.equal(getattr(self.way, n), getattr(plain, n)) for n in ("token", "weight", "order", "place", "ends"))
-        self.tiles = cut(self.way.ends, self.slots, rows_for(self.slots, experts))
+        self.tiles = cut(self.way.ends, self.slots, rows_for(self.slots, experts, self.dtype))
         self.grouped = Grouped(self.way.ends, self.slots)
         ms = self.time(lambda: cut(route_sorted(self.ids, self.weights, experts).ends, self.slots, 128))
         other = self.time(lambda: route(self.ids, self.weights, experts, self.dtype, True))

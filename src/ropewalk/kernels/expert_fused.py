@@ -59,7 +59,7 @@ def route_fused(ids: Tensor, weights: Tensor, num_experts: int) -> Route:
 def forward(layer: Layer, x: Tensor, way: Route) -> tuple[Tensor, list[Tensor | None]]:
     """-> out [T, H] and, to keep, gate_up [S, 2I], X A1 [S, r], A2 (w h) [S, r]."""
     assert way.row is not None
-    tiles = _tiles(way)
+    tiles = _tiles(way, x)
     gate_up, xa, h, ha = _until_down(layer, x.contiguous(), way, tiles)
     into = _lora(ha, layer.b2, layer.down_scale)
     how: dict[str, Any] = {"lora": into, "bias": layer.down_bias, "weight": way.weight}
@@ -69,7 +69,7 @@ def forward(layer: Layer, x: Tensor, way: Route) -> tuple[Tensor, list[Tensor | 
 
 def again(layer: Layer, x: Tensor, way: Route) -> list[Tensor | None]:
     """What the forward had to keep, computed again, the same to the bit."""
-    gate_up, xa, _, ha = _until_down(layer, x.contiguous(), way, _tiles(way))
+    gate_up, xa, _, ha = _until_down(layer, x.contiguous(), way, _tiles(way, x))
     return [gate_up, xa, ha]
 
 
@@ -98,7 +98,7 @@ def backward(layer: Layer, x: Tensor, way: Route, d_out: Tensor, kept: list[Tens
     assert way.row is not None
     gate_up, xa, ha = kept
     assert gate_up is not None
-    x, d_out, slots, tiles, found = x.contiguous(), d_out.contiguous(), way.token.numel(), _tiles(way), Gradients()
+    x, d_out, slots, tiles, found = x.contiguous(), d_out.contiguous(), way.token.numel(), _tiles(way, x), Gradients()
     db2 = None if layer.b2 is None else expert_gemm(d_out, layer.b2.transpose(1, 2), tiles, slots, token=way.token)
     into = _lora(db2, None if layer.a2 is None else layer.a2.transpose(1, 2), layer.down_scale)
     dh = _product(d_out, layer.down, layer.transposed, tiles, slots, token=way.token, lora=into)
@@ -123,9 +123,9 @@ def backward(layer: Layer, x: Tensor, way: Route, d_out: Tensor, kept: list[Tens
     return found
 
 
-def _tiles(way: Route) -> Tiles:
+def _tiles(way: Route, x: Tensor) -> Tiles:
     slots = way.token.numel()
-    return cut(way.ends, slots, rows_for(slots, way.ends.numel()))
+    return cut(way.ends, slots, rows_for(slots, way.ends.numel(), x.dtype))
 
 
 def _lora(low: Tensor | None, high: Tensor | None, scale: float) -> Lora | None:

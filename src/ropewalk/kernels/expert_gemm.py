@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each times its own expert's matrix, in one persistent Triton kernel: gather in, LoRA and bias in the epilogue.
+"""Rows sorted by expert, each times its own expert's matrix, in one persistent Triton kernel: gather, LoRA and bias inside.
 
     y[i] = x[token[i]] @ w[e] + scale * xa[i] @ b[e] + weight[i] * bias[e]        e the expert of row i
 
@@ -34,16 +34,18 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Lora:
-    """What joins a product in its epilogue: scale * xa @ b."""
+    """What a product begins with: scale * xa @ b."""
 
     xa: Tensor  # [S, r]
     b: Tensor  # [E, r, N]
     scale: float
 
 
-def rows_for(slots: int, num_experts: int) -> int:
+def rows_for(slots: int, num_experts: int, dtype: torch.dtype) -> int:
     """Rows of a tile: at most as many as an expert has on average, in powers of two that tensor cores know."""
     average = slots // num_experts
+    if dtype.itemsize == 4:
+        return 32 if average >= 32 else 16  # without tensor cores a larger one takes minutes to compile
     return 128 if average >= 96 else 64 if average >= 32 else 16
 
 
@@ -53,7 +55,7 @@ def tiling_for(device: torch.device, dtype: torch.dtype, rows: int, width: int) 
         return Tiling(64, 64, 1, 1)
     narrow = max(16, triton.next_power_of_2(width))
     if dtype.itemsize == 4:
-        return Tiling(min(32, narrow), 16, 4, 2)  # without tensor cores: small enough to compile in seconds
+        return Tiling(min(32, narrow), 16, 4, 2)
     if narrow <= 64:
         return Tiling(narrow, 64, 4, 4)
     roomy = torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -160,27 +162,30 @@ def _gemm(
         else:
             source = row
         k = tl.arange(0, DEPTH)
-        left = x + source[:, None] * xs + k[None, :] * xk
-        right = w + (e - first).to(tl.int64) * we + k[:, None] * wk + column[None, :] * wn
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for done in range(0, K, DEPTH):
-            if WHOLE:
-                here = tl.load(left, mask=mine[:, None], other=0.0)
-                there = tl.load(right, mask=inside[None, :], other=0.0)
-            else:
-                rest = k < K - done
-                here = tl.load(left, mask=mine[:, None] & rest[None, :], other=0.0)
-                there = tl.load(right, mask=inside[None, :] & rest[:, None], other=0.0)
-            total = tl.dot(here, there, total, input_precision=precision)
-            left += DEPTH * xk
-            right += DEPTH * wk
+        # scalars move, blocks stay: a block of moving pointers would take twice the registers
+        left, right = x, w + (e - first).to(tl.int64) * we
+        left_at = source[:, None] * xs + k[None, :] * xk
+        right_at = k[:, None] * wk + column[None, :] * wn
         if LORA:
             r = tl.arange(0, RANK)
             known = r < rank
             low = tl.load(xa + row[:, None] * xas + r[None, :], mask=mine[:, None] & known[None, :], other=0.0)
             up = b + e.to(tl.int64) * be + r[:, None] * br + column[None, :] * bn
             high = tl.load(up, mask=known[:, None] & inside[None, :], other=0.0)
-            total += scale * tl.dot(low, high, input_precision=precision)
+            total = scale * tl.dot(low, high, input_precision=precision)  # first, as a second sum would take as many registers
+        else:
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for done in range(0, K, DEPTH):
+            if WHOLE:
+                here = tl.load(left + left_at, mask=mine[:, None], other=0.0)
+                there = tl.load(right + right_at, mask=inside[None, :], other=0.0)
+            else:
+                rest = k < K - done
+                here = tl.load(left + left_at, mask=mine[:, None] & rest[None, :], other=0.0)
+                there = tl.load(right + right_at, mask=inside[None, :] & rest[:, None], other=0.0)
+            total = tl.dot(here, there, total, input_precision=precision)
+            left += DEPTH * xk
+            right += DEPTH * wk
         if BIAS:
             added = tl.load(bias + e.to(tl.int64) * bias_e + column, mask=inside, other=0.0).to(tl.float32)
             if WEIGH:
