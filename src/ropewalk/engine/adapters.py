@@ -126,13 +126,13 @@ class Adapters:
             raise NotFound(f"no adapter '{name}' is loaded here; there are {', '.join(self.names()) or 'none'}") from None
 
     def _through_linear(self, name: str, linear: Any, x: Tensor) -> Tensor:
-        y: Tensor = type(linear).forward(linear, x)
         spans = self._spans(x)
         adapted = [(lora, begin, end) for found, begin, end in spans if found and (lora := found.linears.get(name))]
+        if len(spans) == 1 and adapted:
+            return adapted[0][0].through(linear, x)
+        y: Tensor = type(linear).forward(linear, x)
         if not adapted:
             return y
-        if len(spans) == 1:
-            return adapted[0][0].add_to(linear, x, y)
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
         for lora, begin, end in adapted:
             flat_y[begin:end] = lora.add_to(linear, flat_x[begin:end], flat_y[begin:end])

@@ -54,8 +54,8 @@ class Few(Grouped):
         apart = a.view(len(self._counts), -1, a.shape[1])
         if isinstance(stack, Turned):
             return self._one_by_one(apart, stack)
-        if min(stack.shape[1:]) <= NARROW:
-            return torch.bmm(apart, stack).flatten(0, 1)
+        if stack.dtype != a.dtype or min(stack.shape[1:]) <= NARROW:
+            return torch.bmm(apart.to(stack.dtype), stack).flatten(0, 1)
         if self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
             return self._one_by_one(apart, stack)
         if a.element_size() == 2 or apart.shape[1] >= TURN:
@@ -65,7 +65,10 @@ class Few(Grouped):
 
     def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
         experts = len(self._counts)
-        y.view(experts, -1, y.shape[1]).baddbmm_(a.view(experts, -1, a.shape[1]), stack, alpha=scale)
+        if stack.dtype == y.dtype:
+            y.view(experts, -1, y.shape[1]).baddbmm_(a.view(experts, -1, a.shape[1]), stack, alpha=scale)
+        else:
+            y.add_(torch.bmm(a.view(experts, -1, a.shape[1]), stack).to(y.dtype).view(y.shape), alpha=scale)
 
     def _one_by_one(self, apart: Tensor, stack: Tensor | Turned) -> Tensor:
         out = apart.new_zeros(*apart.shape[:2], stack.shape[2])

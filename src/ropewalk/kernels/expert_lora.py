@@ -178,7 +178,8 @@ def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool) -> Tensor | Tu
 
 
 def _oriented_factors(plan: _Plan, x: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    a1, b1, a2, b2 = (None if f is None else f.to(x.dtype) for f in factors)
+    wide = torch.float32 if plan.few and x.element_size() == 2 else x.dtype  # few rows take factors of either
+    a1, b1, a2, b2 = (f if f is None or f.dtype == wide else f.to(x.dtype) for f in factors)
     if plan.grouped:
         # grouped_mm wants strides of whole 16 bytes, so ranks are padded with zeros up to 4 (float32) or 8 columns
         step = 16 // x.element_size()

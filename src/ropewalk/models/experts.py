@@ -22,6 +22,7 @@ from ropewalk.kernels.gates import AnyGate, ClampedGlu, Gate, Glu
 NAME = "ropewalk"
 LORA = "ropewalk_lora"  # the child module that holds the factors, in expert modules and linear layers alike
 RECOMPUTE = "_ropewalk_recompute"  # whether the module's experts keep their input only (models/recompute.py)
+NARROW_ROWS = 64  # routed rows up to which a CPU multiplies factors sooner in float32 than in 16 bits
 _GATE = "_ropewalk_gate"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -64,7 +65,8 @@ def experts_forward(module: Any, x: Tensor, ids: Tensor, weights: Tensor, lora: 
         )
     experts = _experts(module)
     dtype = experts.up.dtype if isinstance(experts.up, Tensor) else x.dtype
-    up, down = (None, None) if lora is None else (lora.factors(name, dtype) for name in projections(module))
+    narrow = torch.float32 if dtype.itemsize == 2 and x.is_cpu and ids.numel() <= NARROW_ROWS else dtype
+    up, down = (None, None) if lora is None else (lora.factors(name, narrow) for name in projections(module))
     return expert_lora(x.to(dtype), ids, weights, experts, up, down).to(x.dtype)
 
 

@@ -6,7 +6,7 @@ Legend: T tokens, B sequences, E experts, r rank. Factors: A [r, in], B [out, r]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -16,36 +16,18 @@ from torch import Tensor, nn
 
 from ropewalk.kernels.expert_lora import Factors
 from ropewalk.models.experts import LORA
+from ropewalk.models.frozen_lora import Group, OneInput, Prepared
 
 FEW = 64  # rows up to which a CPU multiplies narrow matrices sooner in float32 than it has brought 16 bits into order
 
 
 @dataclass
 class Switch:
-    """What all layers of one adapter share: whether it acts, and (activated LoRA) on which positions."""
+    """What all layers of one adapter share: whether it acts, (activated LoRA) on which positions, and what they read alike."""
 
     on: bool = True
     active: Tensor | None = None  # [B, T] bool; None: everywhere
-
-
-class Prepared:
-    """Factors as products want them, in their dtype and turned round, made anew only when a factor has changed.
-
-    For frozen factors, which change where an adapter is published or loaded, and not between two steps of decoding.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
-
-    def turned(self, name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """factor [.., out, in] -> [.., in, out], contiguous."""
-        if factor.is_inference():  # it does not tell when it changes
-            return factor.to(dtype).transpose(-1, -2)
-        state = (factor._version, factor.data_ptr(), dtype)
-        known = self._made.get(name)
-        if known is None or known[0] != state:
-            known = self._made[name] = state, factor.detach().to(dtype).transpose(-1, -2).contiguous()
-        return known[1]
+    input: OneInput = field(default_factory=OneInput)
 
 
 class LinearLora(nn.Module):
@@ -62,12 +44,19 @@ class LinearLora(nn.Module):
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale, self.dropout, self.switch = scale, dropout, switch
-        self._prepared = Prepared()
+        self.prepared = Prepared()
+        self.followers: list[LinearLora] = []  # who reads the same x after this one
+        self.group: Group | None = None
+
+    def through(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """x [..., in] -> the layer's output with the adapter's part."""
+        if x.dtype.itemsize == 2 and x.is_cpu and x.numel() <= FEW * x.shape[-1] and self._only_answers(linear):
+            return self._few(linear, x)
+        return self.add_to(linear, x, type(linear).forward(linear, x))
 
     def add_to(self, linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
         """x [..., in] and the base's y [..., out] -> y plus the adapter's part; what only answers may be given back in y itself."""
-        frozen = not self.A.requires_grad and not torch.is_grad_enabled()
-        if frozen and self.magnitude is None and self.switch.active is None and not (self.dropout and linear.training):
+        if self._only_answers(linear):
             return self._answer(x.reshape(-1, x.shape[-1]), y)
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
         if self.dropout:
@@ -80,16 +69,35 @@ class LinearLora(nn.Module):
         flat = y.reshape(-1, y.shape[-1])
         return torch.addmm(flat, xa, self.B.to(y.dtype).t(), alpha=self.scale).view(y.shape)
 
+    def _only_answers(self, linear: nn.Linear) -> bool:
+        """Whether this is plain LoRA, and nothing of it is to be learnt."""
+        if torch.is_grad_enabled() or self.magnitude is not None or self.switch.active is not None:
+            return False
+        a = self._parameters["A"]
+        return a is not None and not a.requires_grad and not (self.dropout and linear.training)
+
+    def _few(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Few rows of 16 bits on a CPU: the base's product is added to the adapter's part, which a pass more would cost."""
+        xa, b, rows = self.switch.input.product(self, x)
+        weight = linear._parameters.get("weight")
+        if weight is None or weight.dtype != x.dtype or type(linear) is not nn.Linear:
+            y: Tensor = type(linear).forward(linear, x)
+            return y.reshape(-1, y.shape[-1]).add_(torch.mm(xa, b).to(y.dtype)).view(y.shape)
+        bias = linear._parameters["bias"]
+        more = torch.mm(xa, b) if bias is None else torch.addmm(bias.float(), xa, b)
+        return more.to(x.dtype).addmm_(rows, weight.t()).view(*x.shape[:-1], b.shape[1])
+
     def _answer(self, rows: Tensor, y: Tensor) -> Tensor:
         flat = y.reshape(-1, y.shape[-1])
         few = y.device.type == "cpu" and y.dtype.itemsize == 2 and len(rows) <= FEW
         dtype = torch.float32 if few else y.dtype
-        a, b = self._prepared.turned("A", self.A, dtype), self._prepared.turned("B", self.B, dtype)
+        a = self.prepared.turned("A", self.A, dtype)
+        b = self.prepared.turned("B", self.B, dtype, self.scale)
         xa = torch.mm(rows.to(dtype), a)
         if few:
-            flat.add_(torch.mm(xa, b).to(y.dtype), alpha=self.scale)
+            flat.add_(torch.mm(xa, b).to(y.dtype))
         else:
-            flat.addmm_(xa, b, alpha=self.scale)
+            flat.addmm_(xa, b)
         return flat.view(y.shape)
 
     def _dora(self, linear: nn.Linear, xa: Tensor, y: Tensor) -> Tensor:
@@ -149,8 +157,11 @@ class ExpertLora(nn.Module):
         a, b = self.factors_of(name)
         if dtype is None or a.requires_grad or torch.is_grad_enabled():
             return Factors(a, b, self.scales[name])
-        turned = [self._prepared.turned(f"{name}_{n}", factor, dtype).transpose(-1, -2) for n, factor in (("A", a), ("B", b))]
-        return Factors(turned[0], turned[1], self.scales[name])
+        turned = (
+            self._prepared.turned(f"{name}_A", a, dtype),
+            self._prepared.turned(f"{name}_B", b, dtype, self.scales[name]),
+        )
+        return Factors(turned[0].transpose(-1, -2), turned[1].transpose(-1, -2), 1.0)
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [E, r, in] and B [E, out, r] of one stack."""
@@ -170,7 +181,6 @@ def unwrap(linear: nn.Linear) -> None:
 
 
 def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
-    y: Tensor = type(linear).forward(linear, x)
     lora = linear._modules[LORA]
     assert isinstance(lora, LinearLora)
-    return lora.add_to(linear, x, y) if lora.switch.on else y
+    return lora.through(linear, x) if lora.switch.on else type(linear).forward(linear, x)
