@@ -1,0 +1,161 @@
+"""The estimated memory of a training step beside what the allocator counts, for every way of its layers.
+
+    python benchmarks/memory.py [--quick] [--json FILE]
+
+A step is forward, backward, clipping and AdamW, with the gradients coming anew, in float32 on a CPU. `estimate_mb` is what
+models/memory.py says of the model on the meta device; `measured_mb` is what weights, adapter and optimizer hold, and the most that
+the allocator had given out besides at any moment of the third step, by its own events. Exits 1 if one is off by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from ropewalk.models.experts import NAME, expert_modules, register_experts
+from ropewalk.models.head import output_head
+from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.memory import Estimate
+from ropewalk.models.recompute import recompute
+
+OFF_BY = 0.05
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 8192,
+}
+EXPERTS = {"moe_intermediate_size": 128, "num_experts": 16}
+SLIDING, FULL = "sliding_attention", "full_attention"
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 6},
+    "qwen3_moe": {"num_hidden_layers": 6, **EXPERTS, "num_experts_per_tok": 4},
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": [SLIDING, SLIDING, SLIDING, FULL],
+        "sliding_window": 128,
+        "global_head_dim": 64,
+        **EXPERTS,
+        "top_k_experts": 4,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+    },
+    "qwen3_5_moe_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + [FULL],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        **EXPERTS,
+        "num_experts_per_tok": 4,
+        "shared_expert_intermediate_size": 128,
+    },
+    "gpt_oss": {
+        "num_hidden_layers": 4,
+        "layer_types": [SLIDING, FULL] * 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 256,
+    },
+}
+
+
+def made(shape: str, device: str) -> tuple[Any, Any]:
+    """The model with its adapter."""
+    torch.manual_seed(0)
+    register_experts()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape](**SIZES | SHAPES[shape]))
+    if any(True for _ in expert_modules(model)):
+        model.set_experts_implementation(NAME)
+    return model, attach(model, LoraSpec(r=8), seed=0)
+
+
+def measured(shape: str, tokens: int, way: Any) -> int:
+    """What is held, and the most that is given out besides in one step."""
+    model, adapter = made(shape, "cpu")
+    model.train()
+    recompute(model, way)
+    trained = list(adapter.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    head, ids = output_head(model), torch.randint(1, SIZES["vocab_size"], (1, tokens))
+
+    def step() -> None:
+        head.loss(model, ids, ids)[0].backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+    gc.collect()
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers(), *trained, *states)
+    }
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    return sum(held.values()) + most
+
+
+def compare(shape: str, tokens: int, ways: list[Any]) -> dict[str, Any]:
+    """Both numbers for each way."""
+    model, adapter = made(shape, "meta")
+    options: dict[str, Any] = {"dtype": torch.float32, "on_gpu": False, "accumulates": False, "optimizer": "adamw_torch_fused"}
+    found = Estimate(model, rows=1, tokens=tokens, adapter=adapter.parameters(), ways=ways, **options)
+    rows = {}
+    for way in ways:
+        if found.possible(way):
+            rows[way] = {"estimate_mb": found.of(way).total / 1e6, "measured_mb": measured(shape, tokens, way) / 1e6}
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one length of rows")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for tokens in (256,) if arguments.quick else (256, 640):
+        for shape in SHAPES:
+            for way, row in compare(shape, tokens, ["keep", "experts", "layer"]).items():
+                off = row["estimate_mb"] / row["measured_mb"] - 1
+                result.setdefault(f"{shape} T={tokens}", {})[way] = {**row, "off_by": off}
+                print(
+                    f"{shape:<18} {tokens:>5} {way:<8} {row['estimate_mb']:9.1f} {row['measured_mb']:9.1f} {off:+7.1%}",
+                    flush=True,
+                )
+                wrong += [f"{shape} {tokens} {way}"] if abs(off) > OFF_BY else []
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"torch": torch.__version__, "off_by_at_most": OFF_BY, "shapes": result}, indent=1) + "\n"
+        )
+    if wrong:
+        print(f"off by more than {OFF_BY:.0%}: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
