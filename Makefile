@@ -1,7 +1,8 @@
 # make run    the quickstart: the whole loop on a small model, on CPU, in minutes (FAST=1: the short form)
 # make test   checks and tests
-# make check  lint, format, types
+# make check  lint, format, types, the pages, known vulnerabilities (where the advisory service can be reached)
 # make docs   the pages under docs/ as a site, in build/site; any warning is an error
+# make sbom   what is installed, as CycloneDX, in build/sbom.json
 # make test-sdk  the official SDKs against a running server; needs node for the TypeScript one
 # make bench  ours beside its peers, which are installed into environments of their own
 # Each sets up what it needs in .venv and starts at once the second time.
@@ -26,6 +27,13 @@ check: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/properdocs build --strict --quiet
+	.venv/bin/python tests/audit.py
+
+sbom: .venv/dev.stamp
+	@mkdir -p build
+	.venv/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--output-format JSON --output-file build/sbom.json .venv/bin/python
+	@echo "build/sbom.json: what is installed in .venv, as CycloneDX"
 
 docs: .venv/dev.stamp
 	.venv/bin/properdocs build --strict
@@ -54,4 +62,4 @@ bench: .venv/dev.stamp
 clean:
 	rm -rf .venv .sdk runs build dist
 
-.PHONY: run test docs test-sdk check bench clean
+.PHONY: run test docs sbom test-sdk check bench clean
