@@ -361,7 +361,7 @@ class _ExpertsStandIn(torch.autograd.Function):
 
 
 def _attention_stand_in(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **unused: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **unused: Any
 ) -> tuple[Tensor, None]:
     """query [B, h, T, d] -> [B, T, h, d]."""
     repeated = mask is not None or not key.shape[-1] == value.shape[-1] <= 256  # for every head, as transformers has it

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ropewalk.errors import ModelError
@@ -33,8 +34,9 @@ Wrap = Callable[[AbstractContextManager[Any]], AbstractContextManager[Any]]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers that can be computed again one by one; the longest list of them, so that of a tower that sees is not meant."""
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m and all(map(_again_possible, m))]
+    """The layers that can be computed again one by one, of the part that writes where a model also sees; the longest list of them."""
+    part = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    found = [m for m in part.modules() if isinstance(m, nn.ModuleList) and m and all(map(_again_possible, m))]
     return max(found, key=len, default=nn.ModuleList())
 
 

@@ -360,7 +360,7 @@ def _ways(prepared: Prepared, device: torch.device) -> tuple[Way, ...] | Way:
     if device.type == "cuda" and config.gpu_memory_limit is not None:
         share = config.gpu_memory_limit * 1e9 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    if device.type != "cuda" and config.recompute != "auto":
+    if config.recompute != "auto" and (device.type != "cuda" or config.gpu_memory_limit is None):
         return config.recompute
     from ropewalk.train.survey import survey  # which itself asks this module what the adapter covers
 
