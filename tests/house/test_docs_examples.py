@@ -97,8 +97,6 @@ def test_every_yaml_is_read_by_its_reader(page, number, text, tmp_path):
         assert read_mail(file).host == values["host"]
     elif "models" in values or "engine" in values:
         assert set(read_serving(file).models) == set(values["models"])
-    elif "services" in values or "kind" in values:
-        return  # a file of another program, in tests/house/test_deploy.py
     else:
         whole = REST | (REWARDED if "trl" in values else {}) | values
         if "trl" in values and "environment" not in values["trl"]:
