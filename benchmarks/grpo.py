@@ -41,7 +41,8 @@ from peers.grpo_assets import Shape, lengths, recipe
 HERE = Path(__file__).resolve().parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SHAPES = {
-    "cpu": {kind: Shape(kind, prompts=4) for kind in ("llama", "qwen3", "qwen3_moe")},
+    # An expert is as wide as the model; those of published mixtures are narrower still.
+    "cpu": {kind: Shape(kind, prompts=4, **wide) for kind, wide in (("llama", {}), ("qwen3", {}), ("qwen3_moe", {"inter": 256}))},
     # Qwen3's 1.7 B, and a mixture with the layers of its 30 B-A3B, of which there are 12
     "cuda": {
         "qwen3": Shape(
@@ -193,7 +194,8 @@ def part_ratios(parts: dict[str, Any]) -> dict[str, float]:
     return {
         "rollout_vs_generate": even["generate"] / even["ours"],
         "rollout_uneven_vs_generate": uneven["generate"] / uneven["ours"],
-        "shared_prompt_training": shared["plain"] / shared["shared"],
+        "shared_prompt_training": shared["alone"] / shared["shared"],
+        "shared_prompt_vs_packed": shared["packed"] / shared["shared"],
     }
 
 
@@ -285,7 +287,7 @@ def report_of(kind: str, model: dict[str, Any]) -> str:
         ],
         [
             "training, shared prompts",
-            parts["shared"]["cost"]["plain"],
+            parts["shared"]["cost"]["alone"],
             parts["shared"]["cost"]["shared"],
             model["shared_prompt_training"],
         ],

@@ -116,18 +116,21 @@ def shared_training(order: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """
     lean = replace(shape, vocabulary=min(shape.vocabulary, 2048)) if order["device"] == "cpu" else shape
     groups = made_up(lean, prompt=2 * order["completion"], completion=order["completion"], groups=order["groups"])
-    batches = {shared: lay_out(groups, tokens=lean.row, shared=shared, pad=PAD, multiple=8) for shared in (True, False)}
+    ways = {"shared": (lean.row, True), "packed": (lean.row, False), "alone": (1, False)}  # alone: each a row of its own
+    batches = {
+        name: lay_out(groups, tokens=tokens, shared=shared, pad=PAD, multiple=8) for name, (tokens, shared) in ways.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         base = Path(order["base"])
         if lean != shape:
             base = Path(folder) / "base"
             make(base, lean)
         with loaded_pupil(order | {"base": str(base), "folder": folder}, lean) as pupil:
-            contenders = {n: lambda s=s: _learn(pupil, batches[s]) for n, s in (("shared", True), ("plain", False))}
+            contenders = {name: lambda name=name: _learn(pupil, batches[name]) for name in batches}
             found = turns(order, order["rounds"], contenders)
     return found | {
-        "tokens_shared": sum(b.tokens for b in batches[True]),
-        "tokens_plain": sum(b.tokens for b in batches[False]),
+        "tokens_shared": sum(b.tokens for b in batches["shared"]),
+        "tokens_plain": sum(b.tokens for b in batches["packed"]),
     }
 
 
