@@ -300,10 +300,13 @@ def _up(
 ) -> tuple[Tensor, Tensor | None]:
     """x [n, H] -> W1 x + s1 B1 A1 x + b1 [n, N], and A1 x [n, r]."""
     xa = None
-    gate_up = rows.mm(x, m.up, rows.space("gate_up", m.up.shape[2]) if into is None else into)
-    if m.a1 is not None and m.b1 is not None:
-        xa = rows.mm(x, m.a1, into_xa)
-        rows.mm_add_(gate_up, xa, m.b1, plan.up_scale)
+    if isinstance(rows, Few) and m.a1 is not None and m.b1 is not None:
+        gate_up = rows.mm_lora(x, m.up, m.a1, m.b1, plan.up_scale)
+    else:
+        gate_up = rows.mm(x, m.up, rows.space("gate_up", m.up.shape[2]) if into is None else into)
+        if m.a1 is not None and m.b1 is not None:
+            xa = rows.mm(x, m.a1, into_xa)
+            rows.mm_add_(gate_up, xa, m.b1, plan.up_scale)
     if m.up_bias is not None:
         rows.bias_(gate_up, m.up_bias)
     return gate_up, xa
@@ -323,10 +326,13 @@ def _down(
 ) -> tuple[Tensor, Tensor | None]:
     """h [n, I] -> W2 h + s2 B2 A2 h + w b2 [n, H], and A2 h [n, r]."""
     ha = None
-    y = rows.mm(h, m.down, rows.space("y", m.down.shape[2]))
-    if m.a2 is not None and m.b2 is not None:
-        ha = rows.mm(h, m.a2, into)
-        rows.mm_add_(y, ha, m.b2, plan.down_scale)
+    if isinstance(rows, Few) and m.a2 is not None and m.b2 is not None:
+        y = rows.mm_lora(h, m.down, m.a2, m.b2, plan.down_scale)
+    else:
+        y = rows.mm(h, m.down, rows.space("y", m.down.shape[2]))
+        if m.a2 is not None and m.b2 is not None:
+            ha = rows.mm(h, m.a2, into)
+            rows.mm_add_(y, ha, m.b2, plan.down_scale)
     if m.down_bias is not None:
         rows.bias_(y, m.down_bias, w)
     return y, ha
