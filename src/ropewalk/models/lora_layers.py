@@ -6,7 +6,7 @@ Legend: T tokens, B sequences, E experts, r rank. Factors: A [r, in], B [out, r]
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from ropewalk.kernels.expert_lora import Factors
 from ropewalk.models.experts import LORA
-from ropewalk.models.frozen_lora import Group, OneInput, Prepared
+from ropewalk.models.frozen_lora import Prepared
 
 FEW = 64  # rows up to which a CPU multiplies narrow matrices sooner in float32 than it has brought 16 bits into order
 
 
 @dataclass
 class Switch:
-    """What all layers of one adapter share: whether it acts, (activated LoRA) on which positions, and what they read alike."""
+    """What all layers of one adapter share: whether it acts, and (activated LoRA) on which positions."""
 
     on: bool = True
     active: Tensor | None = None  # [B, T] bool; None: everywhere
-    input: OneInput = field(default_factory=OneInput)
 
 
 class LinearLora(nn.Module):
@@ -45,8 +44,6 @@ class LinearLora(nn.Module):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale, self.dropout, self.switch = scale, dropout, switch
         self.prepared = Prepared()
-        self.followers: list[LinearLora] = []  # who reads the same x after this one
-        self.group: Group | None = None
 
     def through(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """x [..., in] -> the layer's output with the adapter's part."""
@@ -78,7 +75,9 @@ class LinearLora(nn.Module):
 
     def _few(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Few rows of 16 bits on a CPU: the base's product is added to the adapter's part, which a pass more would cost."""
-        xa, b, rows = self.switch.input.product(self, x)
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = self.prepared.turned("A", self.A, torch.float32), self.prepared.turned("B", self.B, torch.float32, self.scale)
+        xa = torch.mm(rows.float(), a)
         weight = linear._parameters.get("weight")
         if weight is None or weight.dtype != x.dtype or type(linear) is not nn.Linear:
             y: Tensor = type(linear).forward(linear, x)
