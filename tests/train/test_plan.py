@@ -173,7 +173,9 @@ def test_a_published_shape_is_planned_for_without_its_files(rows: Path, monkeypa
     assert "its shape is the published one" in plan.unchecked["base_model"]
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_each_way_out_would_need(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_fit_is_refused_with_what_each_way_out_would_need(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ropewalk.train.plan.cached_folder", lambda *_: None)
     run = run_of("openai/gpt-oss-20b", rows, "gpu_memory_limit: 24GiB\nsequence_len: 128\n")
     with pytest.raises(ModelError) as error:

@@ -89,7 +89,10 @@ def conflicts_of_preference(run: Run) -> Iterator[tuple[Place, str]]:
     if method is None:
         return
     if method in REFERENCED and run.reinit_weights:
-        yield ("reinit_weights",), f"rl: {method} compares with the base, which new random weights are not; remove reinit_weights"
+        yield (
+            ("reinit_weights",),
+            f"rl: {method} compares with the base, which new random weights are not; remove reinit_weights",
+        )
     if method in REFERENCED and run.lora_model_dir:
         yield (
             ("lora_model_dir",),

@@ -23,7 +23,8 @@ def pays(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.float32:
-        return weight.ndim == 2  # a stack's rows are never filled up in float32, so that a kernel would be made for every number
+        # A stack's rows are never filled up in float32, so that a kernel would be made for every number.
+        return weight.ndim == 2
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
