@@ -205,7 +205,8 @@ def test_two_who_ask_about_a_picture_at_once_look_at_it_once() -> None:
     served = Served("qwen3_5_moe")
     found = served.run(*(served.request(id, *PROMPTS[0]) for id in "ab"))
     assert served.looks == 1
-    assert found["a"] == found["b"]
+    assert found["a"][0] == found["b"][0]
+    assert found["a"][1] == pytest.approx(found["b"][1], abs=1e-6)  # the last was alone in its step
 
 
 @pytest.mark.parametrize("name", SEEING)

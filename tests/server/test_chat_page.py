@@ -87,7 +87,7 @@ def put(server: Running, key: str, name: str = "Lease.md", text: str = LEASE, ki
 def cites(
     server: Running, monkeypatch: pytest.MonkeyPatch, id: str, usage: Usage, end: str = f" No more is said {HOSTILE}."
 ) -> None:
-    async def answerer(name: str) -> Citing:
+    async def answerer(name: str, caller: object = None) -> Citing:
         return Citing(id, usage, end)
 
     monkeypatch.setattr(server.app.state.models, "answerer", answerer)
