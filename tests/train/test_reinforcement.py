@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from ropewalk.cli import main
 from ropewalk.config.run import load_run
 from ropewalk.errors import ConfigError, TrainingStopped
-from ropewalk.models.sharing import shares
 from ropewalk.train.generator import Generator
 from ropewalk.train.policy_step import PolicyStep
 from ropewalk.train.progress import read_events
@@ -183,6 +182,13 @@ def test_the_base_is_held_once_and_stays_as_it_is(rewarded, monkeypatch):
     assert shares(pupil.model, generator.model)
     own = {id(p) for p in generator._ours}
     assert not own & {id(p) for _, p in pupil.trainable()}
+
+
+def shares(model, twin):
+    """Whether no tensor of the twin's base lies anywhere but where the model's does."""
+    named = [*twin.named_parameters(), *twin.named_buffers()]
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    return all(tensor.untyped_storage().data_ptr() in held for name, tensor in named if "ropewalk_lora" not in name)
 
 
 def digest(pupil):

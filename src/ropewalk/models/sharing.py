@@ -36,12 +36,5 @@ def second_tree(model: Any, adapter: Adapter | None, seed: int = 0) -> tuple[Any
     return twin, own
 
 
-def shares(model: Any, twin: Any) -> bool:
-    """Whether no tensor of the twin's base lies anywhere but where the model's does."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
-    return all(tensor.untyped_storage().data_ptr() in held for tensor in _tensors(twin, adapters=False))
-
-
-def _tensors(model: Any, adapters: bool = True) -> list[Tensor]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [tensor for name, tensor in named if adapters or "ropewalk_lora" not in name]
+def _tensors(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

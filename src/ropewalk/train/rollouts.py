@@ -50,8 +50,6 @@ class Writer(Protocol):
 
     def step(self, wait: bool = True) -> list[tuple[str, int, Generated]]: ...
 
-    def cancel(self, key: str) -> None: ...
-
 
 class Host(Protocol):
     """What the rollouts need of an environment."""

@@ -77,9 +77,6 @@ class SharedWriter:
         """As the writer's."""
         self.writer.submit(key, ids, **how)
 
-    def cancel(self, key: str) -> None:
-        self.writer.cancel(key)
-
     def publish(self) -> None:
         self.writer.publish()
 

@@ -45,7 +45,7 @@ class Standing:
         sums: Array = np.where(applies, self.values, 0.0).sum(0) / np.maximum(applies.sum(0), 1)
         return [float(mean) for mean in sums]
 
-    def less(self, kl: Tensor, beta: float, world: World = World()) -> Standing:  # noqa: B008  (frozen)
+    def less(self, kl: Tensor, beta: float, world: World) -> Standing:
         """With beta KL taken off the total; kl is of this process's samples."""
         whole = torch.tensor(world.gather(kl.tolist()), dtype=torch.float64)
         return replace(self, total=less_kl(torch.from_numpy(self.total), whole, beta).numpy())
