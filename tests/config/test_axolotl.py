@@ -45,7 +45,7 @@ def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> Non
         ("rl: ebft\n", "key 'rl': energy-based fine-tuning is not supported"),
         ("adapter: lora\nrl: dpo\ndpo_norm_loss: true\n", "this form of DPO is not supported"),
         ("rl: grpo\ntrl: {num_generations: 4}\n", "rl: grpo needs a reward; add trl.reward_funcs"),
-        ("processor_type: AutoProcessor\n", "train the text part"),
+        ("image_size: 512\n", "as the base's own processor shows them"),
         ("qat: {weight_dtype: int4, quantize_embedding: true}\n", "embeddings are not rounded here; remove it"),
         ("gptq: true\n", "name the original checkpoint"),
         ("relora: true\njagged_restart_steps: 5\n", "keys 'relora', 'jagged_restart_steps': ReLoRA is not supported"),

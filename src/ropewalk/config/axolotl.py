@@ -50,6 +50,7 @@ _IGNORED = {
         tokenizer_use_mistral_common tokenizer_save_jinja_files
     """,
     "NF4 here is always double-quantised and computes in the run's dtype": "bnb_config_kwargs",
+    "all of a model but its text part always stays frozen": "freeze_mm_modules",
     "adapter factors are always kept in float32": "peft_autocast_adapter_dtype embeddings_skip_upcast",
     "tied weights stay tied": "peft_ensure_weight_tying",
     "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
@@ -112,7 +113,7 @@ _IGNORED = {
         qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type qgalore_proj_quant qgalore_proj_bits
         qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size pose_split_on_token_ids
         pose_max_context_len pose_num_chunks scaling_softmax_factor scaling_softmax_bias fp8_enable_fsdp_float8_all_gather
-        nvfp4_merge_aware_start_step image_size image_resize_algorithm role_boundaries processor_kwargs
+        nvfp4_merge_aware_start_step role_boundaries
         liger_use_token_scaling model_quantization_config_kwargs grokfast_lamb spectrum_model_name lr_div_factor
         optim_target_modules kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
         kd_online_server kd_online_timeout kd_temperature_min
@@ -121,8 +122,8 @@ _IGNORED = {
 
 # way out -> keys. The run would differ from what was asked for.
 _REFUSED = {
-    "training on images or audio is not supported yet; train the text part: remove it and name text datasets": """
-        processor_type freeze_mm_modules
+    "pictures are shown as the base's own processor shows them, the same as when they are served; remove it": """
+        image_size image_resize_algorithm processor_kwargs
     """,
     "sparse or compressed training is not supported yet; train plainly and compress the merged result with your tool": """
         llmcompressor

@@ -172,6 +172,9 @@ class ModelKeys(Group):
         False,
     )
     tokenizer_config: str | None = key("A folder or hub name to take the tokenizer from; default base_model.")
+    processor_type: Annotated[Literal["AutoProcessor"] | None, BeforeValidator(lambda value: value or None)] = key(
+        "Train on pictures too: the whole of a base that sees is loaded, and all of it but its text part stays as it is."
+    )
     overrides_of_model_config: dict[str, Any] | None = key(
         "Values laid over the base's config.json; output_router_logits: true adds the routers' load-balancing loss.",
         alias="model_config",

@@ -10,6 +10,7 @@ from ropewalk.chat.families import SOURCES
 from ropewalk.config.preference import conflicts_of_preference
 from ropewalk.config.rounding import conflicts_of_rounding
 from ropewalk.config.scoring import conflicts_of_scoring
+from ropewalk.config.sight import conflicts_of_sight
 from ropewalk.config.vllm import conflicts_of_vllm
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from conflicts_of_scoring(run)
     yield from conflicts_of_vllm(run)
     yield from conflicts_of_rounding(run)
+    yield from conflicts_of_sight(run)
     yield from _output(run)
 
 

@@ -23,6 +23,7 @@ from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rounding import RoundingKeys
 from ropewalk.config.rules import conflicts
 from ropewalk.config.scoring import ScoringKeys
+from ropewalk.config.sight import PACKED
 from ropewalk.config.vllm import told_of_vllm
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
@@ -99,14 +100,19 @@ class Run(
         return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.rank
 
     @property
+    def sees(self) -> bool:
+        """Whether pictures are trained on too."""
+        return self.processor_type is not None
+
+    @property
     def packing(self) -> bool:
         """Whether rows of training are packed."""
-        return bool(self.sample_packing)
+        return bool(self.sample_packing) and not self.sees
 
     @property
     def eval_packing(self) -> bool:
         """Whether rows of evaluation are packed."""
-        return self.packing if self.eval_sample_packing is None else self.eval_sample_packing
+        return self.packing if self.eval_sample_packing is None else self.eval_sample_packing and not self.sees
 
     @property
     def pads_rows(self) -> bool:
@@ -263,6 +269,8 @@ def ignored_keys(run: Run) -> dict[str, str]:
     if run.trl is not None and not run.by_rewards:
         ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
     ignored |= told_of_vllm(run)
+    if run.sees:
+        ignored |= {name: PACKED for name in ("sample_packing", "eval_sample_packing") if getattr(run, name)}
     for name in ("num_labels", "center_rewards_coefficient"):
         if getattr(run, name) and not (run.reward_model or (run.process_reward_model and name == "num_labels")):
             ignored[name] = "no method that reads it is switched on; reward_model: true is one"
