@@ -1,7 +1,8 @@
 """Bases, adapters and the aliases that point at them: publish, find, list, ship, roll back.
 
 One JSON file, registry.json, replaced whole under a lock, so that readers never see half of it and two writers never lose each
-other's work. An alias keeps the names it pointed at before; that history is what rollback walks.
+other's work; shared_registry.py keeps the same in a database. An alias keeps the names it pointed at before; that history is what
+rollback walks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,8 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Everything published, by name."""
-        return [_entry(self._read(), name) for name in sorted(self._read()["entries"])]
+        state = self._read()
+        return [self._placed(_entry(state, name)) for name in sorted(state["entries"])]
 
     def trained_on(self, file_id: str) -> list[str]:
         """Names of what is published and has a file in its lineage."""
@@ -68,7 +70,7 @@ class Registry:
     def resolve(self, name: str) -> Entry:
         """The entry of that name, or the one that the alias of that name points at."""
         state = self._read()
-        return _entry(state, state["aliases"][name][-1] if name in state["aliases"] else name)
+        return self._placed(_entry(state, state["aliases"][name][-1] if name in state["aliases"] else name))
 
     def ship(self, alias: str, name: str, only_from: Sequence[str] | None = None) -> Entry:
         """Point the alias at a published entry; `only_from` is the history it must still have, [] for an alias that is new."""
@@ -80,7 +82,7 @@ class Registry:
             _unmoved(alias, history, only_from)
             if not history or history[-1] != name:
                 history.append(name)
-        return entry
+        return self._placed(entry)
 
     def rollback(self, alias: str, only_from: Sequence[str] | None = None) -> Entry:
         """Point the alias at what it pointed at before."""
@@ -89,7 +91,7 @@ class Registry:
             _unmoved(alias, history, only_from)
             before(alias, history)
             history.pop()
-            return _entry(state, history[-1])
+            return self._placed(_entry(state, history[-1]))
 
     def restore(self, alias: str, history: Sequence[str]) -> None:
         """Give the alias back a history that it had; with none, it is no alias any more."""
@@ -99,6 +101,21 @@ class Registry:
             else:
                 state["aliases"].pop(alias, None)
 
+    def withdraw(self, key: str, value: str) -> list[str]:
+        """Forgets all whose lineage says this; an alias that points at one points at what it pointed at before, or is gone."""
+        with self._change() as state:
+            names = [name for name, entry in state["entries"].items() if entry["lineage"].get(key) == value]
+            for name in names:
+                del state["entries"][name]
+            for alias, history in list(state["aliases"].items()):
+                state["aliases"][alias] = [name for name in history if name not in names]
+                if not state["aliases"][alias]:
+                    del state["aliases"][alias]
+        return sorted(names)
+
+    def close(self) -> None:
+        """Lets go of what it was read through."""
+
     def _publish(self, entry: Entry) -> Entry:
         if not Path(entry.path).is_dir():
             raise NotFound(f"no folder '{entry.path}' to publish as '{entry.name}'")
@@ -107,8 +124,19 @@ class Registry:
                 raise BadInput(f"'{entry.base}' is an adapter; an adapter goes over a base, publish that first")
             if entry.name in state["aliases"]:
                 raise BadInput(f"'{entry.name}' is an alias; choose another name")
-            state["entries"][entry.name] = asdict(entry)
+            state["entries"][entry.name] = {**asdict(entry), "path": self._kept_as(Path(entry.path))}
         return entry
+
+    def _placed(self, entry: Entry) -> Entry:
+        return replace(entry, path=self._lies_at(entry.path))
+
+    def _kept_as(self, path: Path) -> str:
+        """How a folder is written down."""
+        return str(path)
+
+    def _lies_at(self, path: str) -> str:
+        """The folder on this machine that was written down."""
+        return path
 
     def _read(self) -> dict[str, Any]:
         if not self.file.exists():

@@ -64,8 +64,10 @@ def settings_of(arguments: argparse.Namespace, **more: Any) -> Settings:
 
 
 def registry() -> Registry:
-    """This machine's models."""
-    from ropewalk.home import home
-    from ropewalk.registry import Registry
+    """This machine's models, or those that it shares with others."""
+    import os
 
-    return Registry(home() / "registry")
+    from ropewalk.home import home
+    from ropewalk.shared_registry import open_registry
+
+    return open_registry(home(), os.environ.get("ROPEWALK_DATABASE_URL"))

@@ -22,6 +22,7 @@ from ropewalk.database import metadata
 # Places of what is made from files, beside bytes:
 FILES = "files"  # a file of its own, which is deleted with those that it was made from
 BATCHES = "batches"  # requests of a batch that quote a file
+ARCHIVES = "archives"  # a folder that is kept sealed
 
 blobs = Table(
     "blobs",
@@ -93,10 +94,27 @@ derived = Table(  # everything made from a file; dies with it
     Column("name", Text, primary_key=True),
     Column(
         "place", Text, nullable=False
-    ),  # blobs: in the blob store; path: of this machine; files, batches: one of them; upstream: of another server
+    ),  # blobs: in the blob store; path: of this machine; files, batches, archives: one of them; upstream: of another server
     Column("stored", Text, nullable=False),  # its name there
     Column("size", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+)
+
+archives = Table(  # folders kept sealed in the blob store, such as the checkpoints of a job
+    "archives",
+    metadata,
+    Column("id", Text, primary_key=True),  # its name in the blob store: random, never used twice
+    Column("owner", Text, nullable=False),  # what it goes with: a job's id
+    Column("name", Text, nullable=False),  # what it is to its owner
+    Column("organization_id", Text, nullable=False),
+    Column("workspace_id", Text, ForeignKey("workspaces.id"), nullable=False),
+    Column("user_id", Text),
+    Column("key_id", Text),
+    Column("size", BigInteger),  # plain bytes; null while it is on its way
+    Column("lease_until", BigInteger, nullable=False),  # one on its way is believed alive until then
+    Column("sealed_key", LargeBinary, nullable=False),  # its data key, wrapped by the workspace's key
+    Column("created_at", BigInteger, nullable=False),
+    Index("archives_owner", "owner", "name"),
 )
 
 question_jobs = Table(  # questions and answers that a model writes from a file; what quotes it is in the batch, which is sealed

@@ -155,14 +155,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    import ropewalk.compare.tables  # noqa: F401  (rows of tables that are not known would be left behind)
+    import ropewalk.compare.tables
+    import ropewalk.jobs.tables
+    import ropewalk.shared_registry  # noqa: F401  (rows of tables that are not known would be left behind)
     from ropewalk.files import commands
 
     return commands.backup(settings_of(arguments), arguments.folder, arguments.json)
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    import ropewalk.compare.tables  # noqa: F401  (rows of tables that are not known would be left behind)
+    import ropewalk.compare.tables
+    import ropewalk.jobs.tables
+    import ropewalk.shared_registry  # noqa: F401  (rows of tables that are not known would be left behind)
     from ropewalk.files import commands
 
     return commands.restore(settings_of(arguments), arguments.folder, arguments.json)

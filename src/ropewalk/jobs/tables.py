@@ -90,3 +90,25 @@ job_errors = Table(  # why a job failed: a sentence that may quote a row
         name="job_errors_validation",
     ),
 )
+
+job_logs = Table(  # the end of what a job's run has said, for servers that did not run it
+    "job_logs",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("made_as", Text, nullable=False),  # as of job_errors
+    Column("training_file", Text, nullable=False),
+    Column("validation_file", Text),
+    Column("sealed", LargeBinary, nullable=False),  # under the workspace's key
+    ForeignKeyConstraint(
+        ["training_file", "made_as", "job_id"],
+        ["derived.owner", "derived.kind", "derived.name"],
+        ondelete="CASCADE",
+        name="job_logs_training",
+    ),
+    ForeignKeyConstraint(
+        ["validation_file", "made_as", "job_id"],
+        ["derived.owner", "derived.kind", "derived.name"],
+        ondelete="CASCADE",
+        name="job_logs_validation",
+    ),
+)

@@ -6,6 +6,7 @@ import ropewalk.batches.tables
 import ropewalk.compare.tables
 import ropewalk.files.tables
 import ropewalk.jobs.tables
+import ropewalk.shared_registry
 import ropewalk.tenants.tables  # noqa: F401  (they put their tables into `metadata`)
 from ropewalk.database import metadata
 

@@ -23,7 +23,6 @@ from ropewalk.files.integrity import scrub_step
 from ropewalk.files.lifecycle import sweep
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
-from ropewalk.registry import Registry
 from ropewalk.server import (
     admin,
     batches,
@@ -61,6 +60,7 @@ from ropewalk.server.operations import Metrics
 from ropewalk.server.question_runs import QuestionRuns
 from ropewalk.server.settings import ServerSettings
 from ropewalk.server.wire import JSON, Failure, failure
+from ropewalk.shared_registry import open_registry
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.denials import Denials
 from ropewalk.tenants.limits import Limits
@@ -111,7 +111,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.router.redirect_slashes = False
     app.state.store = store
     app.state.settings = settings = settings or ServerSettings()
-    app.state.registry = registry = Registry(store.settings.data.expanduser() / "registry")
+    app.state.registry = registry = open_registry(store.settings.data, store.settings.database_url)
     store.adapters_of = registry.trained_on
     app.state.models = Models(store, registry, settings.serving)
     app.state.limits = Limits(settings.requests_per_minute)
@@ -142,6 +142,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             with suppress(asyncio.CancelledError):
                 await task
         await app.state.models.close()
+        app.state.registry.close()
 
 
 async def _sweep(app: Starlette) -> None:
