@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ropewalk.config.memory import EIGHT_BITS, MASTERED
 from ropewalk.errors import ConfigError, MissingExtra
+from ropewalk.train.adam import FlatAdamW
 
-Factory = Callable[..., torch.optim.Optimizer]
+Factory = Callable[..., "Optimizer"]
 
 
 def _torchao(name: str) -> Factory:
-    """An 8- or 4-bit optimizer of torchao, imported when it is asked for."""
+    """An optimizer of torchao with state of few bits, imported when it is asked for."""
 
     def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
         try:
@@ -39,8 +42,15 @@ def _sgd(groups: Any, **options: Any) -> torch.optim.Optimizer:
 
 
 _adamw: Factory = partial(torch.optim.AdamW, fused=True)
-_adamw_8bit = _torchao("AdamW8bit")
+_adamw_8bit: Factory = partial(FlatAdamW, few_bits=True)
 _adamw_4bit = _torchao("AdamW4bit")
+
+
+def _adamw_torch_8bit(groups: Any, **options: Any) -> Optimizer:
+    """torchao's where it is installed, for float32 on a GPU, for which it compiles a kernel; ours otherwise."""
+    fits = all(p.is_cuda and p.dtype == torch.float32 for group in groups for p in group["params"])
+    installed = importlib.util.find_spec("torchao") is not None
+    return _torchao("AdamW8bit")(groups, **options) if fits and installed else _adamw_8bit(groups, **options)
 
 
 class Muon:
@@ -81,7 +91,7 @@ class Muon:
             part.load_state_dict(saved)
 
 
-Optimizer = torch.optim.Optimizer | Muon
+Optimizer = torch.optim.Optimizer | Muon | FlatAdamW
 
 OPTIMIZERS: dict[str, Factory] = {
     "adamw_torch": _adamw,
@@ -89,7 +99,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamw_hf": _adamw,
     "adamw_8bit": _adamw_8bit,
     "adamw_bnb_8bit": _adamw_8bit,
-    "adamw_torch_8bit": _adamw_8bit,
+    "adamw_torch_8bit": _adamw_torch_8bit,
     "paged_adamw_8bit": _adamw_8bit,
     "paged_adamw_32bit": _adamw,
     "adamw_torch_4bit": _adamw_4bit,
@@ -108,8 +118,12 @@ def make_optimizer(
     weight_decay: float = 0.0,
     loraplus_ratio: float | None = None,
     embedding_lr: float | None = None,
+    master: bool = False,
 ) -> Optimizer:
-    """Groups the parameters (decay or not; LoRA B faster under LoRA+, arXiv 2402.12354) and gives the named optimizer over them."""
+    """Groups the parameters (decay or not; LoRA B faster under LoRA+, arXiv 2402.12354) and gives the named optimizer over them.
+
+    master: AdamW keeps parameters of 16 bits in float32 too.
+    """
     if name not in OPTIMIZERS and name != "muon":
         raise ConfigError(f"optimizer: '{name}' is not known; one of {', '.join(sorted([*OPTIMIZERS, 'muon']))}")
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -125,7 +139,14 @@ def make_optimizer(
     for (rate, decay, matrix), parameters in groups.items():
         tables[matrix].append({"params": parameters, "lr": rate, "weight_decay": decay})
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    optimizer = Muon(tables[True], tables[False], **options) if name == "muon" else OPTIMIZERS[name](tables[False], **options)
+    optimizer: Optimizer
+    if name == "muon":
+        optimizer = Muon(tables[True], tables[False], **options)
+    elif master:
+        assert name in MASTERED, "refused with the configuration"
+        optimizer = FlatAdamW(tables[False], few_bits=name in EIGHT_BITS, master=True, **options)
+    else:
+        optimizer = OPTIMIZERS[name](tables[False], **options)
     for group in optimizer.param_groups:
         group["full_lr"] = float(group["lr"])
     return optimizer
