@@ -6,12 +6,14 @@ Legend: E experts, n values of one expert.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ropewalk.kernels.quant import BLOCK, LEVELS, MAXIMA, Int8, Nf4, Quantised
+from ropewalk.kernels.quant import MAXIMA, FourBits, Int8, Quantised
 
 SCRATCH = 2**28  # bytes of dequantised experts at a time
 VALUES = 1024  # of one program
@@ -31,13 +33,13 @@ def dequantised(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor
     codes = stack.codes
     if isinstance(stack, Int8):
         _int8[(blocks, count)](codes, stack.scales, out, first, values, stack.shape[-1], stack.shape[1], VALUES=VALUES)
-    elif isinstance(stack, Nf4):
+    elif isinstance(stack, FourBits):
         double = stack.scales.dtype == torch.uint8
         offsets = stack.offsets if double else stack.scales
-        _nf4[(blocks, count)](
-            codes, stack.scales, offsets, _levels(codes.device), out, first, values,
+        _four_bits[(blocks, count)](
+            codes, stack.scales, offsets, _levels(stack.levels, codes.device), out, first, values,
             codes.shape[1], stack.scales.shape[1], stack.scales.shape[1] // MAXIMA,
-            DOUBLE=double, BLOCK=BLOCK, MAXIMA=MAXIMA, VALUES=VALUES,
+            DOUBLE=double, BLOCK=stack.block, MAXIMA=MAXIMA, VALUES=VALUES,
         )  # fmt: skip
     else:
         raise TypeError(f"no kernel reads {type(stack).__name__}")
@@ -50,13 +52,9 @@ def dequantised_plain(stack: Quantised, first: int, count: int, out: Tensor) -> 
     return out[:count]
 
 
-_tables: dict[torch.device, Tensor] = {}
-
-
-def _levels(device: torch.device) -> Tensor:
-    if device not in _tables:
-        _tables[device] = torch.tensor(LEVELS, device=device)
-    return _tables[device]
+@cache
+def _levels(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(levels, device=device)
 
 
 @triton.jit
@@ -71,7 +69,7 @@ def _int8(codes, scales, out, first, values, K, N, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _nf4(
+def _four_bits(
     codes, scales, offsets, levels, out, first, values, bytes_each, scales_each, groups_each,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, MAXIMA: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip

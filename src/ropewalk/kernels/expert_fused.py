@@ -24,7 +24,7 @@ from ropewalk.kernels.expert_gram import expert_gram
 from ropewalk.kernels.expert_routing import Tiles, cut, route_sorted
 from ropewalk.kernels.expert_rows import Route
 from ropewalk.kernels.gates import ClampedGlu, Gate, Glu
-from ropewalk.kernels.quant import Int8, Nf4
+from ropewalk.kernels.quant import Quantised
 
 
 def knows(gate: Gate) -> bool:
@@ -36,7 +36,7 @@ def knows(gate: Gate) -> bool:
 class Layer:
     """Stacks as the model stores them, factors oriented for rows @ stack[e]."""
 
-    up: Any  # [E, 2I, H], transposed [E, H, 2I]: a Tensor, Nf4 or Int8
+    up: Any  # [E, 2I, H], transposed [E, H, 2I]: a Tensor, or one kept in fewer bits
     up_bias: Tensor | None
     down: Any  # [E, H, I], transposed [E, I, H]
     down_bias: Tensor | None
@@ -134,7 +134,7 @@ def _lora(low: Tensor | None, high: Tensor | None, scale: float) -> Lora | None:
 
 def _product(x: Tensor, stack: Any, turned: bool, tiles: Tiles, slots: int, **how: Any) -> Tensor:
     """Rows of x times their experts' matrices of the stack, or of the stack turned round."""
-    if not isinstance(stack, Nf4 | Int8):
+    if not isinstance(stack, Quantised):
         dense = stack if isinstance(stack, Tensor) else stack.dequantize(x.dtype)
         return expert_gemm(x, _oriented(dense.to(x.dtype), turned), tiles, slots, **how)
     experts, step = stack.shape[0], experts_at_once(stack, x.dtype)
