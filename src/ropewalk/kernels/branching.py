@@ -2,8 +2,8 @@
 
 A row is cut into spans, each a prompt or a branch. Spans attend to themselves, those of like length together; then the branches of a
 prompt attend to it all at once. Both parts are joined by their log-sum-exps, which is exact, and so is going back: the gradient of each
-part is that of a softmax whose sum is known, so a kernel is handed the joined results in the place of its own. No mask over the whole
-row is ever made. `plain` is the definition.
+part is that of a softmax whose sum is known, so a kernel is handed the joined results in the place of its own. Sinks, which take weight
+and give nothing, are one more part of that sum. No mask over the whole row is ever made. `plain` is the definition.
 Legend: T tokens of a row, H query heads, K key-value heads, D size of a query and a key, V of a value, N spans taken together, L their
 longest, M queries.
 """
@@ -224,27 +224,42 @@ def _alike(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return found
 
 
-def branching(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
-    """query [T, H, D], key [T, K, D], value [T, K, V] -> [T, H, V]."""
-    if query.device.type == "cuda" and query.dtype != torch.float64 and _compiles():
-        return flex(query, key, value, row, scale, window)
-    found: Tensor = _Branching.apply(query, key, value, row.parts(window), scale)  # type: ignore[no-untyped-call]
+def branching(
+    query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:
+    """query [T, H, D], key [T, K, D], value [T, K, V], sinks [H] -> [T, H, V]."""
+    if query.device.type == "cuda" and query.dtype != torch.float64 and compiles():
+        return flex(query, key, value, row, scale, window, sinks)
+    found: Tensor = _Branching.apply(query, key, value, sinks, row.parts(window), scale)  # type: ignore[no-untyped-call]
     return found
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:
     """The same through one mask over the whole row and autograd: the twin that tests compare with."""
     q, k, v = _heads(query[None].transpose(1, 2), key[None].transpose(1, 2), value[None].transpose(1, 2))
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~row.seen(window), float("-inf"))
-    return (torch.softmax(scores, dim=-1) @ v)[0].transpose(0, 1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return (torch.softmax(scores, dim=-1)[..., : row.length] @ v)[0].transpose(0, 1)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, row: Branching, scale: float, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:
     """The same by FlexAttention, which skips blocks of keys that none of a block of queries sees."""
     q, k, v = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
-    mask, attention = row.block_mask(window), _flex(query.device.type)
-    out: Tensor = attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    how: dict[str, Any] = {"block_mask": row.block_mask(window), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    attention = _flex(query.device.type)
+    if sinks is None:
+        out: Tensor = attention(q, k, v, **how)
+        return out[0].transpose(0, 1)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, aux = attention(q, k, v, return_aux=AuxRequest(lse=True), **how)
+    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))  # of the weight that is not the sink's
+    return (out * share.unsqueeze(-1).to(out.dtype))[0].transpose(0, 1)
 
 
 @functools.cache
@@ -255,13 +270,16 @@ def _flex(device: str) -> Any:
 
 
 @functools.cache
-def _compiles() -> bool:
+def compiles() -> bool:
+    """Whether FlexAttention can be compiled for a GPU here."""
     return importlib.util.find_spec("triton") is not None
 
 
 class _Branching(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[_Part], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, parts: list[_Part], scale: float
+    ) -> Tensor:
         out = query.new_empty((*query.shape[:2], value.shape[2]))
         lse: Tensor | None = None
         for part in parts:
@@ -277,14 +295,19 @@ class _Branching(torch.autograd.Function):
                 sums = total
             part.queries.put(out, found)
             part.queries.put(lse, sums)
-        ctx.save_for_backward(query, key, value, out, lse)
+        if sinks is not None:
+            assert lse is not None
+            total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
+            out = (out * (lse - total).exp()).to(out.dtype)
+            lse = total
+        ctx.save_for_backward(query, key, value, out, lse, sinks)
         ctx.parts, ctx.scale = parts, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, sinks = ctx.saved_tensors
         # Where spans attend to themselves, and whole, every token is met once; the blocks of windows meet keys again.
         again = any(part.seen is not None and not part.joins for part in ctx.parts)
         d_query = torch.empty_like(query)
@@ -298,7 +321,12 @@ class _Branching(torch.autograd.Function):
             part.queries.put(d_query, d_q, add=part.joins)
             part.keys.put(d_key, _folded(d_k, key.shape[1]), add=add)
             part.keys.put(d_value, _folded(d_v, key.shape[1]), add=add)
-        return d_query, d_key, d_value, None, None
+        d_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            # d score = p (d p - <d out, out>), and a sink's value is 0
+            weight = (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp()
+            d_sinks = -(weight * (upstream * out).sum(-1, keepdim=True)).sum((0, 2)).to(sinks.dtype)
+        return d_query, d_key, d_value, d_sinks, None, None
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

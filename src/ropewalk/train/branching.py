@@ -66,6 +66,11 @@ class BranchingModel:
         except _Unfit as why:
             self.reason = str(why)
 
+    @property
+    def window(self) -> int:
+        """The narrowest of its windows; 0 where no layer has one."""
+        return min((w for w, kind in zip(self._layout.windows, self._layout.kinds) if kind == "sliding"), default=0)
+
     @contextmanager
     def row(self, row: Branching, model: Any = None) -> Iterator[set[int]]:
         """Within it the model, or another of its kind, attends by this row; gives the layers that have."""
@@ -162,15 +167,15 @@ def branching_attention(
         raise _Unfit(f"{type(module).__name__} has a mask of its own")
     if options.get("dropout"):
         raise _Unfit("its attention drops out weights")
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "position_bias"):
         if options.get(name) is not None:
-            raise _Unfit(f"its attention has {'a soft cap' if name == 'softcap' else 'sinks' if name == 's_aux' else 'a bias'}")
+            raise _Unfit(f"its attention has {'a soft cap' if name == 'softcap' else 'a bias'}")
     if options.get("sliding_window") not in (None, 0, window):
         raise _Unfit(f"layer {layer} has a window of {options['sliding_window']} where its configuration says {window}")
     running.attended.add(layer)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    return branching(q, k, v, running.row, scale, window).unsqueeze(0), None
+    return branching(q, k, v, running.row, scale, window, options.get("s_aux")).unsqueeze(0), None
 
 
 def kept(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
