@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ropewalk.kernels.dequantised import dequantised, dequantised_plain
+from ropewalk.kernels.dequantised import dequantised
 from ropewalk.kernels.expert_combine import combine, combine_plain
 from ropewalk.kernels.expert_gemm import Lora, Tiling, expert_gemm, expert_gemm_plain
 from ropewalk.kernels.expert_glu import expert_glu, expert_glu_backward, expert_glu_backward_plain, expert_glu_plain
 from ropewalk.kernels.expert_gram import expert_gram, expert_gram_plain
 from ropewalk.kernels.expert_routing import cut, cut_plain, route_sorted, route_sorted_plain
 from ropewalk.kernels.gates import ClampedGlu, Glu
-from ropewalk.kernels.quant import Int8, Nf4
+from ropewalk.kernels.quant import Int4, Int8, Nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # a sigmoid far out, in numpy
 E = 5
@@ -152,10 +152,10 @@ def test_gradients_of_factors_are_sums_over_each_experts_rows(route, rank):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (3, 10, 21), (3, 40, 520)])
-@pytest.mark.parametrize("kind", ["nf4", "nf4, plain maxima", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4, plain maxima", "int4", "int8"])
 def test_stored_experts_are_read_as_the_twin_reads_them(shape, kind):
     weight = torch.randn(shape)
-    stack = Int8.of(weight) if kind == "int8" else Nf4.of(weight, kind == "nf4")
+    stack = {"int8": Int8.of, "int4": Int4.of, "nf4": Nf4.of}.get(kind, lambda w: Nf4.of(w, double=False))(weight)
     for first, count in ((0, 3), (1, 2), (2, 1)):
         out = torch.full((3, *shape[1:]), 7.0)
         found = dequantised(stack, first, count, out)

@@ -10,7 +10,7 @@ import torch
 from ropewalk.kernels import triton_kernels
 from ropewalk.kernels.expert_lora import Experts, Factors, expert_lora, expert_lora_plain
 from ropewalk.kernels.gates import ClampedGlu, Glu
-from ropewalk.kernels.quant import Int8, Nf4
+from ropewalk.kernels.quant import Int4, Int8, Nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # a sigmoid far out, in numpy
 E, H, I = 4, 40, 24
@@ -73,7 +73,7 @@ def test_what_is_not_kept_is_computed_again_to_the_bit():
     assert all(torch.equal(kept[n], found[n]) for n in kept)
 
 
-@pytest.mark.parametrize("kind", [Nf4, Int8])
+@pytest.mark.parametrize("kind", [Nf4, Int4, Int8])
 def test_stored_experts_are_dequantised_some_at_a_time(kind, monkeypatch):
     monkeypatch.setattr("ropewalk.kernels.dequantised.SCRATCH", 3 * 2 * I * H * 4)
     layer = Layer()

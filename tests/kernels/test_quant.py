@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ropewalk.kernels.quant import FORMATS, LEVELS, Int8, Nf4, QuantLinear
+from ropewalk.kernels.quant import FORMATS, LEVELS, Int4, Int8, Nf4, QuantLinear
 
 SHAPES = [(48, 64), (7, 13), (1, 1), (5, 24, 32), (3, 6, 11)]
 
@@ -39,7 +39,29 @@ def test_nf4_loses_a_tenth_and_int8_a_hundredth_of_a_normal_weight():
     w = weight(256, 256)
     errors = {name: float((made.of(w).dequantize(torch.float32) - w).norm() / w.norm()) for name, made in FORMATS.items()}
     assert 0.08 < errors["nf4"] < 0.10  # QLoRA reports about 0.095 for normal weights at block size 64
+    # even steps of 1/8 of a block's maximum, whose square is 5.4 variances among 32 normal numbers: sqrt(5.4 / 64 / 12) = 0.084
+    assert 0.080 < errors["int4"] < 0.088
     assert 0.003 < errors["int8"] < 0.01
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_16_even_steps_come_back_exactly_and_the_largest_keeps_its_sign(sign):
+    values = sign * torch.arange(-7, 9).repeat(2).view(1, 32) / 8
+    assert torch.equal(Int4.of(values, double=False).dequantize(torch.float32), values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("double", [False, True])
+def test_int4_is_off_by_half_a_step_or_at_the_far_end_by_one(shape, double):
+    w = weight(*shape)
+    off = (Int4.of(w, double=double).dequantize(torch.float32) - w).abs().flatten(w.dim() - 2)
+    blocks = torch.nn.functional.pad(w.flatten(w.dim() - 2), (0, -off.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1).repeat_interleave(32, -1)[..., : off.shape[-1]]
+    # 16 steps of 1/8 end at -7/8 on the side that the largest is not on; double quantisation moves a maximum by half of 1/255 of
+    # the range, which with both signs is twice the largest
+    slack = w.abs().max() / 255 * double + 1e-9
+    assert (off <= largest / 8 + slack).all()
+    assert float((off <= largest / 16 + slack).float().mean()) > 0.97
 
 
 def test_int8_is_off_by_at_most_half_a_step_of_its_row():
@@ -80,6 +102,7 @@ def test_bytes_kept_are_what_is_promised():
     n = 256 * 1024
     assert Nf4.of(w, double=False).nbytes == n // 2 + 4 * n // 64  # 4.5 bits
     assert Nf4.of(w).nbytes == n // 2 + n // 64 + 2 * 4 * n // 64 // 256  # 4.129 bits
+    assert Int4.of(w).nbytes == n // 2 + n // 32 + 2 * 4 * n // 32 // 256  # 4.258 bits
     assert Int8.of(w).nbytes == n + 4 * 256
 
 
