@@ -292,7 +292,8 @@ class Case:
             yield self.row(f"gram {name}", ours, plain, torchs, 2 * self.slots * RANK * wide.shape[1])
 
     def stored(self) -> Iterator[Row]:
-        from ropewalk.kernels.dequantised import dequantised, experts_at_once
+        from ropewalk.kernels.dequantised import dequantised
+        from ropewalk.kernels.expert_scratch import experts_at_once
 
         count = self.shape.experts
         for kind in (Nf4, Int8):

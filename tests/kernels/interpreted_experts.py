@@ -14,6 +14,7 @@ from ropewalk.kernels.expert_gemm import Lora, Tiling, expert_gemm, expert_gemm_
 from ropewalk.kernels.expert_glu import expert_glu, expert_glu_backward, expert_glu_backward_plain, expert_glu_plain
 from ropewalk.kernels.expert_gram import expert_gram, expert_gram_plain
 from ropewalk.kernels.expert_routing import cut, cut_plain, route_sorted, route_sorted_plain
+from ropewalk.kernels.expert_scratch import dequantised_plain
 from ropewalk.kernels.gates import ClampedGlu, Glu
 from ropewalk.kernels.quant import Int4, Int8, Nf4
 

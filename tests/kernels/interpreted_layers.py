@@ -75,7 +75,7 @@ def test_what_is_not_kept_is_computed_again_to_the_bit():
 
 @pytest.mark.parametrize("kind", [Nf4, Int4, Int8])
 def test_stored_experts_are_dequantised_some_at_a_time(kind, monkeypatch):
-    monkeypatch.setattr("ropewalk.kernels.dequantised.SCRATCH", 3 * 2 * I * H * 4)
+    monkeypatch.setattr("ropewalk.kernels.expert_scratch.SCRATCH", 2 * 3 * 2 * I * H * 4)
     layer = Layer()
     layer.experts = replace(layer.experts, up=kind.of(layer.experts.up), down=kind.of(layer.experts.down))
     assert layer.agrees()

@@ -1,6 +1,6 @@
 """Weights of 4 or 8 bits as the compute sees them, some experts at a time into memory used again, in one pass (Triton).
 
-Their layouts are those of quant.py; the plain twin is `Quantised._values`, which makes several float32 copies on its way.
+Their layouts are those of quant.py; the plain twin is expert_scratch.dequantised_plain, which makes several float32 copies on its way.
 Legend: E experts, n values of one expert.
 """
 
@@ -15,13 +15,7 @@ from torch import Tensor
 
 from ropewalk.kernels.quant import MAXIMA, FourBits, Int8, Quantised
 
-SCRATCH = 2**28  # bytes of dequantised experts at a time
 VALUES = 1024  # of one program
-
-
-def experts_at_once(stack: Quantised, dtype: torch.dtype) -> int:
-    """How many experts fit the scratch."""
-    return min(stack.shape[0], max(1, SCRATCH // max(1, stack.shape[1:].numel() * dtype.itemsize)))
 
 
 def dequantised(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
@@ -43,12 +37,6 @@ def dequantised(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor
         )  # fmt: skip
     else:
         raise TypeError(f"no kernel reads {type(stack).__name__}")
-    return out[:count]
-
-
-def dequantised_plain(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
-    """The plain twin of `dequantised`."""
-    out[:count] = stack._values(slice(first, first + count)).view(count, *stack.shape[1:])
     return out[:count]
 
 

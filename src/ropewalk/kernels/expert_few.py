@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ropewalk.kernels.blocked import Turned
 from ropewalk.kernels.expert_rows import Grouped, Route
+from ropewalk.kernels.expert_scratch import Stored
 
 ROWS = 64  # of one expert at most
 NARROW = 128  # columns of a stack that costs next to nothing, such as a factor of LoRA
@@ -50,9 +51,9 @@ class Few(Grouped):
         self._counts = way.counts.tolist()
         self._hit = sum(count > 0 for count in self._counts)
 
-    def mm(self, a: Tensor, stack: Tensor | Turned, out: Tensor | None = None) -> Tensor:
+    def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
         apart = a.view(len(self._counts), -1, a.shape[1])
-        if isinstance(stack, Turned):
+        if isinstance(stack, Turned | Stored):
             return self._one_by_one(apart, stack)
         if stack.dtype != a.dtype or min(stack.shape[1:]) <= NARROW:
             return torch.bmm(apart.to(stack.dtype), stack).flatten(0, 1)
@@ -63,7 +64,7 @@ class Few(Grouped):
             return turned.transpose(1, 2).reshape(-1, turned.shape[1])
         return torch.bmm(apart, stack).flatten(0, 1)
 
-    def mm_lora(self, x: Tensor, stack: Tensor | Turned, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def mm_lora(self, x: Tensor, stack: Tensor | Turned | Stored, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """x @ stack + scale * x @ a @ b; in 16 bits the stack's product is added to the factors', all turned round."""
         short = x.element_size() == 2 and a.dtype == x.dtype and b.dtype == x.dtype
         if short and isinstance(stack, Tensor) and min(stack.shape[1:]) > NARROW and self._hit * HIT[2] >= len(self._counts):
@@ -84,7 +85,7 @@ class Few(Grouped):
         else:
             y.add_(torch.bmm(a.view(experts, -1, a.shape[1]), stack).to(y.dtype).view(y.shape), alpha=scale)
 
-    def _one_by_one(self, apart: Tensor, stack: Tensor | Turned) -> Tensor:
+    def _one_by_one(self, apart: Tensor, stack: Tensor | Turned | Stored) -> Tensor:
         out = apart.new_zeros(*apart.shape[:2], stack.shape[2])
         for expert, count in enumerate(self._counts):
             if count:

@@ -3,7 +3,7 @@
     forward     X A1 (gathers) | gate_up (gathers, LoRA and bias inside) | w h and A2 h | y (LoRA and bias inside) | k rows to a token
     backward    dY B2 | dh | <dh, h>, w h, d gate_up, B1 d gate_up | four sums over each expert's rows | dx | k rows to a token
 
-Stacks of 4 or 8 bits are dequantised some experts at a time into memory used again. expert_lora.py decides when this runs, and keeps
+Stacks of 4 or 8 bits are dequantised some experts at a time, beside the product that reads those before. expert_lora.py decides when this runs, and keeps
 what its other ways keep, so that one of them can go on where a kernel does not compile.
 Legend: T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I expert intermediate, r rank.
 """
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropewalk.kernels.dequantised import dequantised, experts_at_once
+from ropewalk.kernels.dequantised import dequantised
 from ropewalk.kernels.expert_combine import combine
 from ropewalk.kernels.expert_gemm import Lora, expert_gemm, rows_for
 from ropewalk.kernels.expert_glu import expert_glu, expert_glu_backward
 from ropewalk.kernels.expert_gram import expert_gram
 from ropewalk.kernels.expert_routing import Tiles, cut, route_sorted
 from ropewalk.kernels.expert_rows import Route
+from ropewalk.kernels.expert_scratch import some_at_a_time
 from ropewalk.kernels.gates import ClampedGlu, Gate, Glu
 from ropewalk.kernels.quant import Quantised
 
@@ -137,11 +138,8 @@ def _product(x: Tensor, stack: Any, turned: bool, tiles: Tiles, slots: int, **ho
     if not isinstance(stack, Quantised):
         dense = stack if isinstance(stack, Tensor) else stack.dequantize(x.dtype)
         return expert_gemm(x, _oriented(dense.to(x.dtype), turned), tiles, slots, **how)
-    experts, step = stack.shape[0], experts_at_once(stack, x.dtype)
-    scratch = x.new_empty(step, *stack.shape[1:])
     out = x.new_empty(slots, stack.shape[1] if turned else stack.shape[2])
-    for first in range(0, experts, step):
-        some = dequantised(stack, first, min(step, experts - first), scratch)
+    for first, some in some_at_a_time(stack, x.dtype, dequantised):
         expert_gemm(x, _oriented(some, turned), tiles, slots, first=first, out=out, **how)
     return out
 

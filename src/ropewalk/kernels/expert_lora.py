@@ -31,7 +31,9 @@ from ropewalk.kernels.blocked import Blocked, Turned
 from ropewalk.kernels.expert_few import Few, route_few
 from ropewalk.kernels.expert_few import pays as few_pay
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
+from ropewalk.kernels.expert_scratch import Stored
 from ropewalk.kernels.gates import ClampedGlu, Gate, Glu
+from ropewalk.kernels.quant import Quantised
 from ropewalk.kernels.triton_kernels import refuse, usable
 
 
@@ -146,9 +148,9 @@ class _Plan:
 class _Operands:
     """Every stack oriented for rows @ stack[e]: up [E, H, N], down [E, I, H], a [E, in, r], b [E, r, out]."""
 
-    up: Tensor | Turned
+    up: Tensor | Turned | Stored
     up_bias: Tensor | None
-    down: Tensor | Turned
+    down: Tensor | Turned | Stored
     down_bias: Tensor | None
     a1: Tensor | None
     b1: Tensor | None
@@ -166,13 +168,15 @@ class _Operands:
         down_bias: Tensor | None,
         *factors: Tensor | None,
     ) -> _Operands:
-        w1, w2 = (_oriented(stack, x.dtype, plan.experts.transposed) for stack in (up, down))
+        w1, w2 = (_oriented(stack, x.dtype, plan.experts.transposed, plan.grouped) for stack in (up, down))
         return cls(w1, up_bias, w2, down_bias, *_oriented_factors(plan, x, factors))
 
 
-def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool) -> Tensor | Turned:
+def _oriented(stack: Stack, dtype: torch.dtype, transposed: bool, grouped: bool) -> Tensor | Turned | Stored:
     if isinstance(stack, Blocked):
         return Turned(stack)
+    if not grouped and isinstance(stack, Quantised):
+        return Stored(stack, dtype, turned=not transposed)
     dense = _dense(stack, dtype)
     return dense if transposed else dense.transpose(1, 2)
 
@@ -358,8 +362,8 @@ class _Gradients:
     b2: Tensor | None
 
 
-def _trainable(stack: Tensor | Turned) -> Tensor:
-    assert isinstance(stack, Tensor), "weights in blocks answer, and are not trained through"
+def _trainable(stack: Tensor | Turned | Stored) -> Tensor | Stored:
+    assert not isinstance(stack, Turned), "weights in blocks answer, and are not trained through"
     return stack
 
 

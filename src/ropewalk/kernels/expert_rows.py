@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ropewalk.kernels.blocked import Turned
+from ropewalk.kernels.expert_scratch import Stored
 
 ROWS_PER_TILE = 512  # 512 rows of x, gate_up, h and y at H = 512, I = 256 in float32 are 4 MB: about one core's share of cache
 STEP_16_BIT = 32  # oneDNN compiles a kernel for every new number of rows, so 16-bit tiles come in few sizes
@@ -94,7 +95,7 @@ class Rows(Protocol):
     def space(self, name: str, width: int) -> Tensor | None:
         """Room for [n, width] that the next tile will overwrite, or None where a product makes its own."""
 
-    def mm(self, a: Tensor, stack: Tensor | Turned, out: Tensor | None = None) -> Tensor:
+    def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
         """a [n, i] with stack [E, i, o] -> [n, o]."""
 
     def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
@@ -141,7 +142,7 @@ class Tile:
     def space(self, name: str, width: int) -> Tensor:
         return self.scratch.rows(name, self.count, width)
 
-    def mm(self, a: Tensor, stack: Tensor | Turned, out: Tensor | None = None) -> Tensor:
+    def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
         if isinstance(stack, Turned):
             return stack.mm(a, self.expert)
         return torch.mm(a, stack[self.expert], out=out)
@@ -181,8 +182,8 @@ class Grouped:
     def space(self, name: str, width: int) -> None:
         return None
 
-    def mm(self, a: Tensor, stack: Tensor | Turned, out: Tensor | None = None) -> Tensor:
-        assert isinstance(stack, Tensor), "blocks are for tiles"
+    def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
+        assert isinstance(stack, Tensor), "blocks and weights of fewer bits are for tiles"
         return F.grouped_mm(a, stack, offs=self.ends)
 
     def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:

@@ -28,14 +28,14 @@ def experts_at_once(stack: Quantised, dtype: torch.dtype) -> int:
     return min(stack.shape[0], max(1, SCRATCH // 2 // max(1, stack.shape[1:].numel() * dtype.itemsize)))
 
 
-def fill_plain(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
-    """Experts first to first + count, as the stack itself makes them."""
+def dequantised_plain(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
+    """The plain twin of `dequantised.dequantised`: experts first to first + count, as the stack itself makes them."""
     out[:count] = stack._values(slice(first, first + count)).view(count, *stack.shape[1:])
     return out[:count]
 
 
 def some_at_a_time(
-    stack: Quantised, dtype: torch.dtype, fill: Fill = fill_plain, lane: Lane | None = None
+    stack: Quantised, dtype: torch.dtype, fill: Fill = dequantised_plain, lane: Lane | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """(first, weights [some, N, K] of the experts from first on), which hold until the next are asked for."""
     experts, step = stack.shape[0], experts_at_once(stack, dtype)
@@ -157,6 +157,6 @@ class Stored:
             if "weights" not in made:
                 made["weights"] = torch.empty(1, *self._stack.shape[1:], dtype=self._dtype, device=self._stack.device)
             made["expert"] = expert
-            fill_plain(self._stack, expert, 1, made["weights"])
+            dequantised_plain(self._stack, expert, 1, made["weights"])
         weights: Tensor = made["weights"][0]
         return weights.t() if self._turned else weights
