@@ -16,6 +16,8 @@ from transformers import DynamicCache, PretrainedConfig
 
 from ropewalk.engine.batch import Batch, Part
 
+CHUNK, LEAST = 64, 16  # ids that the gated delta rule computes together, as a rule; what is fewer is filled up
+
 focus: list[Sequence[Part]] = []  # the parts whose rows a recurrent layer is working on, if it is
 
 
@@ -43,15 +45,19 @@ def past_of(module: Any) -> str:
 def per_request(module: Any, past: str, config: PretrainedConfig) -> None:
     """Makes a layer with a state run each request of a batch on that request's own; `past` is its name for what it is given."""
     plain, names = module.forward, list(inspect.signature(module.forward).parameters)
-    at_once = _continues(plain, module, past, config)
+    at_once, chunked = _continues(plain, module, past, config), _takes_chunks(module)
 
     def each(hidden: Tensor, part: Part, more: dict[str, Any]) -> Any:
         spans = [slice(part.begin, part.end)]
         if not at_once and part.reading.position:
             spans = [slice(row, row + 1) for row in range(part.begin, part.end)]
-        return _beside(
-            [plain(hidden[:, span], **_rows(more, hidden, span, apart=False), **{past: part.reading.states}) for span in spans]
-        )
+        outs = []
+        for span in spans:
+            given = _rows(more, hidden, span, apart=False) | {past: part.reading.states}
+            if chunked and (size := max(LEAST, 1 << (span.stop - span.start - 1).bit_length())) < CHUNK:
+                given["chunk_size"] = size
+            outs.append(plain(hidden[:, span], **given))
+        return _beside(outs)
 
     def forward(hidden_states: Tensor, *args: Any, **more: Any) -> Any:
         more |= dict(zip(names[1:], args))
@@ -74,6 +80,16 @@ def per_request(module: Any, past: str, config: PretrainedConfig) -> None:
         return _beside(outs) if not together or batch.order is None else _ordered(_beside(outs), batch.order)
 
     module.forward = forward
+
+
+def _takes_chunks(module: Any) -> bool:
+    """Whether a layer hands on how many ids are computed together, so that a short question need not be filled up to a long one."""
+    forward = inspect.unwrap(type(module).forward)
+    rule = getattr(forward, "__globals__", {}).get("torch_chunk_gated_delta_rule")
+    if rule is None or "chunk_size" not in inspect.signature(rule).parameters or next(module.parameters()).device.type != "cpu":
+        return False
+    more = [one.name for one in inspect.signature(forward).parameters.values() if one.kind is one.VAR_KEYWORD]
+    return bool(more) and inspect.getsource(forward).count(f"**{more[0]}") > 1
 
 
 def _rows(more: dict[str, Any], like: Tensor, rows: slice | Tensor, apart: bool = True) -> dict[str, Any]:

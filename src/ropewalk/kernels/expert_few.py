@@ -1,7 +1,8 @@
 """The few rows of a decoding step, with all experts in one product: on a CPU a call costs more than what it computes.
 
 The rows of each expert are filled up to the longest and lie beside each other [E, n, .], so that bmm takes every expert at once. Weights
-are read either way, so that this pays as long as most experts have rows and all have few.
+are read either way, so that this pays as long as most experts have rows and all have few. Large experts are multiplied one by one all the
+same, each with the rows that it really has.
 Legend: T tokens, k experts per token, E experts, n rows of an expert, filled up.
 """
 
@@ -17,6 +18,7 @@ from ropewalk.kernels.expert_scratch import Stored
 ROWS = 64  # of one expert at most
 NARROW = 128  # columns of a stack that costs next to nothing, such as a factor of LoRA
 HIT = {2: 3, 4: 1}  # bytes of a number -> a product with all experts costs as much as one in so many of them, one by one
+LARGE = 1 << 17  # weights of one expert in 32 bits that outweigh a call
 TURN = 16  # rows from which a product is better turned round; in 16 bits it always is
 
 
@@ -57,7 +59,8 @@ class Few(Grouped):
             return self._one_by_one(apart, stack)
         if stack.dtype != a.dtype or min(stack.shape[1:]) <= NARROW:
             return torch.bmm(apart.to(stack.dtype), stack).flatten(0, 1)
-        if self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
+        alone = a.element_size() == 4 and stack.shape[1:].numel() >= LARGE
+        if alone or self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
             return self._one_by_one(apart, stack)
         if a.element_size() == 2 or apart.shape[1] >= TURN:
             turned = torch.bmm(stack.transpose(1, 2), apart.transpose(1, 2))
@@ -88,7 +91,11 @@ class Few(Grouped):
     def _one_by_one(self, apart: Tensor, stack: Tensor | Turned | Stored) -> Tensor:
         out = apart.new_zeros(*apart.shape[:2], stack.shape[2])
         for expert, count in enumerate(self._counts):
-            if count:
-                part = apart[expert, :count]
-                out[expert, :count] = stack.mm(part, expert) if isinstance(stack, Turned) else torch.mm(part, stack[expert])
+            if not count:
+                continue
+            rows, found = apart[expert, :count], out[expert, :count]
+            if isinstance(stack, Turned):
+                found.copy_(stack.mm(rows, expert))
+            else:
+                torch.mm(rows, stack[expert], out=found)
         return out.flatten(0, 1)

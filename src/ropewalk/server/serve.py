@@ -136,6 +136,8 @@ async def _greet(store: Store, settings: ServerSettings, url: str, tell: Callabl
         )
     if lacking := await asyncio.to_thread(weakness):
         logs.event(lacking, logging.WARNING)
+    if sys.stdout.isatty():
+        tell(f"\nPages and API: {url}    (another key: ropewalk keys create --name NAME)")
     if (await list_keys(store.database, limit=1)).items:
         return
     if not sys.stdout.isatty():  # a secret does not belong in a log
