@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import Table, delete, func, insert, inspect, select, update
+from sqlalchemy import Table, delete, func, insert, inspect, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.batches.tables import batch_items, batches
@@ -34,7 +34,7 @@ from ropewalk.errors import BadInput, DamagedContent, NotFound, OutputError
 from ropewalk.files.blobs import Blobs, LocalBlobs, open_blobs
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
-from ropewalk.files.tables import blobs, derived, erasures, files, parts, resumables, uploads
+from ropewalk.files.tables import ARCHIVES, archives, blobs, derived, erasures, files, parts, resumables, uploads
 from ropewalk.folders import sync_folder
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
@@ -148,6 +148,8 @@ async def _names(copy: Database) -> dict[str, int]:
     async with copy.reading() as rows:
         held = {row.id: sealed_size(row.size) for row in await rows.execute(select(blobs.c.id, blobs.c.size))}
         made = select(derived.c.stored, derived.c.size).where(derived.c.place == "blobs")
+        whole = select(archives.c.id, archives.c.size).where(archives.c.size.is_not(None))
+        held |= {row.id: sealed_size(row.size) for row in await rows.execute(whole)}
         return held | {row.stored: sealed_size(row.size) for row in await rows.execute(made)}
 
 
@@ -155,6 +157,7 @@ async def _leave_out_deleted(live: Database, copy: Database, absent: set[str]) -
     """Takes from the copy what the store no longer has; how many contents the store has rows of, and no bytes."""
     gone_files = await _gone(live, copy, files)
     gone_contents = await _gone(live, copy, blobs)
+    gone_archives = await _gone(live, copy, archives)
     async with copy.writing() as out:
         for ids in _batches(gone_files):
             await out.execute(delete(derived).where(derived.c.owner.in_(ids)))
@@ -167,6 +170,11 @@ async def _leave_out_deleted(live: Database, copy: Database, absent: set[str]) -
             await out.execute(delete(blobs).where(blobs.c.id.in_(ids)))
         for names in _batches(absent):  # what was made from a file can be made again
             await out.execute(delete(derived).where(derived.c.place == "blobs", derived.c.stored.in_(names)))
+        for ids in _batches(gone_archives):
+            await out.execute(delete(archives).where(archives.c.id.in_(ids)))
+        await out.execute(delete(archives).where(archives.c.size.is_(None)))  # on its way
+        there = select(archives.c.id)
+        await out.execute(delete(derived).where(derived.c.place == ARCHIVES, derived.c.stored.not_in(there)))
         refs = select(func.count()).where(files.c.blob_id == blobs.c.id).scalar_subquery()
         await out.execute(update(blobs).values(refs=refs))
         await out.execute(delete(blobs).where(blobs.c.refs == 0))
@@ -193,7 +201,12 @@ async def _count_usage(out: AsyncConnection) -> None:
     held = select(workspaces.c.organization_id, files.c.workspace_id, files.c.key_id, files.c.user_id)
     sums = held.add_columns(func.sum(files.c.size), func.count()).join(workspaces, workspaces.c.id == files.c.workspace_id)
     grouped = sums.where(files.c.expired_at.is_(None)).group_by(*held.selected_columns)
-    for organization_id, workspace_id, key_id, user_id, size, count in (await out.execute(grouped)).all():
+    owner = (archives.c.organization_id, archives.c.workspace_id, archives.c.key_id, archives.c.user_id)
+    kept = select(*owner, func.sum(archives.c.size), literal(0)).group_by(*owner)
+    for organization_id, workspace_id, key_id, user_id, size, count in [
+        *(await out.execute(grouped)).all(),
+        *(await out.execute(kept)).all(),
+    ]:
         for scope, id in quotas.scopes(Caller(organization_id, workspace_id, key_id, user_id)):
             at = update(usage).where(usage.c.scope == scope, usage.c.id == id)
             await out.execute(at.values(used_bytes=usage.c.used_bytes + size, used_files=usage.c.used_files + count))

@@ -50,6 +50,7 @@ async def delete_workspace(store: Store, id_or_name: str, forget: Iterable[Forge
             await asyncio.sleep(LOOK_AGAIN_SECONDS)  # admitted before the workspace was archived: they end, or their leases do
     for drop in (forget_batches, *forget):
         await drop(store.database, workspace.id)
+    await store.archives.drop_workspace(workspace.id)
     await destroy_workspace_key(store.database, workspace.id)
 
 

@@ -14,7 +14,7 @@ from ropewalk.files import catalog, receipts
 from ropewalk.files.catalog import File
 from ropewalk.files.content import Content
 from ropewalk.files.store import Store
-from ropewalk.files.tables import blobs, files
+from ropewalk.files.tables import archives, blobs, files
 from ropewalk.tenants.secrets import workspace_purpose
 from ropewalk.tenants.tables import chains, workspaces
 from ropewalk.vault import unwrap
@@ -30,6 +30,7 @@ class VerifyReport:
     """What was read, and what is wrong with it."""
 
     contents: int = 0
+    archives: int = 0
     size: int = 0
     receipts: int = 0
     damaged: dict[str, str] = field(default_factory=dict)  # a file's id, and the reason
@@ -46,7 +47,8 @@ class VerifyReport:
 async def stored_bytes(store: Store) -> int:
     """How many plain bytes `verify` will read."""
     async with store.database.reading() as connection:
-        return int((await connection.execute(select(func.coalesce(func.sum(blobs.c.size), 0)))).scalar_one())
+        sums = [select(func.coalesce(func.sum(column), 0)) for column in (blobs.c.size, archives.c.size)]
+        return sum([int((await connection.execute(query)).scalar_one()) for query in sums])
 
 
 async def verify(store: Store, progress: Progress | None = None) -> VerifyReport:
@@ -60,6 +62,10 @@ async def verify(store: Store, progress: Progress | None = None) -> VerifyReport
             break
         last = ids[-1]
         await _mark_whole(store, [id for id in ids if await _is_whole(store, id, report, progress)])
+    report.archives, size, faults = await store.archives.verify()
+    report.size, report.faults = report.size + size, [*report.faults, *faults]
+    if progress:
+        progress(size)
     await _verify_receipts(store, report)
     return report
 

@@ -15,8 +15,9 @@ from sqlalchemy import delete, select, tuple_, update
 from ropewalk.database import now
 from ropewalk.failpoints import failpoint
 from ropewalk.files import catalog, resumable
+from ropewalk.files.archives import give_back
 from ropewalk.files.store import Doomed, Store
-from ropewalk.files.tables import blobs, derived, erasures, files, parts, uploads
+from ropewalk.files.tables import archives, blobs, derived, erasures, files, parts, uploads
 from ropewalk.files.token_ledger import sample_storage
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
@@ -30,7 +31,7 @@ DAY = 24 * 3600 * 1_000_000
 DERIVING = 600 * 1_000_000  # a derived thing whose bytes are not there after so long was given up
 
 # The columns that name stored bytes, in the order in which bytes can go from one to the next between two looks.
-NAMED_BY = (uploads.c.id, blobs.c.id, parts.c.name, derived.c.stored, erasures.c.stored)
+NAMED_BY = (uploads.c.id, blobs.c.id, parts.c.name, derived.c.stored, archives.c.id, erasures.c.stored)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class SweepReport:
     """How many there were of each."""
 
     expired: int = 0  # files whose hour had passed
-    abandoned: int = 0  # uploads not heard of for too long, and resumable ones whose time was over
+    abandoned: int = 0  # uploads and archives not heard of for too long, and resumable uploads whose time was over
     orphans: int = 0  # stored bytes that no row refers to
     erased: int = 0  # bytes whose erasure had been cut short
     purged: int = 0  # rows of files that expired long ago
@@ -76,13 +77,15 @@ async def _expire_some(store: Store) -> int:
     )
     async with store.database.writing() as connection:
         rows = (await connection.execute(query)).all()
-        for row in rows:
-            doomed += (await store.release_content(connection, catalog.as_file(row))).doomed
+        left = [await store.release_content(connection, catalog.as_file(row)) for row in rows]
+        doomed += (one for released in left for one in released.doomed)
         ids = [row.id for row in rows]
         await connection.execute(update(files).where(files.c.id.in_(ids)).values(expired_at=moment, blob_id=None))
         owners = [Caller(row.organization_id, row.workspace_id, row.key_id, row.user_id) for row in rows]
         for row, owner in zip(rows, owners):
             await quotas.release(connection, owner, row.size)
+        for released in left:
+            await give_back(connection, released.kept)
         for row, owner in zip(rows, owners):
             await append(connection, owner, "file_expired", row.id)
     failpoint("expire.committed")
@@ -96,6 +99,7 @@ async def _expire_some(store: Store) -> int:
 async def sweep(store: Store, *, thorough: bool = True) -> SweepReport:
     """Expires what is due and sets right what crashes left; a thorough sweep looks at every stored name and every row."""
     report = SweepReport(expired=await expire(store), abandoned=await _abandon(store) + await resumable.expire(store))
+    report.abandoned += await store.archives.abandon()
     report.orphans = await _sweep_staged(store)
     report.erased = await _erase_again(store)
     report.purged = await _purge(store)
@@ -133,6 +137,7 @@ async def _sweep_staged(store: Store) -> int:
             young = (derived.c.stored.in_(names), derived.c.created_at > now() - DERIVING)
             alive |= set((await connection.execute(select(derived.c.stored).where(*young))).scalars())
             alive |= set((await connection.execute(select(parts.c.name).where(parts.c.name.in_(names)))).scalars())
+            alive |= set((await connection.execute(select(archives.c.id).where(archives.c.id.in_(names)))).scalars())
         for name in names - alive:
             await asyncio.to_thread(store.blobs.discard, name)
             count += 1

@@ -25,14 +25,14 @@ from ropewalk.batches.ledger import drop as drop_batch
 from ropewalk.database import Database, now
 from ropewalk.errors import DamagedContent, FileExpired, NotDownloadable, NotFound, OutputError
 from ropewalk.failpoints import failpoint
-from ropewalk.files import catalog
+from ropewalk.files import archives, catalog
 from ropewalk.files.blobs import Blobs, open_blobs
 from ropewalk.files.catalog import File, Listing, Place
 from ropewalk.files.content import Content
 from ropewalk.files.incoming import Incoming
 from ropewalk.files.receipts import Receipt, issue
 from ropewalk.files.settings import Settings
-from ropewalk.files.tables import BATCHES, FILES, blobs, derived, erasures, file_token_days, files
+from ropewalk.files.tables import ARCHIVES, BATCHES, FILES, blobs, derived, erasures, file_token_days, files
 from ropewalk.tenants import quotas
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
@@ -43,6 +43,7 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer, Vault, unwrap
 
 Doomed = tuple[str, str]  # (place, stored): bytes that no row refers to any more
 Files: TypeAlias = list[File]
+AT_ONCE = 500  # ids of one query
 ROWS = "rows"  # the place of what is rows of this database, which refer to theirs of `derived` and go with it
 
 log = logging.getLogger("ropewalk.files")
@@ -55,6 +56,7 @@ class Released:
     kinds: tuple[str, ...]  # of what was made from it
     shared: int  # other files that hold the bytes
     doomed: tuple[Doomed, ...]  # to erase after the commit
+    kept: tuple[archives.Gone, ...] = ()  # archives whose place under the quotas is yet to be given back
 
 
 class Store:
@@ -65,6 +67,7 @@ class Store:
         self.max_file_bytes = settings.max_file_bytes
         self.lease_seconds = settings.lease_seconds
         self.coalesce_seconds = settings.coalesce_seconds
+        self.archives = archives.Archives(self)
         self.pepper = self.cursor_key = b""
         self.signing_key: Ed25519PrivateKey
         # Names of the published adapters that were trained on a file; the registry, which knows, lies above this room.
@@ -155,6 +158,15 @@ class Store:
         async with self.database.reading() as connection:
             return await catalog.find_all(connection, caller, ids)
 
+    async def existing(self, ids: Sequence[str]) -> set[str]:
+        """Those of these files that there are, in any workspace, and that have not expired."""
+        found = set[str]()
+        async with self.database.reading() as connection:
+            for start in range(0, len(ids), AT_ONCE):
+                alive = files.c.id.in_(ids[start : start + AT_ONCE]) & files.c.expired_at.is_(None)
+                found |= set((await connection.execute(select(files.c.id).where(alive))).scalars())
+        return found
+
     async def open_content(self, caller: Caller, id: str, *, download: bool = False, request_id: str = "") -> Content:
         """The way to a file's bytes; a download, unlike a use by this server, needs its right and is written down."""
         caller.needs("download" if download else "read")
@@ -203,6 +215,7 @@ class Store:
             if file.expired_at is None:
                 owner = Caller(caller.organization_id, file.workspace_id, file.key_id, file.user_id)
                 await quotas.release(connection, owner, file.size)
+            await archives.give_back(connection, left.kept)
             receipt = await issue(
                 connection,
                 self.signing_key,
@@ -232,8 +245,10 @@ class Store:
             if not shared:
                 owners.append(file.blob_id)
         made = (await connection.execute(select(derived).where(derived.c.owner.in_(owners)))).all()
-        doomed = [(row.place, row.stored) for row in made if row.place != ROWS]
+        doomed = [(row.place, row.stored) for row in made if row.place not in (ROWS, ARCHIVES)]
         await connection.execute(delete(derived).where(derived.c.owner.in_(owners)))
+        kept = await archives.forget(connection, [row.stored for row in made if row.place == ARCHIVES])
+        doomed += [("blobs", id) for id, _, _ in kept]
         if file.blob_id is not None and not shared:
             doomed.append(("blobs", file.blob_id))
             # A file whose row stays, since it only expired, must not refer to what is gone.
@@ -242,7 +257,7 @@ class Store:
         if doomed:
             rows = [{"place": place, "stored": stored} for place, stored in doomed]
             await connection.execute(self.database.upsert(erasures).on_conflict_do_nothing(), rows)
-        return Released(tuple(sorted({row.kind for row in made})), shared, tuple(doomed))
+        return Released(tuple(sorted({row.kind for row in made})), shared, tuple(doomed), tuple(kept))
 
     async def erase(self, doomed: Sequence[Doomed]) -> int:
         """Erases bytes that the table of erasures names, and then their names from it; how many that were."""
