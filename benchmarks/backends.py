@@ -1,9 +1,12 @@
-"""A PostgreSQL and an S3 of our own on free ports of the loopback, gone with the process that asked for them.
+"""A PostgreSQL, an S3 and a Ray cluster of our own on free ports of the loopback, gone with the process that asked for them.
 
 Used by the tests and the benchmarks of what keeps its state there:
 
     with postgres() as server, s3() as bucket:
         server.new_database(), bucket.new_url(), bucket.environment
+
+    with ray(cpus=2) as cluster:
+        cluster.address
 
 Each runs below a small Python process that ends it when its standard input closes, so that nothing is left behind even by a
 SIGKILL. PostgreSQL comes from the wheel `pgserver` or from the system's package; it runs without fsync, since none of our tests
@@ -67,6 +70,14 @@ class Bucket:
         }
 
 
+@dataclass(frozen=True)
+class Ray:
+    """A cluster of one node."""
+
+    address: str
+    scratch: Path  # where its workers keep what they work on
+
+
 def postgres_binaries() -> Path | None:
     """Where PostgreSQL's programs lie: in the wheel, else in the newest package of the system."""
     wheel = importlib.util.find_spec("pgserver")
@@ -91,8 +102,17 @@ def s3() -> Iterator[Bucket]:
 
 
 @contextmanager
-def _served(what: str) -> Iterator[str]:
-    keeper = subprocess.Popen([sys.executable, __file__, what], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def ray(cpus: int = 2, environment: dict[str, str] | None = None) -> Iterator[Ray]:
+    """A Ray cluster for as long as the block runs; its workers see `environment` too."""
+    with _served("ray", str(cpus), **(environment or {})) as told:
+        address, scratch = told.split(" ", 1)
+        yield Ray(address, Path(scratch))
+
+
+@contextmanager
+def _served(what: str, *more: str, **environment: str) -> Iterator[str]:
+    command = [sys.executable, __file__, what, *more]
+    keeper = subprocess.Popen(command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert keeper.stdin is not None
     assert keeper.stdout is not None
     try:
@@ -153,13 +173,32 @@ def _keep_postgres() -> None:
         options = ["-c", "fsync=off", "-c", "max_connections=300", "-c", "log_min_messages=fatal"]
         server = subprocess.Popen([*serve, *options], env=_environment(binaries), **as_user)
         try:
-            _wait_for(server, port)
+            _wait_for(server, port, binaries)
             print(port, binaries, flush=True)
             sys.stdin.read()
         finally:
             server.terminate()  # SIGTERM waits for clients; SIGINT, after it, does not
             server.send_signal(signal.SIGINT)
             server.wait()
+
+
+def _keep_ray() -> None:
+    # A short path: it is the beginning of those of sockets, which may have a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="rw-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder) / "scratch"
+        scratch.mkdir()
+        # No worker is started before it is asked for.
+        os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
+        import ray
+
+        size = {"num_cpus": int(sys.argv[2]), "num_gpus": 0, "object_store_memory": 100_000_000}
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        told = ray.init(address="local", _temp_dir=folder, **size, **quiet)
+        try:
+            print(told.address_info["gcs_address"], scratch, flush=True)
+            sys.stdin.read()
+        finally:
+            ray.shutdown()
 
 
 def _reachable(binaries: Path, folder: Path, user: int | None) -> Path:
@@ -185,16 +224,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    until = time.monotonic() + 30
+def _wait_for(server: subprocess.Popen[bytes], port: int, binaries: Path) -> None:
+    """Until it takes connections: it listens a moment before that."""
+    until = time.monotonic() + 60
+    asks = [binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
     while time.monotonic() < until and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if subprocess.run(asks, env=_environment(binaries)).returncode == 0:
+            return
         time.sleep(0.02)
     raise SystemExit(f"PostgreSQL did not answer on port {port}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed on the way out
-    {"s3": _keep_s3, "postgres": _keep_postgres}[sys.argv[1]]()
+    {"s3": _keep_s3, "postgres": _keep_postgres, "ray": _keep_ray}[sys.argv[1]]()

@@ -421,6 +421,9 @@ def test_the_command_line_lists_shows_and_cancels_jobs(tmp_path, capsys):
     assert main(["jobs", "show", done.id, "--data", str(data)]) == 0
     assert "Step 6/6: training loss=0.1667" in capsys.readouterr().out
     assert main(["jobs", "logs", done.id, "--data", str(data)]) == 0
+    (data / "jobs" / done.id / "log.txt").unlink()  # as on another machine
+    assert main(["jobs", "logs", done.id, "--data", str(data)]) == 0
+    assert capsys.readouterr().out == "goes on from step 0\n" * 2
     assert main(["jobs", "cancel", waiting.id, "--data", str(data)]) == 0
     assert capsys.readouterr().out == f"{waiting.id} is cancelled\n"
     for refused in (["cancel", done.id], ["logs", waiting.id], ["show", "ftjob_none"]):

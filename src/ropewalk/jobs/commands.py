@@ -87,11 +87,19 @@ def cancel_job(place: Place, id: str) -> int:
 
 
 def print_log(place: Place, id: str) -> int:
-    """Prints what a job's run has said, as far as it lies on this machine."""
-    job = place.run(lambda ledger, caller: ledger.show(caller, id))
+    """Prints what a job's run has said: all of it where it ran on this machine, else its end."""
+
+    async def work(ledger: Ledger, caller: Caller) -> tuple[Job, str | None]:
+        job = await ledger.show(caller, id)
+        return job, await ledger.log(job)
+
+    job, end = place.run(work)
     log = place.folder_of(job).log
     if not log.is_file():
-        raise BadInput(f"{job.id} has no log here: it has not begun, runs on another machine, or its file was deleted")
+        if end is None:
+            raise BadInput(f"{job.id} has no log: it has not begun, or its file was deleted")
+        print(end)
+        return 0
     with log.open(encoding="utf-8", errors="replace") as lines:
         shutil.copyfileobj(lines, sys.stdout)
     return 0

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Table, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
@@ -26,7 +26,7 @@ from ropewalk.files.store import Store
 from ropewalk.files.tables import files
 from ropewalk.ids import new_id
 from ropewalk.jobs.recipe import Asked, make_recipe
-from ropewalk.jobs.tables import job_errors, job_events, jobs
+from ropewalk.jobs.tables import job_errors, job_events, job_logs, jobs
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
@@ -293,12 +293,31 @@ class Ledger:
 
     async def error(self, job: Job) -> str | None:
         """Why it failed; None where it did not, or where a file that the sentence may quote is gone."""
+        return await self._opened(job_errors, job, _purpose(job.id))
+
+    async def log(self, job: Job) -> str | None:
+        """The end of what its run has said; None where that is nothing yet, or where a file that it may quote is gone."""
+        return await self._opened(job_logs, job, _log_purpose(job.id))
+
+    async def _opened(self, table: Table, job: Job, purpose: str) -> str | None:
         async with self.database.reading() as connection:
-            sealed = (await connection.execute(select(job_errors.c.sealed).where(job_errors.c.job_id == job.id))).scalar()
+            sealed = (await connection.execute(select(table.c.sealed).where(table.c.job_id == job.id))).scalar()
             if sealed is None:
                 return None
             key = await workspace_key(connection, self.store.vault, job.workspace_id)
-        return unwrap(key, sealed, _purpose(job.id)).decode()
+        return unwrap(key, sealed, purpose).decode()
+
+    async def states(self, ids: builtins.list[str]) -> dict[str, Job]:
+        """Those of these jobs that there are."""
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(select(*COLUMNS).where(jobs.c.id.in_(ids)))).all()
+        return {row.id: _job(row) for row in rows}
+
+    async def succeeded(self) -> builtins.list[Job]:
+        """Those of all workspaces that have become models."""
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(select(*COLUMNS).where(jobs.c.state == "succeeded"))).all()
+        return [_job(row) for row in rows]
 
     # -- what a worker does
 
@@ -370,7 +389,7 @@ class Ledger:
     async def tell(self, job: Job, told: Sequence[Told], **values: Any) -> bool:
         """Writes down what happened, once for each key, and `values` of the job; False where it is no longer held."""
         async with self.database.writing() as connection:
-            if not await self._still_held(connection, job):
+            if not await self.still_held(connection, job):
                 return False
             await _tell(connection, job.id, told)
             if values:
@@ -382,12 +401,8 @@ class Ledger:
         free = {"holder": None, "lease_until": 0}
         ended: dict[str, Any] = {"finished_at": now(), "wanted": None} if state not in OPEN else {}
         async with self.database.writing() as connection:
-            if error is not None:
-                # A file is looked up before the job's row is taken, as everywhere.
-                alive = files.c.id.in_(job.file_ids) & files.c.expired_at.is_(None)
-                there = (await connection.execute(select(files.c.id).where(alive).with_for_update())).all()
-                quotes = len(there) == len(set(job.file_ids))
-            if not await self._still_held(connection, job):
+            quotes = error is not None and await _may_quote(connection, job)
+            if not await self.still_held(connection, job):
                 return False
             if error is not None:
                 ended["error_code"] = error[0]
@@ -400,6 +415,16 @@ class Ledger:
             failpoint("job.ending")
         failpoint("job.ended")
         return True
+
+    async def keep_log(self, job: Job, text: str) -> None:
+        """The end of what its run has said, for servers that do not run it; it goes with the files, which it may quote."""
+        async with self.database.writing() as connection:
+            if not await _may_quote(connection, job) or not await self.still_held(connection, job):
+                return
+            key = await workspace_key(connection, self.store.vault, job.workspace_id)
+            row = {**_quoting(job), "sealed": wrap(key, text.encode(), _log_purpose(job.id))}
+            new = self.database.upsert(job_logs).values(row)
+            await connection.execute(new.on_conflict_do_update(index_elements=["job_id"], set_={"sealed": row["sealed"]}))
 
     # -- what time does
 
@@ -435,20 +460,14 @@ class Ledger:
         await _tell(connection, job.id, [FILES_GONE if gone else CANCELLED])
         await append(connection, job.owner, "job_ended", job.id, detail={"state": "cancelled", "model": None})
 
-    async def _still_held(self, connection: AsyncConnection, job: Job) -> bool:
+    async def still_held(self, connection: AsyncConnection, job: Job) -> bool:
+        """Whether this process holds it, and does until the transaction ends."""
         row = (await connection.execute(select(jobs.c.id).where(_held(job)).with_for_update())).first()
         return row is not None and self.holder == job.holder
 
     async def _keep_error(self, connection: AsyncConnection, job: Job, text: str) -> None:
         key = await workspace_key(connection, self.store.vault, job.workspace_id)
-        row = {
-            "job_id": job.id,
-            "made_as": MADE_AS,
-            "training_file": job.training_file,
-            "validation_file": job.validation_file,
-            "sealed": wrap(key, text.encode(), _purpose(job.id)),
-        }
-        await connection.execute(insert(job_errors).values(row))
+        await connection.execute(insert(job_errors).values(**_quoting(job), sealed=wrap(key, text.encode(), _purpose(job.id))))
 
     async def _within_limits(self, connection: AsyncConnection, job: Job, *, resumed: bool = False) -> None:
         await _lock_workspace(connection, job.workspace_id)
@@ -529,8 +548,29 @@ def _number(event_id: str, job: Job) -> int:
     return int(number)
 
 
+async def _may_quote(connection: AsyncConnection, job: Job) -> bool:
+    """Whether its files are there, and are until the transaction ends: they are looked up before the job's row is taken, as everywhere."""
+    alive = files.c.id.in_(job.file_ids) & files.c.expired_at.is_(None)
+    there = (await connection.execute(select(files.c.id).where(alive).order_by(files.c.id).with_for_update())).all()
+    return len(there) == len(set(job.file_ids))
+
+
+def _quoting(job: Job) -> dict[str, Any]:
+    """The keys of a row that goes with the job's files."""
+    return {
+        "job_id": job.id,
+        "made_as": MADE_AS,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+    }
+
+
 def _purpose(id: str) -> str:
     return f"job {id}"
+
+
+def _log_purpose(id: str) -> str:
+    return f"job log {id}"
 
 
 def _job(row: Any) -> Job:

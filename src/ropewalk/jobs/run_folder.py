@@ -5,6 +5,7 @@ DATA/jobs/ID/
   log.txt      what the child says
   prepared/    tokenised rows: gone when the job ends
   run/         the run's own folder: events.jsonl, checkpoints/, adapter/
+  settled      there where what lies in run/ is what the store has kept of a job that has succeeded
 
 What may hold words of a file (log, prepared, events) is registered with the file and dies with it.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from ropewalk.config.cluster import RayCluster
 from ropewalk.files.store import Store
 from ropewalk.folders import make_folder
 from ropewalk.jobs.ledger import Job, Told
@@ -41,15 +43,44 @@ class JobFolder:
         self.log, self.config, self.prepared = folder / "log.txt", folder / "run.yml", folder / "prepared"
         self.run = folder / "run"
         self.events = self.run / "events.jsonl"
+        self._mark = folder / "settled"
 
-    async def prepare(self, store: Store, job: Job, base: Path) -> None:
+    @property
+    def settled(self) -> bool:
+        return self._mark.exists()
+
+    def settle(self) -> None:
+        """What lies in run/ will not change any more."""
+        self._mark.touch()
+
+    def adopt(self, base: Path) -> None:
+        """A run that another machine has begun goes on here: the base lies where this one has it."""
+        record = self.record()
+        if "base_model" in record.get("config", {}):
+            record["config"]["base_model"] = str(base)
+            fresh = self.run / "run.json.new"
+            fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            fresh.replace(self.run / "run.json")
+
+    async def prepare(self, store: Store, job: Job, base: Path, cluster: RayCluster | None = None) -> None:
         """Makes it, and registers what will hold words of the job's files; NotFound where one of them is gone."""
         make_folder(self.path)
         for id in dict.fromkeys(job.file_ids):
             for kind, path in (("job_tokens", self.prepared), ("job_log", self.log), ("job_events", self.events)):
                 await store.register_path(id, kind, path)
         places = {"base_model": str(base), "output_dir": "run", "dataset_prepared_path": "prepared"}
-        self.config.write_text(yaml.safe_dump({**places, **job.config}, sort_keys=False), encoding="utf-8")
+        keys = {**places, **job.config}
+        if cluster is not None:  # a run that has begun keeps the number of its workers
+            keys |= cluster.keys(int(job.config["gradient_accumulation_steps"]), self._workers())
+        self.config.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+
+    def _workers(self) -> int | None:
+        """Of a run that has begun on a cluster."""
+        try:
+            found: int | None = yaml.safe_load(self.config.read_text(encoding="utf-8")).get("ray_num_workers")
+        except FileNotFoundError:
+            return None
+        return found
 
     def is_free(self) -> bool:
         """Whether no process trains into it: a child whose server was killed has ended."""
@@ -100,6 +131,7 @@ class JobFolder:
         shutil.rmtree(self.path / "home", ignore_errors=True)
         if not keep:
             shutil.rmtree(self.run, ignore_errors=True)
+            self._mark.unlink(missing_ok=True)
             return
         for path in self.run.iterdir():  # such as a page of samples, which are words of a file
             if path.name not in KEPT:
@@ -109,6 +141,7 @@ class JobFolder:
         for path in self.checkpoints().values():
             with suppress(OSError):
                 (path / "optimizer.pt").unlink()
+        self.settle()
 
     def _keep_numbers(self) -> None:
         """The run's events without those that hold words of a file."""
@@ -177,6 +210,8 @@ def _told(event: Mapping[str, Any], tail: EventTail) -> list[Told]:
         case "checkpoint":
             data = {"step": step, "checkpoint": Path(event["path"]).name}
             return [Told(f"checkpoint:{step}", f"Checkpoint created at step {step}", data=data)]
+        case "restart":
+            return [Told(f"restart:{event['key']}", f"A worker was lost; the run goes on from step {step}", level="warn")]
     return []
 
 

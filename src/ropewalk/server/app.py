@@ -31,6 +31,7 @@ from ropewalk.server import (
     compare_pages,
     comparisons,
     digest,
+    elsewhere,
     extensions,
     facts,
     files,
@@ -39,6 +40,7 @@ from ropewalk.server import (
     job_pages,
     logs,
     messages,
+    model_pages,
     models,
     openai_chat,
     openai_embeddings,
@@ -89,6 +91,7 @@ ROUTES: list[BaseRoute] = [
     *chat.routes,
     *usage.routes,
     *job_pages.routes,
+    *model_pages.routes,
     *home_page.routes,
     *vote_pages.routes,
     *ship_pages.routes,
@@ -120,6 +123,7 @@ def create_app(store: Store, settings: ServerSettings | None = None) -> Starlett
     app.state.batches = batches.runner_of(app)
     app.state.questions = QuestionRuns(store, app.state.batches.ledger, app.state.models)
     app.state.jobs = fine_tuning.runner_of(app)
+    app.state.models.bring = app.state.jobs.bring
     app.state.mailer = digest.mailer_of(settings)
     app.state.comparisons = ComparisonRuns(store, ComparisonRunner(store, app.state.models))
     app.state.draining = False
@@ -134,6 +138,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     working.append(asyncio.create_task(app.state.comparisons.run()))
     working.append(asyncio.create_task(app.state.jobs.run()))
     working.append(asyncio.create_task(digest.send_digests(app)))
+    working.append(asyncio.create_task(elsewhere.follow(app.state.store, app.state.models)))
     try:
         yield
     finally:

@@ -8,18 +8,20 @@ import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from ropewalk.errors import BadInput, NotFound
+from ropewalk.errors import BadInput, MissingExtra, NotFound
 from ropewalk.jobs.device import Device, has_gpu
 from ropewalk.jobs.ledger import OPEN, Event, Job, Ledger, Limits
+from ropewalk.jobs.recipe import judges_of
 from ropewalk.jobs.runner import JobRunner, Options
 from ropewalk.registry import Registry
-from ropewalk.server import body, wire_jobs
+from ropewalk.server import body, job_judges, wire_jobs
 from ropewalk.server.auth import caller_of
 from ropewalk.server.files import MAX_LIMIT, limit_of
 from ropewalk.server.node import Node
@@ -71,6 +73,14 @@ async def create(request: Request) -> JSON:
     """POST /v1/fine_tuning/jobs"""
     caller_of(request).needs("write")
     asked = wire_jobs.read_new(Node(await body.read_json(request)))
+    if judges_of(asked.keys) and request.app.state.settings.serving.jobs is not None:
+        raise BadInput(
+            "ropewalk.trl.reward_funcs: a judge is asked on the server's machine, which workers on its Ray cluster cannot reach; name "
+            "another reward"
+        )
+    await job_judges.check(
+        request.app.state.models, caller_of(request), judges_of(asked.keys), takes_turns=_runner(request).device is not None
+    )
     base = await asyncio.to_thread(_base, request.app.state.registry, asked.base)
     made = await _ledger(request).submit(caller_of(request), replace(asked, base=base), request_id_of(request))
     _runner(request).look()
@@ -140,7 +150,11 @@ async def list_checkpoints(request: Request) -> JSON:
     """GET /v1/fine_tuning/jobs/{job_id}/checkpoints"""
     found, asked = await _job(request), request.query_params
     measured = await _ledger(request).steps(found.id)
-    there = await asyncio.to_thread(_runner(request).folder_of(found.id).checkpoints)  # older ones may have been removed
+    # Older ones may have been removed; the newest may lie with the server that runs the job alone.
+    there = {
+        *await asyncio.to_thread(_runner(request).folder_of(found.id).checkpoints),
+        *await _runner(request).archive.steps(found.id),
+    }
     steps = sorted((step for step, one in measured.items() if "checkpoint" in one and step in there), reverse=True)
     if (after := asked.get("after")) is not None:
         ids = [wire_jobs.checkpoint_id(found, step) for step in steps]
@@ -156,8 +170,7 @@ async def list_checkpoints(request: Request) -> JSON:
 async def show_log(request: Request) -> Response:
     """GET /v1/fine_tuning/jobs/{job_id}/log"""
     found = await _job(request)
-    text = await asyncio.to_thread(_runner(request).folder_of(found.id).last_words)
-    return Response(text, media_type="text/plain", headers={"cache-control": "no-store"})
+    return Response(await _runner(request).log_of(found), media_type="text/plain", headers={"cache-control": "no-store"})
 
 
 async def _stream(ledger: Ledger, caller: Caller, job: Job) -> AsyncIterator[bytes]:
@@ -186,10 +199,16 @@ def runner_of(app: Starlette) -> JobRunner:
     store = app.state.store
     limits = Limits(settings.jobs_running, settings.jobs_queued, settings.jobs_file_bytes)
     data = store.settings.data.expanduser().resolve()
-    shared = settings.serving.engine.device != "cpu" and has_gpu()
+    cluster = settings.serving.jobs
+    if cluster is not None and find_spec("ray") is None:
+        raise MissingExtra("ray", "cluster", "`jobs: ray`")
+    # A vLLM server and a cluster have GPUs of their own: nobody makes room.
+    beside = settings.serving.vllm is None and cluster is None
+    shared = beside and settings.serving.engine.device != "cpu" and has_gpu()
     device = Device(data / "device", app.state.models) if shared else None
-    options = Options(settings.jobs_at_once, settings.job_grace_seconds)
-    return JobRunner(Ledger(store, limits, settings.job_lease_seconds), app.state.registry, data / "jobs", options, device)
+    options = Options(settings.jobs_at_once, settings.job_grace_seconds, cluster=cluster)
+    ledger = Ledger(store, limits, settings.job_lease_seconds)
+    return JobRunner(ledger, app.state.registry, data / "jobs", options, device, job_judges.asks(app.state.models))
 
 
 def _base(registry: Registry, name: str) -> str:

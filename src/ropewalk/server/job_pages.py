@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ async def show_job(request: Request, visitor: Visitor) -> Response:
     events, _ = await ledger.events(visitor.caller, job.id, EVENTS)
     error = (await ledger.error(job) or ERASED) if job.error_code is not None else ""
     steps = await ledger.steps(job.id)
-    log = await asyncio.to_thread(_runner(request).folder_of(job.id).last_words)
+    log = await _runner(request).log_of(job)
     may, stopping = visitor.may("write"), job.wanted is not None
     page = JobPage(
         id=job.id,

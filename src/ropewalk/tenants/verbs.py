@@ -114,9 +114,13 @@ def _delete_workspace(arguments: argparse.Namespace) -> int:
     from ropewalk.compare.closing import forget
     from ropewalk.files import commands
     from ropewalk.files.verbs import local_files
-    from ropewalk.jobs.closing import forget as forget_jobs
+    from ropewalk.jobs.closing import forgetting
+    from ropewalk.shared_registry import open_registry
 
-    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, [forget, forget_jobs])
+    settings = settings_of(arguments)
+    registry = open_registry(settings.data, settings.database_url)
+    forgetters = [forget, forgetting(registry, settings.data.expanduser())]
+    return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, forgetters)
 
 
 def _limit(arguments: argparse.Namespace) -> int:
