@@ -18,6 +18,7 @@ from torch import Tensor
 from ropewalk.errors import ModelError
 
 ALIGNED = 256  # bytes at which a tensor within a block begins: what any kernel may ask of an address
+PAGE = 4096
 NAN = 255  # a byte of which every floating type makes NaN
 
 
@@ -30,6 +31,7 @@ class Ring:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.copies = 0  # how many blocks have come
         self._held: dict[int, int] = {}  # block -> its slot, that used longest ago first
+        self._free = [*range(slots)]  # that given back longest ago first
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: dict[int, torch.cuda.Event] = {}  # slot -> when its block is there
 
@@ -48,8 +50,8 @@ class Ring:
             self._held[block] = slot = self._held.pop(block)
             return slot, None
         gone = None
-        if len(self._held) < len(self.buffers):
-            slot = next(slot for slot in range(len(self.buffers)) if slot not in self._held.values())
+        if self._free:
+            slot = self._free.pop(0)
         else:
             gone = next(held for held in self._held if held != but)
             slot = self._held.pop(gone)
@@ -68,6 +70,7 @@ class Ring:
         """Nothing reads the block any more."""
         slot = self._held.pop(block)
         self._coming.pop(slot, None)
+        self._free.append(slot)
         if self.poisoned:
             self.buffers[slot].fill_(NAN)
 
@@ -88,13 +91,17 @@ def host_block(size: int, device: torch.device) -> Tensor:
 
     Registered by hand: torch's own allocator of pinned memory rounds up to a power of two, which could take twice as much.
     """
-    block = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda" and size:
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8)
+    room = torch.empty(size + PAGE, dtype=torch.uint8)
+    begin = -room.data_ptr() % PAGE  # a page that two blocks share could not be registered twice
+    block = room[begin : begin + size]
+    if size:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(runtime.cudaHostRegister(block.data_ptr(), size, 0)):
             raise ModelError(
                 f"{size / 1e9:.1f} GB of the host's memory cannot be pinned for the GPU to read; free some, raise the limit of locked "
                 "memory (ulimit -l), or leave the weights on the GPU: stream_weights: off"
             )
-        weakref.finalize(block.untyped_storage(), runtime.cudaHostUnregister, block.data_ptr())
+        weakref.finalize(room.untyped_storage(), runtime.cudaHostUnregister, block.data_ptr()).atexit = False
     return block

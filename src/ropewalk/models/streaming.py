@@ -223,4 +223,5 @@ def _view(block: Tensor, offset: int, dtype: torch.dtype, size: torch.Size, stri
     """The tensor whose bytes begin at `offset` of a block, contiguous where no stride is given."""
     empty = torch.empty(0, dtype=dtype, device=block.device)
     steps = torch.empty(size, device="meta").stride() if stride is None else stride
-    return empty.set_(block.untyped_storage(), offset // dtype.itemsize, size, tuple(steps))
+    begin = (block.storage_offset() + offset) // dtype.itemsize
+    return empty.set_(block.untyped_storage(), begin, size, tuple(steps))
