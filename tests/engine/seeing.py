@@ -83,7 +83,7 @@ QWEN_TEMPLATE = """{%- macro shown(content) -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
 GEMMA_TEMPLATE = """{%- for message in messages -%}
-<|turn>{{ message.role }}
+<|turn>{{ 'model' if message.role == 'assistant' else message.role }}
 {% if message.content is string -%}{{ message.content | trim }}{%- else -%}{%- for part in message.content -%}
 {%- if part.type == 'image' -%}{{ '\\n\\n<|image|>\\n\\n' }}{%- else -%}{{ part.text | trim }}{%- endif -%}
 {%- endfor -%}{%- endif -%}<turn|>
@@ -279,7 +279,10 @@ def make(name: str, folder: Path) -> Path:
         (folder / "processor_config.json").write_text(json.dumps(settings))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     _tokenizer(gemma=name.startswith("gemma")).save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE if name.startswith("gemma") else QWEN_TEMPLATE)
+    template = GEMMA_TEMPLATE if name.startswith("gemma") else QWEN_TEMPLATE
+    if name == "gemma3":  # whose processor writes all that stands around a picture
+        template = template.replace("\\n\\n<|image|>\\n\\n", "<|image>")
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

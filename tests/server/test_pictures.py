@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from engine.seeing import make
 from files import papers
 from ropewalk.chat.template import Template
+from ropewalk.config.run import parse_run
 from ropewalk.config.serving import EngineOptions, Serving
 from ropewalk.files.fetch import Fetched
 from ropewalk.files.settings import Settings
@@ -24,9 +26,26 @@ from ropewalk.models.base import make_base
 from ropewalk.models.seeing import load_processor
 from ropewalk.registry import Registry
 from ropewalk.server.settings import ServerSettings
+from ropewalk.train.trainer import train
 from server.conftest import Running, running
 
 WORDS = 8
+LEARNS = """\
+base_model: {base}
+processor_type: AutoProcessor
+datasets: [{{path: {folder}/rows.jsonl, type: chat_template}}]
+dataset_prepared_path: {folder}/prepared
+output_dir: {folder}/run
+adapter: lora
+lora_r: 8
+sequence_len: 128
+micro_batch_size: 3
+max_steps: 40
+learning_rate: 1e-2
+warmup_steps: 2
+num_threads: 1
+float32: true
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +129,31 @@ def test_a_question_about_pictures_is_answered_as_by_the_whole_model(sdk, bases,
     assert total(reply.usage) == count
     counted = sdk.messages.count_tokens(model=model, messages=request(*blocks)["messages"])
     assert counted.input_tokens == count
+
+
+def test_an_adapter_that_learnt_colours_from_pictures_names_them(asked, sdk, bases, tmp_path):
+    colours = {"red": (220, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 220)}
+    pictures = {name: png(Image.new("RGB", (40, 28), value)) for name, value in colours.items()}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [shown(sent(data)), {"type": "text", "text": "Which colour?"}]},
+                {"role": "assistant", "content": name},
+            ]
+        }
+        for name, data in pictures.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = parse_run(LEARNS.format(base=bases["gemma4"], folder=tmp_path))
+    result = train(run, quiet=True)
+    assert result.first_loss > 4
+    assert result.last_loss < 0.1
+    Registry(asked.data / "registry").publish_adapter("painter", result.adapter, "gemma4")
+    said = {
+        name: sdk.messages.create(**request(shown(sent(data)), "Which colour?", model="painter")).content[0].text
+        for name, data in pictures.items()
+    }
+    assert said == {name: name for name in colours}
 
 
 def test_a_second_question_reads_the_picture_from_the_store(asked, sdk):

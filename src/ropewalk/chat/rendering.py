@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 
 # Marks are characters of private-use plane 15; its last two open and close a block of `{% generation %}`.
 MARK, BLOCK_OPENS, BLOCK_CLOSES = 0xF0000, "\U000ffffc", "\U000ffffd"
+PICTURE = "\U000ffffb"  # stands in a message's text where a picture is shown
 
 
 class Generation(Extension):
@@ -98,6 +99,20 @@ def in_parts(messages: Sequence[Message]) -> list[Message]:
     """The same messages with their texts as lists of one part, which is all that some multimodal templates look at."""
     texts = [m["content"] if isinstance(m.get("content"), str) else None for m in messages]
     return [m if text is None else {**m, "content": [{"type": "text", "text": text}]} for m, text in zip(messages, texts)]
+
+
+def with_pictures(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, those with pictures as lists of parts, which is how templates are shown them."""
+    texts = [m["content"] if isinstance(m.get("content"), str) else "" for m in messages]
+    return [{**m, "content": list(_parts(text))} if PICTURE in text else m for m, text in zip(messages, texts)]
+
+
+def _parts(content: str) -> Iterator[dict[str, str]]:
+    for number, text in enumerate(content.split(PICTURE)):
+        if number:
+            yield {"type": "image"}
+        if text:
+            yield {"type": "text", "text": text}
 
 
 def with_written_arguments(messages: Sequence[Message]) -> list[Message]:

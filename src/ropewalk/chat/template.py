@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ropewalk.chat.marks import Span
 from ropewalk.chat.masking import Habits, Rules, everywhere, learn, trained_spans
-from ropewalk.chat.rendering import Message, Program, in_parts, with_written_arguments
+from ropewalk.chat.rendering import Message, Program, in_parts, with_pictures, with_written_arguments
 from ropewalk.chat.tokenizer import (
     SPECIAL_NAMES,
     add_missing,
@@ -235,9 +235,13 @@ class Template:
         add_generation_prompt: bool = False,
         rules: Rules | None = None,
         variables: Mapping[str, Any] | None = None,
+        pictured: bool = False,
     ) -> Rendered:
-        """A conversation's ids; with `rules`, the mask of what is trained (else nothing is: a prompt)."""
-        render = partial(self._run, tools=tools, variables=variables)
+        """A conversation's ids; with `rules`, the mask of what is trained (else nothing is: a prompt).
+
+        `pictured`: its texts hold PICTURE where pictures are shown, for each of which the template writes one token.
+        """
+        render = partial(self._run, tools=tools, variables=variables, pictured=pictured)
         messages, text = self._rendered(messages, render, add_generation_prompt)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         mask = [False] * len(encoding.ids)
@@ -275,7 +279,8 @@ class Template:
                 raise
             return written, render(written, add_generation_prompt=add_generation_prompt)
 
-    def _run(self, messages: Sequence[Message], **options: Any) -> str:
+    def _run(self, messages: Sequence[Message], *, pictured: bool = False, **options: Any) -> str:
+        messages = with_pictures(messages) if pictured else messages
         return self.needed.run(in_parts(messages) if self.wants_parts else messages, **options)
 
     def _spans(self, messages: Sequence[Message], text: str, rules: Rules, again: Any) -> list[Span]:

@@ -1,6 +1,7 @@
 """Tokenised rows on disk, memory-mapped: built once per content, resumed where it was interrupted, never seen half-written.
 
-FOLDER/<key>/           tokens.bin int32, mask.bin bool, lengths.bin, trained.bin, digests.bin, marks.bin, about.json
+FOLDER/<key>/           tokens.bin int32, mask.bin bool, lengths.bin, trained.bin, digests.bin, marks.bin, pictures.bin with the
+                        bytes of each row in shown.bin, about.json
 FOLDER/<key>.partial/   the same while it grows; state.json says how much of it is whole
 """
 
@@ -21,11 +22,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ropewalk.data.pictures import Shown, read_kept
 from ropewalk.data.tokenise import BadRow, Block
 from ropewalk.errors import BadInput, OutputError
 from ropewalk.folders import sync_folder
 
-COLUMNS = ("tokens", "mask", "lengths", "trained", "digests", "marks")
+COLUMNS = ("tokens", "mask", "lengths", "trained", "digests", "marks", "pictures", "shown")
 LISTED = 1000  # bad rows kept by name; all are counted
 SECONDS = 1.0  # between two marks of progress on disk
 
@@ -43,6 +45,9 @@ class Tokens:
         self.digests: NDArray[np.uint64] = np.fromfile(folder / "digests.bin", np.uint64).reshape(-1, 2)
         self.marks: NDArray[np.int32] = np.fromfile(folder / "marks.bin", np.int32)
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self.shown: NDArray[np.int64] = np.fromfile(folder / "shown.bin", np.int64)  # bytes that tell of each row's pictures
+        self._shown_ends = np.cumsum(self.shown)
+        self._pictures = _mapped(folder / "pictures.bin", np.uint8)
         self._tokens, self._mask = _mapped(folder / "tokens.bin", np.int32), _mapped(folder / "mask.bin", np.bool_)
 
     def __len__(self) -> int:
@@ -53,6 +58,11 @@ class Tokens:
         end = self._ends[number]
         begin = end - self.lengths[number]
         return np.asarray(self._tokens[begin:end]), np.asarray(self._mask[begin:end])
+
+    def pictures(self, number: int) -> tuple[Shown, ...]:
+        """The pictures that a row shows."""
+        end = self._shown_ends[number]
+        return read_kept(self._pictures[end - self.shown[number] : end].tobytes())
 
 
 class Blocks(Protocol):
@@ -91,7 +101,10 @@ class Growing:
 
     def add(self, block: Block) -> None:
         """The rows of the next chunk."""
+        pictures = np.frombuffer(b"".join(block.pictures), np.uint8)
+        shown = np.fromiter(map(len, block.pictures), np.int64, len(block.pictures))
         columns: tuple[NDArray[Any], ...] = (block.ids, block.mask, block.lengths, block.trained, block.digests, block.marks)
+        columns += (pictures, shown)
         for file, column in zip(self._files.values(), columns):
             file.write(column.tobytes())
         self._counts.update(block.counts)

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ropewalk.chat.rendering import PICTURE
 from ropewalk.config.run import DataSource, Run
+from ropewalk.data.pictures import MARKER, MOST, in_column, is_picture, named_in
 from ropewalk.errors import DataError
 
 OWN_ROLES = ("user", "assistant", "system", "tool", "developer", "ipython", "function")
@@ -19,6 +21,8 @@ COLUMNS, ROLE_KEYS, CONTENT_KEYS = ("messages", "conversations", "conversation")
 CARRIED = ("tool_calls", "tool_call_id", "name")
 _THOUGHTS = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 _ANSWER = re.compile(r"<\|begin_of_solution\|>(.*)<\|end_of_solution\|>", re.DOTALL)
+
+PICTURES = "pictures"  # of a message: what says where each lies
 
 Messages = list[dict[str, Any]]
 
@@ -34,7 +38,9 @@ def conversation_reader(source: DataSource, run: Run) -> Callable[[Mapping[str, 
 
     def read(row: Mapping[str, Any]) -> tuple[Messages, list[Any] | None]:
         column, listed = _listed(row, source.field_messages)
-        messages = [_message(m, i, source, mapping, roles) for i, m in enumerate(listed, 1)]
+        messages = [_message(m, i, source, mapping, roles, run.sees) for i, m in enumerate(listed, 1)]
+        if run.sees:
+            _show(messages, in_column(row))
         messages = _with_system(messages, row, source, run.default_system_message)
         if not any(m["role"] == "assistant" for m in messages) and not source.roles_to_train and not run.train_on_inputs:
             found = ", ".join(m["role"] for m in messages)
@@ -64,13 +70,13 @@ def _no_messages(row: Mapping[str, Any], key: str) -> DataError:
 
 
 def _message(
-    message: Any, number: int, source: DataSource, mapping: Mapping[str, str], roles: Mapping[str, str]
+    message: Any, number: int, source: DataSource, mapping: Mapping[str, str], roles: Mapping[str, str], sees: bool
 ) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise DataError(f"message {number}: expected an object with role and content, found {type(message).__name__}")
     found: dict[str, Any] = {"role": _role(message, number, mapping.get("role"), roles)}
     key = mapping.get("content") or next((k for k in CONTENT_KEYS if message.get(k) is not None), "content")
-    found["content"] = _content(message, key, number, found)
+    found["content"] = _content(message, key, number, found, sees)
     for name, taken_from in mapping.items():
         if name not in ("role", "content") and message.get(taken_from) is not None:
             found[name] = message[taken_from]
@@ -100,10 +106,12 @@ def _role(message: Mapping[str, Any], number: int, named: str | None, roles: Map
     return roles[role]
 
 
-def _content(message: Mapping[str, Any], key: str, number: int, found: dict[str, Any]) -> str:
+def _content(message: Mapping[str, Any], key: str, number: int, found: dict[str, Any], sees: bool) -> str:
     value = message.get(key)
     if isinstance(value, list):
-        value, details = _joined(value, number)
+        if sees and (pictures := [named_in(part) for part in value if is_picture(part)]):
+            found[PICTURES] = pictures
+        value, details = _joined(value, number, sees)
         if details is not None:
             found["training_detail"] = details
     if value is None and not message.get("tool_calls"):
@@ -116,14 +124,23 @@ def _content(message: Mapping[str, Any], key: str, number: int, found: dict[str,
     return value or ""
 
 
-def _joined(parts: list[Any], number: int) -> tuple[str, list[dict[str, Any]] | None]:
+def _joined(parts: list[Any], number: int, sees: bool = False) -> tuple[str, list[dict[str, Any]] | None]:
     """Parts of a content as one text, with their own `train` or `weight` as details."""
     text, details, flagged = "", [], False
     for part in parts:
+        if is_picture(part):
+            if not sees:
+                raise DataError(
+                    f"message {number} holds a picture; to train on pictures add processor_type: AutoProcessor, with a base that sees",
+                    key="content",
+                )
+            text += PICTURE
+            continue
         words = part if isinstance(part, str) else next((part[k] for k in ("text", "content", "value") if part.get(k)), None)
         if words is None and not isinstance(part, str) and part.get("type", "text") != "text":
             raise DataError(
-                f"message {number} holds a part of type '{part['type']}'; only text can be trained on", key="content"
+                f"message {number} holds a part of type '{part['type']}'; only text and pictures can be trained on",
+                key="content",
             )
         flag = None if isinstance(part, str) else part.get("train", part.get("weight"))
         flagged |= flag is not None
@@ -132,6 +149,36 @@ def _joined(parts: list[Any], number: int) -> tuple[str, list[dict[str, Any]] | 
             text += words
             details.append({"begin_offset": begin, "end_offset": len(text) - 1, "train": flag is None or bool(flag)})
     return text, details if flagged else None
+
+
+def _show(messages: Messages, listed: list[Any]) -> None:
+    """Gives every place of a picture what says where it lies: the part itself, or the row's column, in its order."""
+    left = iter(listed)
+    if listed and not any(PICTURES in message for message in messages):
+        for message in messages:
+            message["content"] = message["content"].replace(MARKER, PICTURE)
+            if count := message["content"].count(PICTURE):
+                message[PICTURES] = [None] * count
+        first = next((m for m in messages if m["role"] == "user"), messages[0])
+        if not any(PICTURES in message for message in messages):  # the column shows them all before the first words
+            first["content"], first[PICTURES] = PICTURE * len(listed) + first["content"], [None] * len(listed)
+    for number, message in enumerate(messages, 1):
+        if PICTURES in message:
+            if message["role"] == "assistant":
+                raise DataError(f"message {number} is the assistant's and holds a picture; models here write text alone")
+            message[PICTURES] = [next(left, None) if said is None else said for said in message[PICTURES]]
+    shown = [said for message in messages for said in message.get(PICTURES, ())]
+    if None in shown or next(left, None) is not None:
+        raise DataError(
+            f"shows {len(shown)} pictures in its messages, and its column 'images' lists {len(listed)}; give each place one"
+        )
+    if len(shown) > MOST:
+        raise DataError(f"shows {len(shown)} pictures; a row shows {MOST} at most, as a request does")
+
+
+def pictures_of(messages: Messages) -> list[Any]:
+    """What says where the pictures of messages lie, in their order; the messages no longer hold it."""
+    return [said for message in messages for said in message.pop(PICTURES, ())]
 
 
 def _add_training(found: dict[str, Any], message: Mapping[str, Any], number: int, source: DataSource) -> None:

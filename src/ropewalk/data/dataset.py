@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ropewalk.chat.template import Template
 from ropewalk.config.preference import held
 from ropewalk.config.run import DataSource, Run
 from ropewalk.data.cache import Tokens, open_tokens
+from ropewalk.data.pictures import Lens, Shown
 from ropewalk.data.rows import Chunk, chunks, streamed_chunks
 from ropewalk.data.sources import content_digest, locate, size, stored_ids
 from ropewalk.data.stream import Stream
@@ -34,7 +35,7 @@ from ropewalk.errors import ConfigError, DataError, NotFound
 from ropewalk.files.local import open_local
 from ropewalk.home import home
 
-VERSION = 2  # of what is cached; a change of meaning here or in formats makes a new one
+VERSION = 3  # of what is cached; a change of meaning here or in formats makes a new one
 
 
 class Rows:
@@ -46,16 +47,26 @@ class Rows:
         self.lengths: NDArray[np.int32] = _joined([part.lengths for part in parts], np.int32)[index]
         self.trained: NDArray[np.int32] = _joined([part.trained for part in parts], np.int32)[index]
         self.marks: NDArray[np.int32] = _joined([part.marks for part in parts], np.int32)[index]
+        self.shows = bool(_joined([part.shown for part in parts], np.int64)[index].any())  # whether one has a picture
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and labels of a row; labels are -100 where nothing is trained, and are not shifted."""
+        part, at = self._place(number)
+        ids, mask = part.row(at)
+        return ids, np.where(mask, ids, np.int32(-100))
+
+    def pictures(self, number: int) -> tuple[Shown, ...]:
+        """The pictures that a row shows."""
+        part, at = self._place(number)
+        return part.pictures(at)
+
+    def _place(self, number: int) -> tuple[Tokens, int]:
         at = int(self.index[number])
         part = int(np.searchsorted(self._starts, at, "right")) - 1
-        ids, mask = self._parts[part].row(at - int(self._starts[part]))
-        return ids, np.where(mask, ids, np.int32(-100))
+        return self._parts[part], at - int(self._starts[part])
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Batch:
     tokens: int  # without padding
     trained: int
     compared: Compared | None = None
+    pictures: tuple[Shown, ...] = ()  # in the order in which their ids stand in the rows
 
 
 @dataclass(frozen=True)
@@ -91,20 +103,27 @@ class Data:
     bad: tuple[BadRow, ...] = ()
 
     @property
+    def shows(self) -> bool:
+        """Whether a row shows a picture."""
+        return any(isinstance(rows, Rows) and rows.shows for rows in (self.train, self.evaluation))
+
+    @property
     def tokens(self) -> int:
         """Tokens of one pass over the training rows; 0 where that is not known."""
         return 0 if isinstance(self.train, Stream) else int(self.train.lengths.sum())
 
 
-def open_data(run: Run, template: Template, *, quiet: bool = False, progress: Progress | None = None) -> Data:
+def open_data(
+    run: Run, template: Template, *, quiet: bool = False, progress: Progress | None = None, lens: Lens | None = None
+) -> Data:
     """The run's rows, tokenised and cached where they are not yet; a row that cannot be used is told before torch is imported."""
     with nullcontext(progress) if progress or quiet else shown() as told:
-        tested = [_open(run, source, template, told, True) for source in run.test_datasets or ()]
+        tested = [_open(run, source, template, told, True, lens) for source in run.test_datasets or ()]
         pad = template.pad_id or 0
         evaluation = Rows(tested, _order(tested, run, run.test_datasets or ()), pad) if tested else None
         if run.streams:
             return Data(Stream(run, template), evaluation)
-        parts = [_open(run, source, template, told, False) for source in run.sources]
+        parts = [_open(run, source, template, told, False, lens) for source in run.sources]
     index = _order(parts, run, run.sources)
     if not tested:
         index, held = _set_aside(parts, index, run)
@@ -113,11 +132,16 @@ def open_data(run: Run, template: Template, *, quiet: bool = False, progress: Pr
     if not len(train):
         raise DataError(f"no row is left to train on: {_told(_counts(parts)) or 'the data is empty'}")
     bad = tuple(row for part in parts for row in part.bad)
-    return Data(train, evaluation, tuple(_notices(parts, train)), bad)
+    data = Data(train, evaluation, tuple(_notices(parts, train)), bad)
+    if lens is None or data.shows:
+        return data
+    return replace(data, notices=(*data.notices, "no row shows a picture, so the text part of the model is trained alone"))
 
 
-def _open(run: Run, source: DataSource, template: Template, progress: Progress | None, evaluation: bool) -> Tokens:
-    tokeniser = Tokeniser(run, source, template, evaluation=evaluation)
+def _open(
+    run: Run, source: DataSource, template: Template, progress: Progress | None, evaluation: bool, lens: Lens | None
+) -> Tokens:
+    tokeniser = Tokeniser(run, source, template, evaluation=evaluation, lens=lens)
     found = locate(source)
     total = size(found)
     folder = Path(run.dataset_prepared_path).expanduser() if run.dataset_prepared_path else home() / "cache" / "data"
@@ -162,6 +186,8 @@ def _key(run: Run, source: DataSource, tokeniser: Tokeniser, content: str) -> st
         held(run),
     )
     parts = [VERSION, content, tokeniser.template.digest, json.dumps(meaning, sort_keys=True), keys]
+    if tokeniser.lens is not None:  # rows name pictures by their way from the file that they stand in
+        parts += [tokeniser.lens.digest, str(Path(source.path).absolute()), source.data_files]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -240,20 +266,22 @@ def preview(run: Run, template: Template, n: int = 3) -> list[list[tuple[str, bo
     return [spans for _, spans in previews(run, template, n)]
 
 
-def previews(run: Run, template: Template, n: int = 3) -> list[tuple[str, list[tuple[str, bool]]]]:
+def previews(run: Run, template: Template, n: int = 3, lens: Lens | None = None) -> list[tuple[str, list[tuple[str, bool]]]]:
     """The same with what each is called; a pair is two."""
-    return [shown for pair in islice(_shown_rows(run, template), n) for shown in pair]
+    return [shown for pair in islice(_shown_rows(run, template, lens), n) for shown in pair]
 
 
-def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, list[tuple[str, bool]]]]]:
+def _shown_rows(run: Run, template: Template, lens: Lens | None) -> Iterator[list[tuple[str, list[tuple[str, bool]]]]]:
     kind, number = held(run), 0
     for source in run.sources:
-        tokeniser = Tokeniser(run, source, template)
+        tokeniser = Tokeniser(run, source, template, lens=lens)
         for chunk in streamed_chunks(locate(source)):
             for row in chunk:
                 block = tokeniser.chunk(Chunk(chunk.path, row[0], None, (row,)))
                 for (ids, mask), mark in zip(block.rows(), block.marks.tolist()):
                     number += 1
+                    if lens is not None:
+                        ids, mask = _short_pictures(ids, mask, lens.feature_id)
                     cut = mark if kind in ("pairs", "ranked", "steps") else len(ids)
                     end = len(ids) - (kind == "ranked")
                     parts = [
@@ -268,6 +296,13 @@ def _shown_rows(run: Run, template: Template) -> Iterator[list[tuple[str, list[t
                         yield [(f"row {number}, {'wanted' if mark > 0 else 'not wanted'}", parts[0])]
                     else:
                         yield [(f"row {number}", parts[0])]
+
+
+def _short_pictures(ids: NDArray[np.int32], mask: NDArray[np.bool_], feature: int) -> tuple[Any, Any]:
+    """Each picture as one of the many ids that stand for it."""
+    again = (ids[1:] == feature) & (ids[:-1] == feature)
+    left = np.concatenate([[True], ~again])
+    return ids[left], mask[left]
 
 
 def _spans(template: Template, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:

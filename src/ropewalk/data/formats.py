@@ -14,7 +14,7 @@ from typing import Any
 
 from ropewalk.chat.masking import Rules
 from ropewalk.config.run import DataSource, PromptFormat, Run
-from ropewalk.data.conversations import conversation_reader
+from ropewalk.data.conversations import Messages, conversation_reader, pictures_of
 from ropewalk.errors import ConfigError, DataError
 
 
@@ -25,6 +25,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     rules: Rules
+    pictures: tuple[Any, ...] = ()  # what the row says of where each lies
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def reader_of(source: DataSource, run: Run) -> Reader:
         return _mapping_reader(kind)
     if kind in CHATS:
         read, rules = conversation_reader(source, run), rules_of(source, run)
-        return lambda row: Conversation(*read(row), rules)
+        return lambda row: _conversation(*read(row), rules)
     if kind in TEXTS:
         column = source.field or source.text_column or "text"
         return lambda row: Text(text_of(row, column))
@@ -143,6 +144,11 @@ def reader_of(source: DataSource, run: Run) -> Reader:
     if name in INSTRUCTIONS and (not style or style in STYLES):
         return _instruction_reader(INSTRUCTIONS[name], STYLES[style or INSTRUCTIONS[name].style], source)
     raise ConfigError(f"type: '{kind}' is not supported; {_suggest(kind)}")
+
+
+def _conversation(messages: Messages, tools: list[Any] | None, rules: Rules) -> Conversation:
+    pictures = tuple(pictures_of(messages))
+    return Conversation(messages, tools, rules, pictures)
 
 
 def rules_of(source: DataSource, run: Run) -> Rules:

@@ -9,6 +9,7 @@ leaks all the same: models/head.py finds that out by trying, and lays such batch
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ class Plan(Sequence[Batch]):
         partners: NDArray[np.int64] | None = None,
         kind: Held | None = None,
         packed: bool = False,
+        shows: bool = False,
     ) -> None:
         self._rows, self._batches, self._partners, self._kind, self._packed = rows, batches, partners, kind, packed
+        self._shows = shows
         self._width, self._multiple = width, multiple
 
     def __len__(self) -> int:
@@ -56,7 +59,11 @@ class Plan(Sequence[Batch]):
         if self._partners is not None:
             return lay_out_judged(self._rows, self._batches[number], self._partners, self._width, self._multiple)
         lines = [[self._rows[int(row)] for row in line] for line in self._batches[number]]
-        return lay_out(lines, self._rows.pad, self._width, self._multiple)
+        batch = lay_out(lines, self._rows.pad, self._width, self._multiple)
+        if not self._shows:
+            return batch
+        pictures = [shown for line in self._batches[number] for row in line for shown in self._rows.pictures(int(row))]
+        return replace(batch, pictures=tuple(pictures))
 
 
 def batches(
@@ -84,7 +91,7 @@ def batches(
     grouped = [lines[at : at + size] for at in range(0, len(lines), size)]
     width, multiple = length if run.pads_rows else None, run.pad_to_multiple_of or MULTIPLE
     partners = partners_of(rows, order) if kind == "judged" else None
-    return Plan(rows, grouped, width, multiple, partners, kind, packed)
+    return Plan(rows, grouped, width, multiple, partners, kind, packed, run.sees)
 
 
 def pack(

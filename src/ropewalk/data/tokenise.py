@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ from numpy.typing import NDArray
 from ropewalk.chat.template import Template
 from ropewalk.config.run import DataSource, Run
 from ropewalk.data.formats import Conversation, Example, Ids, Pieces, Text
+from ropewalk.data.pictures import Lens, Shown, content_of, find, kept
 from ropewalk.data.preferences import Judged, Pair, example_reader, template_named
 from ropewalk.data.rows import Chunk
 from ropewalk.data.stepwise import Steps, as_ids
-from ropewalk.errors import DataError
+from ropewalk.errors import BadInput, DataError
+from ropewalk.files.local import is_id
 
 Ids32 = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 Tokenised = tuple[list[int], list[bool], int]  # ids, mask, mark
+NOTHING = b""  # of pictures
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Block:
     trained: NDArray[np.int32]
     digests: NDArray[np.uint64]  # [rows, 2]
     marks: NDArray[np.int32]
+    pictures: list[bytes]  # of each row, see pictures.py
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -65,8 +70,11 @@ class Block:
 class Tokeniser:
     """What turns the rows of one source into tokens."""
 
-    def __init__(self, run: Run, source: DataSource, template: Template, *, evaluation: bool = False) -> None:
-        self.made_of = (run, source, template, evaluation)
+    def __init__(
+        self, run: Run, source: DataSource, template: Template, *, evaluation: bool = False, lens: Lens | None = None
+    ) -> None:
+        self.made_of = (run, source, template, evaluation, lens)
+        self.lens = lens
         source = template_named(source, run)
         named = source.chat_template or source.chat_template_jinja
         self.template = template.named(source.chat_template, source.chat_template_jinja) if named else template
@@ -83,18 +91,61 @@ class Tokeniser:
     def chunk(self, chunk: Chunk) -> Block:
         """All rows of a chunk; the first bad row is an error, unless bad rows are skipped."""
         rows: list[Tokenised] = []
+        pictures: list[bytes] = []
         counts: Counter[str] = Counter()
         bad: list[BadRow] = []
         for line, raw in chunk:
             try:
-                rows += self.rows(chunk.read(line, raw).values, counts)
+                values = chunk.read(line, raw).values
+                if self.lens is not None and isinstance(example := self.read(values), Conversation):
+                    found = self._seeing(example, chunk.path, line, counts)
+                    rows += [row for row, _ in found]
+                    pictures += [blob for _, blob in found]
+                else:
+                    rows += self.rows(values, counts)
+                    pictures += [NOTHING] * (len(rows) - len(pictures))
             except DataError as error:
                 reason = str(error).removeprefix(f"{chunk.path}:{line}: ")
                 if not self.skips:
                     raise _placed(error, reason, chunk.path, line) from error
                 bad.append(BadRow(chunk.path, line, reason))
             counts["read"] += 1
-        return _block(rows, counts, bad)
+        return _block(rows, pictures, counts, bad)
+
+    def _seeing(self, example: Conversation, path: str, line: int, counts: Counter[str]) -> list[tuple[Tokenised, bytes]]:
+        """A conversation that may show pictures, and what is kept of those; nothing where they do not fit."""
+        assert self.lens is not None
+        folder = None if is_id(self.source.path) or not Path(path).is_file() else Path(path).parent
+        shown = [find(said, f"{path}:{line}", folder).sized() for said in example.pictures]
+        ids, mask = self._expanded(example, shown)
+        count, found = ids.count(self.lens.feature_id), []
+        for row, trained in self._whole(Ids(ids, mask), counts):
+            if row.count(self.lens.feature_id) == count:
+                found.append(((row, trained, 0), kept(shown)))
+            else:
+                counts["pictures do not fit within sequence_len"] += 1
+        return found
+
+    def _expanded(self, example: Conversation, shown: list[Shown]) -> tuple[list[int], list[bool]]:
+        """Ids and mask of a conversation with all ids of its pictures, none of which is trained."""
+        assert self.lens is not None
+        rendered = self.template.render(example.messages, tools=example.tools, rules=example.rules, pictured=bool(shown))
+        places = [at for at, id in enumerate(rendered.ids) if id == self.lens.token_id]
+        if len(places) != len(shown):
+            raise DataError(
+                f"shows {len(shown)} pictures, and the chat template writes {len(places)} places for one; "
+                "show them in a user's message, and let no text hold the template's own token for pictures"
+            )
+        ids, mask, done = [], [], 0
+        for at, picture in zip(places, shown):
+            try:
+                of_picture = self.lens.ids(picture.width, picture.height)
+            except BadInput as error:
+                raise DataError(f"{picture.name}: {str(error).removeprefix('image: ')}") from error
+            ids += [*rendered.ids[done:at], *of_picture]
+            mask += [*rendered.train_mask[done:at], *[False] * len(of_picture)]
+            done = at + 1
+        return ids + rendered.ids[done:], mask + rendered.train_mask[done:]
 
     def rows(self, values: dict[str, Any], counts: Counter[str]) -> list[Tokenised]:
         """The rows that one row of data becomes: one, none if its length does not fit, several for a long document."""
@@ -216,11 +267,11 @@ class Tokeniser:
             yield ids, mask
 
 
-def _made(run: Run, source: DataSource, template: Template, evaluation: bool) -> Tokeniser:
-    return Tokeniser(run, source, template, evaluation=evaluation)
+def _made(run: Run, source: DataSource, template: Template, evaluation: bool, lens: Lens | None) -> Tokeniser:
+    return Tokeniser(run, source, template, evaluation=evaluation, lens=lens)
 
 
-def _block(rows: list[Tokenised], counts: Counter[str], bad: list[BadRow]) -> Block:
+def _block(rows: list[Tokenised], pictures: list[bytes], counts: Counter[str], bad: list[BadRow]) -> Block:
     ids, masks = [row for row, _, _ in rows], [mask for _, mask, _ in rows]
     marks = np.fromiter((mark for _, _, mark in rows), np.int32, len(rows))
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
@@ -236,9 +287,10 @@ def _block(rows: list[Tokenised], counts: Counter[str], bad: list[BadRow]) -> Bl
         content = flat[begin:end].tobytes() + mask[begin:end].tobytes()
         if marks[row]:
             content += marks[row].tobytes()
+        content += content_of(pictures[row])
         found = hashlib.blake2b(content, digest_size=16).digest()
         digests[row] = np.frombuffer(found, np.uint64)
-    return Block(flat, mask, lengths, trained, digests, marks, counts, bad)
+    return Block(flat, mask, lengths, trained, digests, marks, pictures, counts, bad)
 
 
 def _placed(error: DataError, reason: str, path: str, line: int) -> DataError:

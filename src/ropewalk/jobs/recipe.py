@@ -52,7 +52,7 @@ KEYS = frozenset(
     "load_best_model_at_end loss_watchdog_threshold loss_watchdog_patience".split()
 )
 KEYS_OF: Mapping[str, frozenset[str]] = {
-    "supervised": frozenset(),
+    "supervised": frozenset({"processor_type"}),
     "dpo": frozenset(
         "rl rl_beta dpo_loss_type dpo_loss_weights dpo_label_smoothing rpo_alpha kto_desirable_weight kto_undesirable_weight "
         "orpo_alpha simpo_gamma cpo_alpha".split()

@@ -75,7 +75,8 @@ def load_base(
     One that is `scored` has a new layer, or the base's own, in place of its output head (models/score_head.py).
     """
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
-    config = override(load_config(folder, trust_remote_code=trust_remote_code, whole=whole), overrides or {})
+    config = load_config(folder, trust_remote_code=trust_remote_code, whole=whole)
+    override(config.get_text_config() if whole else config, overrides or {})
     if scored is not None:
         config.num_labels = scored.outputs
         if getattr(config, "classifier_dropout", None) is None:

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ropewalk.errors import ConfigError
 from ropewalk.kernels.quant import FORMATS, QuantLinear
 from ropewalk.models.experts import expert_modules, projections
-from ropewalk.models.targets import special
+from ropewalk.models.targets import special, text_part
 
 METHOD = "ropewalk"
 
@@ -86,7 +86,9 @@ def to_quantise(model: PreTrainedModel) -> list[str]:
     """The full names of the parameters to quantise: the weights of linear layers and the stacks of experts."""
     modules = dict(model.named_modules())
     apart = set(special(model, modules))
-    linears = [f"{name}.weight" for name, module in modules.items() if type(module) is nn.Linear and name not in apart]
+    text = text_part(model)  # what sees or hears stays as it is
+    inside = [(name, module) for name, module in modules.items() if not text or name.startswith(f"{text}.")]
+    linears = [f"{name}.weight" for name, module in inside if type(module) is nn.Linear and name not in apart]
     # A state-space mixer's fused kernel reads the weight of its last projection itself and does not call the layer.
     linears = [name for name in linears if not (name.endswith("out_proj.weight") and _is_mamba(modules, name))]
     stacks = [f"{name}.{projection}" for name, module in expert_modules(model) for projection in projections(module)]

@@ -15,6 +15,7 @@ from ropewalk.config.scoring import scored
 from ropewalk.data.dataset import Batch
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.train.distributed import World
+from ropewalk.train.looking import Looking
 from ropewalk.train.preference_losses import Judged, Pairs, Preferred, cpo, dpo, kto, likelihood, mismatched_kl, orpo, simpo
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.samples import sum_by_sample, tokens_by_sample
@@ -48,15 +49,19 @@ class Likelihood:
 
     def __init__(self, pupil: Pupil, device: torch.device) -> None:
         self.pupil, self.device = pupil, device
+        self.looking = None if pupil.sighted is None else Looking(pupil.sighted.lens)
 
     def weight(self, batch: Batch) -> int:
         return batch.trained
 
     def begin(self, batches: Iterable[Batch]) -> None:
-        pass
+        if self.looking is not None:
+            self.looking.begin(batches)
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.pupil.loss(*_tensors(batch, self.device))
+        if self.looking is None:
+            return self.pupil.loss(*_tensors(batch, self.device))
+        return self.pupil.loss(*_tensors(batch, self.device), self.looking.next())
 
     def measured(self) -> Measures:
         return {}

@@ -18,7 +18,7 @@ from ropewalk.data.sources import HubSet, locate
 from ropewalk.errors import ConfigError, ModelError
 from ropewalk.models.hub import REPOSITORY, cached_folder, resolve_base
 from ropewalk.models.shapes import shape_folder
-from ropewalk.train.prepare import load_template
+from ropewalk.train.prepare import load_template, open_lens
 from ropewalk.train.prompts import prompts
 from ropewalk.train.questions import groups_of
 from ropewalk.train.rewards import specs_of
@@ -88,7 +88,7 @@ def check(run: Run, *, offline: bool = False) -> Plan:
     if folder is not None and here:
         seen = run.model_copy(update={"datasets": here, "pretraining_dataset": None})
         template = load_template(run, folder)
-        rows = _asked(seen, template) if run.by_rewards else previews(seen, template)
+        rows = _asked(seen, template) if run.by_rewards else previews(seen, template, lens=open_lens(run, folder))
     looked = _NOTHING if shape is None else _look(shape, run)
     return Plan(
         base_model=run.base_model,
@@ -163,11 +163,21 @@ def _look(folder: Path, run: Run) -> dict[str, Any]:
     return {
         "model": shape,
         "coverage": [asdict(row) for row in found.coverage.rows] if found.coverage else [],
-        "notes": list(found.coverage.notes) if found.coverage else [],
+        "notes": [*(found.coverage.notes if found.coverage else ()), *_of_tower(run, found.beside)],
         "trained": found.trained,
         "memory": found.memory,
         "ways": list(found.ways),
     }
+
+
+def _of_tower(run: Run, beside: int | None) -> list[str]:
+    """What the estimate of memory holds of the part that sees."""
+    if not run.sees:
+        return []
+    if beside is None:
+        return ["the tower that sees is not counted below: its shape is not on this disk"]
+    loaded = f"{_count(beside)} parameters beside the text part are" if beside else "the tower that sees is"
+    return [f"{loaded} loaded too and frozen; what the tower takes for the moment in which it looks is not counted below"]
 
 
 def _precision(run: Run) -> str:

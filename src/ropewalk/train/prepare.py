@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
@@ -13,6 +14,9 @@ from ropewalk.data.dataset import Data, open_data
 from ropewalk.models.hub import ensure_tokenizer, resolve_base
 from ropewalk.train.folder import RunFolder, join_folder, open_folder
 from ropewalk.train.questions import Questions, open_questions
+
+if TYPE_CHECKING:
+    from ropewalk.models.lens import Lens  # which needs torch
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class Prepared:
     data: Data | Questions  # prompts, where it is trained by rewards
     folder: RunFolder
     trusted: bool = False  # whether code that comes with the base may run; said on the command line only
+    lens: Lens | None = None  # of a run on pictures
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is a picture to learn from; without one the text part alone is loaded."""
+        return self.lens is not None and isinstance(self.data, Data) and self.data.shows
 
 
 def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False, quiet: bool = False) -> Prepared:
@@ -37,11 +47,22 @@ def prepare(run: Run, *, restart: bool = False, trust_remote_code: bool = False,
         told = None if quiet else tell
         base = resolve_base(run.base_model, run.revision_of_model, trust_remote_code=trust_remote_code, tell=told)
         template = load_template(run, base)
-        data = open_questions(run, template) if run.by_rewards else open_data(run, template, quiet=quiet or not leads())
-        return Prepared(run, base, template, data, folder, trust_remote_code)
+        lens = open_lens(run, base)
+        still = quiet or not leads()
+        data = open_questions(run, template) if run.by_rewards else open_data(run, template, quiet=still, lens=lens)
+        return Prepared(run, base, template, data, folder, trust_remote_code, lens)
     except BaseException:
         folder.close()
         raise
+
+
+def open_lens(run: Run, base: Path) -> Lens | None:
+    """How the base is shown pictures, for a run on some."""
+    if not run.sees:
+        return None
+    from ropewalk.models.lens import Lens  # only processors know how many ids a picture has, and they need torch
+
+    return Lens(base)
 
 
 def load_template(run: Run, base: Path) -> Template:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ropewalk.models.score_head import ScoreHead, score_head, score_name
 from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
+from ropewalk.train.sighted import Sighted
 
 # Where an expression over names of a model that also sees speaks of its text part, which is loaded here under plain names.
 TEXT_PART = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)\\?\.(?:model\\?\.)?")
@@ -50,6 +51,7 @@ class Pupil:
         if config.by_rewards or self._packs_on_cpu():
             self._learn_to_branch()
         self._layers_chosen = False
+        self.sighted: Sighted | None = None  # the model with its tower, where pictures are learnt from
         self.reference: PreTrainedModel | None = None  # the base once more, where every weight is trained and compared with it
         self.rounding: Rounding | None = None
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -58,7 +60,7 @@ class Pupil:
     def load(cls, prepared: Prepared, device: torch.device, resume: Path | None = None) -> Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
         config = prepared.run
-        full = config.adapter is None
+        full, sees = config.adapter is None, prepared.shows
         ways = _ways(prepared, device)
 
         def load(source: Path, *, trainable: bool) -> PreTrainedModel:
@@ -67,7 +69,7 @@ class Pupil:
                 source,
                 dtype=_dtype(config, device),
                 device=device,
-                attn_implementation=config.attention or "auto",
+                attn_implementation=config.attention or ("sdpa" if sees else "auto"),  # flash reads no mask of pictures
                 experts_implementation=config.experts,
                 quantize=config.quantization,
                 trust_remote_code=prepared.trusted,
@@ -75,11 +77,15 @@ class Pupil:
                 overrides=config.overrides_of_model_config,
                 random_weights=config.reinit_weights and resume is None,
                 scored=scored_by(config),
+                whole=sees,
             )
             _fit_vocabulary(made, prepared.template.vocabulary, config)
             return made
 
         model = load(resume if full and resume else prepared.base, trainable=full)
+        sighted = Sighted(model, prepared.lens, device) if sees and prepared.lens is not None else None
+        if sighted is not None:
+            model = sighted.text
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         if full and config.unfrozen_parameters:
@@ -98,6 +104,8 @@ class Pupil:
             recompute(model, ways, wrap=kept)
         model.train()
         pupil = cls(model, adapter, head, config)
+        if sighted is not None:
+            pupil.see(sighted)
         if rounding is not None:
             pupil.rounding = rounding
             pupil.notices += (
@@ -132,8 +140,16 @@ class Pupil:
             layer.requires_grad_(number in awake)
         self._layers_chosen = True
 
-    def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
-        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
+    def see(self, sighted: Sighted) -> None:
+        """From now on the whole model reads, of which this is the text part."""
+        self.sighted = sighted
+        sighted.train(True)
+        self.notices += (f"{sighted.frozen:,} parameters beside the text part, the tower that sees among them, stay frozen",)
+
+    def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor, seen: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]; `seen`: of pictures, see sighted.py."""
+        if self.sighted is not None:
+            return self.sighted.loss(self.head, ids, labels, seen or {})
         ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
         with attending:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
@@ -238,13 +254,13 @@ class Pupil:
     @contextmanager
     def quietly(self) -> Iterator[None]:
         """Within it nothing is dropped out and no gradient is kept; after it the model is in the mode it was in."""
-        training = self.model.training
-        self.model.eval()
+        training, whole = self.model.training, self.sighted or self.model
+        whole.train(False)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            whole.train(training)
 
     def save_weights(self, folder: Path) -> None:
         """The trained weights into a checkpoint's folder."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from ropewalk.config.preference import REFERENCED
 from ropewalk.config.run import Run
@@ -44,6 +44,7 @@ class Survey:
     trained: int
     memory: dict[str, int]  # by purpose, with the total and what is free here
     ways: tuple[Way, ...]  # what each layer keeps for the backward pass
+    beside: int | None  # parameters beside the text part, of a run on pictures; None: they are not known here
 
 
 def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey:
@@ -70,7 +71,8 @@ def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey
         _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
         coverage = adapter.coverage()
     room = Room.of(run, device or pick_device("auto"))
-    memory, ways = _memory(model, adapter, run, room)
+    beside = _beside(folder, run, total)
+    memory, ways = _memory(model, adapter, run, room, beside or 0)
     return Survey(
         config=config,
         model_type=str(config.model_type),
@@ -84,6 +86,7 @@ def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey
         trained=total if coverage is None else coverage.parameters,
         memory={**memory.as_dict(), "planned" if room.planned else "free": room.bytes},
         ways=ways,
+        beside=beside,
     )
 
 
@@ -107,7 +110,7 @@ class Room:
         )
 
 
-def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Room) -> tuple[Memory, tuple[Way, ...]]:
+def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Room, beside: int) -> tuple[Memory, tuple[Way, ...]]:
     """What one process will take, and the way of every layer: on a GPU where there or planned for one, else on this processor."""
     name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if room.on_gpu else "float32"
     asked = run.recompute
@@ -127,6 +130,7 @@ def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Roo
     )
     if run.adapter is None and run.rl in REFERENCED:
         found.weights *= 2  # the base, to compare with
+    found.weights += beside * model.dtype.itemsize
     ways = found.fill(room.bytes) if asked == "auto" else (asked,) * found.layers
     memory = found.of(ways)
     if room.on_gpu and memory.total > room.bytes:
@@ -135,6 +139,18 @@ def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Roo
             f"{_way_out(model, found, memory, run, ways)}"
         )
     return memory, ways
+
+
+def _beside(folder: Path, run: Run, text: int) -> int | None:
+    """Parameters of the whole model that its text part has not; None where the folder tells of the text part alone."""
+    if not run.sees:
+        return 0
+    config = load_config(folder, trust_remote_code=run.trust_remote_code, whole=True)
+    if getattr(config, "vision_config", None) is None:
+        return None
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=run.trust_remote_code)
+    return max(0, sum(p.numel() for p in whole.parameters()) - text)
 
 
 def _slots(run: Run) -> int:
