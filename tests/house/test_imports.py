@@ -123,6 +123,7 @@ LIGHT = [
     "ropewalk.engine.models",
     "ropewalk.engine.questioning",
     "ropewalk.engine.request",
+    "ropewalk.engine.vllm",
     "ropewalk.engine.scheduler",
     "ropewalk.models.hub",
     "ropewalk.config.run",

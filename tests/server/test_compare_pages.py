@@ -162,14 +162,21 @@ def test_what_is_better_is_shipped_and_rolled_back(home, admin):
     long = lambda number, right, by: f"{number} words" if by == "new" else "words " * 200
     one = made(home, source=ANYTHING, texts=long, right=lambda number, by: True)
     registry = home.server.app.state.registry
-    seen.goto(f"{home.server.url}/compare/{one.comparison.id}")
-    seen.get_by_role("link", name="Ship it…").click()
+    seen.goto(f"{home.server.url}/models")
+    expect(seen.get_by_role("row", name=re.compile("^lease-r16"))).to_contain_text("SHIP")
+    seen.get_by_role("link", name="Ship lease-r16").click()
     expect(seen.get_by_label("Alias that shall serve it")).to_have_value("leases")
     assert violations(seen) == []
     seen.get_by_role("button", name="Ship it", exact=True).click()
     seen.wait_for_url(f"**/compare/{one.comparison.id}", timeout=120_000)
     assert registry.aliases()["leases"] == "lease-r16"
     expect(seen.locator("main")).to_contain_text("leases serves lease-r16 since")
+    seen.goto(home.server.url + "/models")
+    seen.get_by_text("The same in words").click()
+    expect(seen.get_by_role("listitem").filter(has_text="shipped on a verdict")).to_contain_text(
+        "leases shipped on a verdict, from SHIP"
+    )
+    expect(seen.locator(".lineage svg g.good .title", has_text="SHIP")).to_be_visible()
     seen.goto(home.server.url + "/")
     row = seen.get_by_role("row", name=re.compile("leases"))
     expect(row).to_contain_text("SHIP")
@@ -246,7 +253,11 @@ def test_with_scripts_off_everything_is_links_and_forms(home, browser):
     one = made(home, right=lambda number, by: number > 3 or by == "old")
     with visit(browser, home.server.url, java_script_enabled=False) as found:
         page = found.sign_in(home.key).page
-        page.goto(f"{home.server.url}/compare/{one.comparison.id}")
+        page.goto(home.server.url + "/")
+        page.get_by_role("navigation", name="The loop").get_by_role("link", name="Shipping").click()
+        page.get_by_text("The same in words").click()
+        page.locator(f"""ul.chain a[href="/compare/{one.comparison.id}"]""").first.click()
+        expect(page).to_have_url(f"{home.server.url}/compare/{one.comparison.id}")
         page.get_by_role("link", name="Read what broke").click()
         page.get_by_role("link", name="Next regression").click()
         expect(page.get_by_role("heading", level=1)).to_contain_text("Prompt 2 broke")
@@ -271,6 +282,7 @@ def test_every_page_of_compare_can_be_read_by_everybody(home, browser, scheme):
     id, candidate = one.comparison.id, one.candidate.id
     addresses = [
         "/",
+        "/models",
         "/compare",
         "/compare/new",
         f"/compare/{id}",
@@ -320,7 +332,11 @@ def test_the_pictures_of_the_docs(home, browser, tmp_path):
         page.screenshot(path=folder / "compare-vote.png")
         page.goto(f"{home.server.url}/compare/{told.id}")
         page.screenshot(path=folder / "compare-card.png")
-    for name in ("page", "prompt", "vote", "card"):
-        with Image.open(folder / f"compare-{name}.png") as picture:
+        page.goto(f"{home.server.url}/models")
+        page.screenshot(path=folder / "models-page.png")
+        page.goto(f"{home.server.url}/")
+        page.screenshot(path=folder / "home-page.png")
+    for name in ("compare-page", "compare-prompt", "compare-vote", "compare-card", "models-page", "home-page"):
+        with Image.open(folder / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 100  # not an empty page
-            picture.convert("RGB").quantize(192).save(folder / f"compare-{name}.png", optimize=True)
+            picture.convert("RGB").quantize(192).save(folder / f"{name}.png", optimize=True)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from ropewalk.quickstart import facts
+from ropewalk.server import job_judges
 from ropewalk.tenants.workspaces import find_workspace
 
 PATIENCE = 120.0
@@ -265,6 +266,12 @@ def test_rewards_are_never_code_of_a_clients(tuned, grader):
         "os.system",
         "a.py:f",
         "judge",
+        {"kind": "judge", "model": "tiny", "url": "http://127.0.0.1:1"},
+        {"kind": "judge", "model": "tiny", "key_env": "HOME"},
+        {"kind": "judge", "model": "tiny", "cache": "/tmp/marks"},
+        {"kind": "judge", "model": "tiny", "least": 5, "most": 5},
+        {"kind": "judge", "model": "tiny", "rubric": 7},
+        {"kind": "judge", "model": "a b"},
         {"kind": "model", "path": "/x"},
         {"kind": "code"},
         {"kind": "exact", "function": "x"},
@@ -273,6 +280,19 @@ def test_rewards_are_never_code_of_a_clients(tuned, grader):
     ):
         with pytest.raises(openai.BadRequestError, match=r"reward_funcs\.0"):
             begin(tuned, put(tuned), method={"type": "reinforcement"}, ropewalk={"trl": {"reward_funcs": [reward]}})
+
+
+def test_a_judge_is_a_model_that_the_asker_could_ask(tuned, tmp_path):
+    house, (workspace, _) = tuned.house, tuned.house.workspace("judges of others")
+    (tmp_path / "adapter").mkdir()
+    house.app.state.registry.publish_adapter("theirs", tmp_path / "adapter", "tiny", {"job": "x", "workspace": workspace.id})
+    method = {"type": "reinforcement"}
+    for name in ("nobody", "theirs", "nobody/such:model"):
+        with pytest.raises(openai.BadRequestError, match=f"the judge '{name}' is no model that is served here"):
+            begin(tuned, put(tuned), method=method, ropewalk={"trl": {"reward_funcs": [{"kind": "judge", "model": name}]}})
+    caller = house.run(house.store.local_caller("fine-tuning"))
+    with pytest.raises(BadInput, match="makes room for the job"):  # on a GPU
+        house.run(job_judges.check(house.app.state.models, caller, ["tiny"], takes_turns=True))
 
 
 def test_both_prefixes_are_the_same_jobs_and_lists_are_paged(asked):
@@ -327,11 +347,15 @@ def test_while_a_job_has_the_device_the_engine_is_gone_and_comes_back_by_itself(
         assert client.messages.create(**question).usage.output_tokens == 1
 
 
-def test_a_job_learns_by_rewards_that_are_built_in(tuned):
+def test_a_job_learns_by_rewards_that_are_built_in_and_by_a_judge(tuned):
     held = [{"messages": one["messages"]} for one in rows(8)]
     file = put(tuned, "".join(json.dumps(row) + "\n" for row in held))
     trl = {
-        "reward_funcs": [{"kind": "length", "unit": "words", "most": 3}, {"kind": "exact"}],
+        "reward_funcs": [
+            {"kind": "length", "unit": "words", "most": 3},
+            {"kind": "exact"},
+            {"kind": "judge", "model": "answers", "rubric": "Is it short?", "least": 0, "most": 4, "name": "short"},
+        ],
         "num_generations": 2,
         "max_completion_length": 8,
     }

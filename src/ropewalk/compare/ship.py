@@ -93,7 +93,9 @@ async def ship(
         if await asyncio.to_thread(_name, models, registry, move.candidate.target) != move.name:
             raise BadInput(f"'{move.candidate.target}' has come to stand for something else meanwhile")
         overridden = reason if against is not None else None
-        return await _swap(store, registry, caller, move, digest, replace(replay, files=read), overridden)
+        done = await _swap(store, registry, caller, move, digest, replace(replay, files=read), overridden)
+    await models.follow(alias)
+    return done
 
 
 async def rollback(
@@ -131,6 +133,8 @@ async def rollback(
         except BaseException:
             await asyncio.shield(asyncio.to_thread(_put_back, registry, alias, history[:-1], history))
             raise
+    if load:
+        await models.follow(alias)
     mine = await promotions.list_promotions(store, caller, alias)
     return next((one for one in mine if standing is not None and one.id == standing.id), None)
 

@@ -10,6 +10,8 @@ models:
   qwen: {base: ./models/qwen3-0.6b, price: {input: 0.1, output: 0.4, cache_read: 0.01, as_of: 2026-11-22}}
   tuned: {adapter: runs/x/adapter, base: ./models/qwen3-0.6b}
   big: {remote: openai, url: http://gpu:8000, model: qwen3-30b, key_env: UPSTREAM_KEY}     another server's; or remote: anthropic
+vllm: {url: http://gpu:8000, base: qwen3-30b}     a vLLM server writes in the place of this machine's engine (docs/vllm.md)
+jobs: ray                              or {ray: {address: "head:6379", workers: 4}}: trainings on a Ray cluster (docs/ray.md)
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
+from ropewalk.config.cluster import RayCluster, read_cluster
 from ropewalk.config.document import Document, Place, read_document
 from ropewalk.config.section import made, mapping, only, wrong
 from ropewalk.tenants.prices import Price, is_day
@@ -29,6 +32,7 @@ from ropewalk.tenants.prices import Price, is_day
 Api = Literal["anthropic", "openai"]
 KEY_ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 POOLINGS = ("", "mean", "cls", "last")
+KEYS = ("models", "engine", "retrieval", "embeddings", "preload", "warm_at_upload", "fetch_urls", "vllm", "jobs")
 CURRENCY = re.compile(r"[A-Z]{3}")
 T = TypeVar("T")
 
@@ -92,6 +96,18 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class Vllm:
+    """A vLLM server that writes for one base and the adapters over it, in the place of this machine's engine."""
+
+    url: str
+    base: str = ""  # a name of the registry, or a folder: tokenizer and chat template are read here; '': the only one published
+    model: str = ""  # what the server calls that base; '': the model that it lists first
+    key_env: str = ""  # the environment variable that holds the key; '': VLLM_API_KEY, if that is set
+    adapters: str = ""  # a folder that both see, to which adapters are copied; '': they are read where they are published
+    adapters_there: str = ""  # that folder, as the server sees it
+
+
+@dataclass(frozen=True)
 class Serving:
     """The file. `models` None: whatever the registry has published."""
 
@@ -102,6 +118,8 @@ class Serving:
     preload: tuple[str, ...] = ()  # models whose engines start with the server
     warm_at_upload: tuple[str, ...] = ()  # models that read a file as soon as it is uploaded
     fetch_urls: bool = True  # documents at addresses of the public internet
+    vllm: Vllm | None = None  # None: this machine's engine writes
+    jobs: RayCluster | None = None  # None: beside this server, on its machine
     folder: Path = field(default=Path("."))  # relative paths are of here
 
     def price(self, name: str) -> Price | None:
@@ -114,7 +132,7 @@ def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
     document = read_document(path)
     values = document.values
-    only(document, (), values, ("models", "engine", "retrieval", "embeddings", "preload", "warm_at_upload", "fetch_urls"))
+    only(document, (), values, KEYS)
     models: dict[str, ServedModel] | None = None
     if "models" in values:
         named = mapping(document, ("models",), values["models"])
@@ -129,6 +147,8 @@ def read_serving(path: Path | str) -> Serving:
         _names(document, "preload", models),
         _names(document, "warm_at_upload", models),
         _bool(document, "fetch_urls", True),
+        _vllm(document, values["vllm"]) if "vllm" in values else None,
+        read_cluster(document, values.get("jobs")),
         Path(path).resolve().parent,
     )
     for name in ("memory_gb", "disk_gb", "longest", "threads"):
@@ -204,21 +224,8 @@ def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remo
         raise wrong(document, (*place, "remote"), f"remote is {values['remote']!r}; expected {' or '.join(get_args(Api))}")
     own = {f.name: values[f.name] for f in fields(Remote) if f.name in values}
     remote = made(Remote, document, place, {**own, "api": values["remote"]}, required=("url",))
-    try:
-        parts = urlsplit(remote.url)
-        named = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        named = False
-    where = (*place, "url")
-    if not named or parts.scheme not in ("http", "https"):
-        raise wrong(document, where, f"url '{remote.url}' is no address; expected http://... or https://...")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise wrong(
-            document, where, "url holds a user, a query or a fragment; a key is named by key_env, and stands in no file"
-        )
-    if remote.key_env and not KEY_ENV.fullmatch(remote.key_env):
-        # Not repeated: it may be the key itself.
-        raise wrong(document, (*place, "key_env"), "key_env is no name of an environment variable, such as UPSTREAM_KEY")
+    _address(document, (*place, "url"), remote.url)
+    _variable(document, (*place, "key_env"), remote.key_env)
     if remote.files not in ("inline", "upload"):
         raise wrong(document, (*place, "files"), f"files is {remote.files!r}; expected inline or upload")
     if remote.files == "upload" and remote.api != "anthropic":
@@ -226,6 +233,43 @@ def _remote(document: Document, place: Place, values: Mapping[str, Any]) -> Remo
     if remote.longest < 0:
         raise wrong(document, (*place, "longest"), f"longest is {remote.longest}; expected 0 or more")
     return remote
+
+
+def _vllm(document: Document, found: Any) -> Vllm:
+    place: Place = ("vllm",)
+    vllm = made(Vllm, document, place, mapping(document, place, found), required=("url",))
+    _address(document, (*place, "url"), vllm.url)
+    _variable(document, (*place, "key_env"), vllm.key_env)
+    if vllm.adapters_there and not vllm.adapters:
+        raise wrong(
+            document, (*place, "adapters_there"), "adapters_there says how the server sees the folder `adapters`; name both"
+        )
+    return vllm
+
+
+def _address(document: Document, place: Place, url: str) -> None:
+    if (why := wrong_address(url)) is not None:
+        raise wrong(document, place, why)
+
+
+def _variable(document: Document, place: Place, name: str) -> None:
+    if name and not KEY_ENV.fullmatch(name):
+        # Not repeated: it may be the key itself.
+        raise wrong(document, place, "key_env is no name of an environment variable, such as UPSTREAM_KEY")
+
+
+def wrong_address(url: str) -> str | None:
+    """Why this is no address of a server; None for one that may be."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named or parts.scheme not in ("http", "https"):
+        return f"url '{url}' is no address; expected http://... or https://..."
+    if parts.username is not None or parts.query or parts.fragment:
+        return "url holds a user, a query or a fragment; a key is named by key_env, and stands in no file"
+    return None
 
 
 def _names(document: Document, key: str, models: Mapping[str, ServedModel] | None) -> tuple[str, ...]:

@@ -27,13 +27,13 @@ from ropewalk.chat.retrieval import Chunk, Index, fitted, joined
 from ropewalk.chat.signatures import Signatures
 from ropewalk.chat.template import Template
 from ropewalk.config.serving import Retrieval
-from ropewalk.engine.client import EngineClient
 from ropewalk.engine.embedding import Meanings
 from ropewalk.engine.pictures import Album
 from ropewalk.engine.replying import Plain, Reply
 from ropewalk.engine.request import NEVER, Grammar, Keep, Picture, Request, Sampling, Span, acts_from
 from ropewalk.engine.sources import Sources
 from ropewalk.engine.thinking import bounded, budget_of
+from ropewalk.engine.token_engine import TokenEngine
 from ropewalk.errors import BadInput
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
@@ -88,12 +88,12 @@ def _spent(event: ReplyEvent) -> dict[str, int | str] | None:
 
 @dataclass(frozen=True)
 class Answerer:
-    """One model of this machine, ready to be asked."""
+    """One model whose prompts are made here, ready to be asked."""
 
     store: Store
     sources: Sources
-    places: Places
-    client: EngineClient
+    places: Places | None  # None: nothing that was read lies on this machine
+    client: TokenEngine
     template: Template
     weights: str  # names the base's content
     adapter: str | None = None
@@ -180,12 +180,13 @@ class Answerer:
             return Reply(self.template, request, parser, passes, cut_short=room < request.max_tokens)
 
         replies, over = [reply() for _ in range(request.samples)], set[int]()
-        usage = Usage()
+        cost: Usage | None = None
         async with aclosing(bounded(lambda sent: self.client.generate(sent, album.pixels, over), sent, budget)) as events:
             async for event in events:
                 if event.read is not None:
-                    usage = prompt.usage(event.created or 0, event.read)
-                    yield 0, Started(usage, prompt.ids if request.tokens else ())
+                    begun, cost = cost is not None, prompt.usage(event.created or 0, event.read)
+                    if not begun:
+                        yield 0, Started(cost, prompt.ids if request.tokens else ())
                 if event.sample in over:
                     continue  # a stop sequence has ended it, which the engine hears of only now
                 one = replies[event.sample]
@@ -193,7 +194,7 @@ class Answerer:
                     yield event.sample, said
                 if one.over:
                     over.add(event.sample)
-                    for said in one.finish(usage):
+                    for said in one.finish(cost or Usage()):
                         yield event.sample, said
                     if len(over) == len(replies):
                         break
@@ -205,7 +206,7 @@ class Answerer:
         images = request.images()
         if not images:
             return Album()
-        if not await asyncio.to_thread(sees, Path(self.client.settings.base)):
+        if not await asyncio.to_thread(sees, self.client.folder):
             raise unseen()
         await self.client.start()
         if self.client.eyes is None:
@@ -304,7 +305,7 @@ class Answerer:
                 parts.append(shown.digest)
             name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             keep = None
-            if piece.kept:
+            if piece.kept and self.places is not None:
                 sealing = hashlib.sha256(b"".join([own, *(keys[id] for id in piece.files)])).digest()
                 path = self.places.path(self.weights, name)
                 keep = Keep(str(path), derive(sealing, "segment"))

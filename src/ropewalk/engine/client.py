@@ -5,30 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ropewalk.engine import child
 from ropewalk.engine.lines import EngineSettings, read_event, write_request
 from ropewalk.engine.request import FORGOTTEN, Event, Request, Span
+from ropewalk.engine.token_engine import Eyes, Pixels
 from ropewalk.errors import BadInput, EngineDied, Overloaded
 
 MOST_SIZES = 10_000  # of pictures, whose ids are remembered
 HELD_SECONDS = 15.0
-
-
-Pixels = Callable[[Iterable[str]], Awaitable[dict[str, bytes]]]
-
-
-@dataclass(frozen=True)
-class Eyes:
-    """How the model of an engine sees."""
-
-    token: str  # what its chat template writes for a picture
-    digest: str  # changes when it comes to look at pictures in another way
 
 
 class EngineClient:
@@ -47,6 +37,11 @@ class EngineClient:
         self._streams: dict[str, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count()
         self._adapters: dict[str, str] = {}  # name -> folder: what a new process is told first
+
+    @property
+    def folder(self) -> Path:
+        """The base's."""
+        return Path(self.settings.base)
 
     async def start(self) -> None:
         """Starts the process, if it is not there; raises what keeps it from starting."""

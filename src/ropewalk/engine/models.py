@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ import httpx
 from ropewalk.chat.messages import Document, FileId, Image, MessagesRequest, Turn, Usage
 from ropewalk.chat.template import Template
 from ropewalk.chat.tokenizer import own_source, read_json
-from ropewalk.config.serving import Serving
+from ropewalk.config.serving import Remote, Serving, Vllm
 from ropewalk.engine.answer import Answerer, Places
 from ropewalk.engine.client import EngineClient
 from ropewalk.engine.counted import Answers, Counted
@@ -30,7 +31,9 @@ from ropewalk.engine.lines import EngineSettings
 from ropewalk.engine.remote import RemoteAnswerer
 from ropewalk.engine.remote_files import PLACE, RemoteFiles, erase
 from ropewalk.engine.sources import Sources
+from ropewalk.engine.token_engine import TokenEngine
 from ropewalk.engine.upstream import Upstream, http_client
+from ropewalk.engine.vllm import VllmEngine
 from ropewalk.errors import ConfigError, EngineDied, NotFound, Overloaded, RopewalkError
 from ropewalk.files.catalog import File
 from ropewalk.files.fetch import fetch
@@ -42,6 +45,7 @@ from ropewalk.models.hub import cached_folder, ensure_tokenizer
 from ropewalk.models.identity import stamp, weights_digest
 from ropewalk.registry import Entry, Registry
 from ropewalk.tenants.caller import RIGHTS, Caller
+from ropewalk.vault import derive
 
 START_SECONDS = 45.0  # a request waits so long for its model to be loaded; the SDK's own patience is 10 minutes
 RETRY_SECONDS = 15.0
@@ -50,6 +54,7 @@ LENT = "a training job has the device; ask again in a while"
 THINKING = ("<think>", "[THINK]", "<|channel", "enable_thinking", "reasoning_content")  # in a chat template
 AHEAD = 2  # files that are read ahead at once: questions come first
 AHEAD_TRIES = 20
+PROBE = "The lighthouse was built in 1907; its light reaches 23 miles.\n\tÜber alles: 灯台!"  # two bases read it as other ids
 
 log = logging.getLogger("ropewalk.engine")
 
@@ -88,7 +93,7 @@ class Base:
     stamp: str
     weights: str
     template: Template
-    client: EngineClient
+    client: TokenEngine
     adapters: dict[str, Adapter] = field(default_factory=dict)  # stamp -> what the engine has loaded
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     starting: asyncio.Task[None] | None = None
@@ -104,6 +109,7 @@ class Adapter:
     """An adapter in an engine."""
 
     name: str  # there
+    folder: Path
     digest: str
     invocation: tuple[int, ...] | None  # of an activated one
 
@@ -121,6 +127,7 @@ class Models:
         self._remotes: dict[str, RemoteAnswerer] = {}
         self._remote_files = RemoteFiles(store)
         self._meanings: Meanings | None = None  # made at the first question
+        self._stood: dict[str, Path | None] = {}  # with vLLM: names that were asked for -> their adapters, None: their bases
         self._opening = asyncio.Lock()
         self._lent, self._lent_bases = "", list[Path]()  # why no engine may start, while a job has the device; those that ran
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -140,14 +147,16 @@ class Models:
         if target.base is None:
             return self._remote(name)
         base = await self._base(target.base)
-        parts = self.store, self._sources, self._places, base.client, base.template, base.weights
+        places = self._places if self.serving.vllm is None else None  # what a vLLM server has read lies in its own memory
+        parts = self.store, self._sources, places, base.client, base.template, base.weights
         answerer = Answerer(*parts, retrieval=self.serving.retrieval, meanings=self._meant())
         if not loaded:
             return answerer
         await self._started(name, base)
-        if target.adapter is None:
+        adapter = await self._adapter(base, target.adapter) if target.adapter is not None else None
+        await self._let_go(base, name, target.adapter)
+        if adapter is None:
             return answerer
-        adapter = await self._adapter(base, target.adapter)
         return replace(answerer, adapter=adapter.name, adapter_digest=adapter.digest, invocation=adapter.invocation)
 
     async def load(self, target: Target) -> None:
@@ -157,6 +166,25 @@ class Models:
             await self._started(target.base.name, base)
             if target.adapter is not None:
                 await self._adapter(base, target.adapter)
+
+    async def follow(self, alias: str) -> None:
+        """An alias was moved: a vLLM server is told at once, and not by the next who asks."""
+        if self.serving.vllm is not None:
+            try:
+                await self._answerer(alias, loaded=True)
+            except RopewalkError as error:  # whoever asks next is told
+                log.warning("'%s' was moved, and the vLLM server does not follow: %s", alias, error)
+
+    async def well(self) -> bool | None:
+        """Whether the vLLM server answers; None where there is none."""
+        if self.serving.vllm is None:
+            return None
+        try:
+            base = await self._base(await asyncio.to_thread(self._vllm_base, self.serving.vllm))
+        except RopewalkError:
+            return False
+        assert isinstance(base.client, VllmEngine)
+        return await base.client.well()
 
     async def warm(self, caller: Caller, name: str, file_id: str) -> Usage:
         """Reads a file ahead of the first question about it."""
@@ -185,7 +213,7 @@ class Models:
         else:
             seen = [name for name, entry in entries.items() if caller is None or _may_see(caller, entry)]
             names = [*seen, *(alias for alias, to in self.registry.aliases().items() if to in entries)]
-        found = [self._listed(name) for name in dict.fromkeys(names)]
+        found = [self._listed(name) for name in dict.fromkeys(names) if self._is_answered(name)]
         return sorted(found, key=lambda listed: (listed.created, listed.name), reverse=True)
 
     def find(self, name: str, caller: Caller | None = None) -> Listed:
@@ -348,6 +376,30 @@ class Models:
             f"base '{name}' is no folder, no name of the registry, and not downloaded: ropewalk models pull {name}"
         )
 
+    def _vllm_base(self, vllm: Vllm) -> Path:
+        """The folder of the base that the vLLM server writes for."""
+        if vllm.base:
+            return self._base_folder(vllm.base)
+        bases = [entry for entry in self.registry.entries() if entry.kind == "base"]
+        if len(bases) != 1:
+            raise ConfigError(
+                f"which base the vLLM server serves is not said, and {len(bases)} are published here; name it by --vllm-base, or "
+                "by `base` in the block vllm of the file of models"
+            )
+        return Path(bases[0].path)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this machine's engine answers for it, and not another server."""
+        return self.serving.vllm is None and self.target(name).base is not None
+
+    def _is_answered(self, name: str) -> bool:
+        """Whether somebody is there to answer for it: a vLLM server does for one base."""
+        if self.serving.vllm is None or (base := self.target(name).base) is None:
+            return True
+        with suppress(ConfigError):  # which base it is, whoever asks is told
+            return base == self._vllm_base(self.serving.vllm)
+        return True
+
     def _listed(self, name: str) -> Listed:
         target = self.target(name)
         if target.base is None:
@@ -359,11 +411,19 @@ class Models:
             entry = self.registry.resolve(name)
         except NotFound:
             written = datetime.fromtimestamp((target.adapter or target.base).stat().st_mtime, UTC)
-            return Listed(name, name, written.isoformat(timespec="seconds"), longest or None, _senses(target.base))
+            return Listed(name, name, written.isoformat(timespec="seconds"), longest or None, self._senses(target.base))
         shown = entry.name if entry.base is None else f"{entry.name} (over {entry.base})"
         return Listed(
-            name, shown if name == entry.name else f"{name}, now {shown}", entry.created, longest or None, _senses(target.base)
+            name,
+            shown if name == entry.name else f"{name}, now {shown}",
+            entry.created,
+            longest or None,
+            self._senses(target.base),
         )
+
+    def _senses(self, folder: Path) -> Senses | None:
+        found = _senses(folder)
+        return replace(found, sees=found.sees and self.serving.vllm is None) if found is not None else None
 
     # -- engines
 
@@ -374,11 +434,29 @@ class Models:
             if base is None or base.stamp != mark:
                 if base is not None:  # other weights lie there now
                     await _stop(base)
-                weights, template = await asyncio.to_thread(_opened, folder)
-                settings = self._settings(folder, weights)
-                base = self._bases[folder] = Base(mark, weights, template, EngineClient(settings))
-                base.client.held = self._lent
+                if self.serving.vllm is None:
+                    weights, template = await asyncio.to_thread(_opened, folder)
+                    base = Base(mark, weights, template, EngineClient(self._settings(folder, weights)))
+                    base.client.held = self._lent
+                else:
+                    base = await asyncio.to_thread(self._elsewhere, self.serving.vllm, folder, mark)
+                self._bases[folder] = base
             return base
+
+    def _elsewhere(self, vllm: Vllm, folder: Path, mark: str) -> Base:
+        """A base that a vLLM server writes for. Its weights need not lie here: tokenizer and chat template are read."""
+        own = self._vllm_base(vllm)
+        if folder != own:
+            raise ConfigError(
+                f"the base in '{folder.name}' is not the one that the vLLM server writes for, which is '{own.name}'; "
+                "serve it by another `ropewalk serve`, or as a remote in the file of models"
+            )
+        template = Template.load(ensure_tokenizer(folder))
+        self._http = self._http or http_client()
+        key = vllm.key_env or ("VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else "")
+        upstream = Upstream(vllm.base or folder.name, Remote("openai", vllm.url, key_env=key), self._http)
+        probe = PROBE, template.encode_content(PROBE)
+        return Base(mark, "", template, VllmEngine(folder, vllm, upstream, derive(self.store.cursor_key, "vllm"), probe))
 
     def _settings(self, folder: Path, weights: str) -> EngineSettings:
         options = self.serving.engine
@@ -417,9 +495,25 @@ class Models:
             if mark not in base.adapters:
                 config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
                 invocation = config.get("alora_invocation_tokens")
-                digest = await base.client.load_adapter(mark, folder)
-                base.adapters[mark] = Adapter(mark, digest, tuple(invocation) if invocation else None)
+                name = mark if self.serving.vllm is None else f"{self._published_as(folder)}@{mark[:12]}"
+                digest = await base.client.load_adapter(name, folder)
+                base.adapters[mark] = Adapter(name, folder, digest, tuple(invocation) if invocation else None)
             return base.adapters[mark]
+
+    def _published_as(self, folder: Path) -> str:
+        """What an adapter is called where others read its name."""
+        return next((entry.name for entry in self.registry.entries() if Path(entry.path) == folder), folder.name)
+
+    async def _let_go(self, base: Base, name: str, adapter: Path | None) -> None:
+        """An adapter that none of the names stands for any more by which somebody has asked leaves the vLLM server."""
+        if not isinstance(base.client, VllmEngine):
+            return
+        left, self._stood[name] = self._stood.get(name), adapter
+        if left is None or left in self._stood.values():
+            return
+        async with base.busy:
+            for mark in [mark for mark, one in base.adapters.items() if one.folder == left]:
+                await base.client.unload_adapter(base.adapters.pop(mark).name)
 
     def _meant(self) -> Meanings | None:
         options = self.serving.embeddings

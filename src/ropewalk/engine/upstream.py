@@ -64,6 +64,21 @@ class Upstream:
         async with self._opened("POST", path, content=await _json(body)) as response:
             return await self._whole(response)
 
+    async def get(self, path: str) -> Mapping[str, Any]:
+        """A whole answer to a question without a body; a path that begins with / is of the server itself, not of its /v1."""
+        async with self._opened("GET", path) as response:
+            return await self._whole(response)
+
+    async def ping(self, path: str) -> None:
+        """Returns where it is answered with 200, once."""
+        async with self._opened("GET", path, tries=1):
+            return
+
+    async def tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """Has something done that answers with nothing to be read; asked once."""
+        async with self._opened("POST", path, content=await _json(body), tries=1):
+            return
+
     async def upload(self, filename: str, data: bytes, media_type: str) -> str:
         """The id that the other server gives a file; asked once, since nobody knows whether a failed upload left one."""
         sent = {"file": (filename, data, media_type)}
@@ -173,6 +188,8 @@ class Upstream:
 
     def _address(self, path: str) -> str:
         base = self.remote.url.rstrip("/")
+        if path.startswith("/"):
+            return base.removesuffix("/v1") + path
         versioned = base.endswith("/v1") if self.remote.api == "anthropic" else bool(urlsplit(base).path)
         return f"{base}/{path}" if versioned else f"{base}/v1/{path}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ropewalk.checks import parse_check
 from ropewalk.config.run import parse_run
 from ropewalk.errors import BadInput, ConfigError
 from ropewalk.files.catalog import File
+from ropewalk.jobs.judge_desk import URL
 
 Method = Literal["supervised", "dpo", "reinforcement"]
 METHODS: tuple[Method, ...] = ("supervised", "dpo", "reinforcement")
@@ -78,7 +80,9 @@ TRL_KEYS = frozenset(
 )
 CHECKS = ("exact", "contains", "regex", "numeric", "choice", "length", "schema")  # those of checks.py that run no code
 SHAPES: Mapping[str, frozenset[str]] = {"format": frozenset({"tags", "partial"}), "repetition": frozenset({"n"})}
-REWARDS = (*CHECKS, *SHAPES)
+JUDGE = frozenset({"model", "rubric", "least", "most"})  # of a judge, which is a model of the caller's workspace by its name
+MOST_RUBRIC, MOST_JUDGES = 10_000, 3
+REWARDS = (*CHECKS, *SHAPES, "judge")
 REWARD_KEYS = frozenset({"kind", "name", "weight", "limit"})
 CHECK_KEYS = frozenset(
     {"reference", "after", "reference_after"}
@@ -138,7 +142,7 @@ def make_recipe(asked: Asked, seed: int, training: File, validation: File | None
         if file is not None:
             _is_data(file, rows)
     epochs = EPOCHS if asked.epochs is None else asked.epochs
-    batch = max(1, min(64, round(training.size / ROW_BYTES / 500))) if asked.batch_size is None else asked.batch_size
+    batch = _auto_batch(training) if asked.batch_size is None else asked.batch_size
     rate = RATES[asked.method] * (1.0 if asked.rate is None else asked.rate)
     config: dict[str, Any] = {
         "adapter": "lora",
@@ -179,6 +183,19 @@ def make_recipe(asked: Asked, seed: int, training: File, validation: File | None
     return Recipe(config, told)
 
 
+def _auto_batch(training: File) -> int:
+    """About one row in five hundred; a power of two, which several workers can share."""
+    return min(64, 1 << max(0, round(math.log2(max(1.0, training.size / ROW_BYTES / 500)))))
+
+
+def judges_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The models that a job's configuration names as judges, each once."""
+    trl = config.get("trl")
+    funcs = trl.get("reward_funcs") if isinstance(trl, Mapping) else None
+    named = [one.get("model") for one in funcs or () if isinstance(one, Mapping) and one.get("kind") == "judge"]
+    return tuple(dict.fromkeys(name for name in named if isinstance(name, str)))
+
+
 def _checked(asked: Asked) -> dict[str, Any]:
     """The keys of the run, all of which a client may give."""
     allowed = KEYS | KEYS_OF[asked.method]
@@ -200,13 +217,14 @@ def _checked(asked: Asked) -> dict[str, Any]:
 
 
 def _rewarded(trl: Any) -> dict[str, Any]:
-    """The block `trl`, whose rewards are all built in."""
+    """The block `trl`, whose rewards are all built in, or judges."""
     if not isinstance(trl, Mapping) or not isinstance(trl.get("reward_funcs"), list) or not trl["reward_funcs"]:
         raise BadInput(
             'method reinforcement needs its rewards: extra_body={"ropewalk": {"trl": {"reward_funcs": [{"kind": "numeric"}]}}}'
         )
     found = _only(trl, TRL_KEYS, "ropewalk.trl")
-    for number, entry in enumerate(found["reward_funcs"]):
+    found["reward_funcs"] = rewards = [dict(one) if isinstance(one, Mapping) else one for one in found["reward_funcs"]]
+    for number, entry in enumerate(rewards):
         where = f"ropewalk.trl.reward_funcs.{number}"
         spec = {"kind": entry} if isinstance(entry, str) else entry
         if not isinstance(spec, Mapping) or spec.get("kind") not in REWARDS:
@@ -215,11 +233,29 @@ def _rewarded(trl: Any) -> dict[str, Any]:
                 f"{where}: {str(shown)[:80]!r} is no reward that a job may use; expected one of {', '.join(REWARDS)}"
             )
         own = {key: value for key, value in spec.items() if key not in REWARD_KEYS}
-        if (kind := spec["kind"]) in SHAPES:
+        if (kind := spec["kind"]) == "judge":
+            rewards[number] = {**spec, **_judge(own, where)}
+        elif kind in SHAPES:
             _only(own, SHAPES[kind], where)
         else:
             parse_check({"kind": kind, **{key: value for key, value in own.items() if key not in CHECK_KEYS}}, where)
+    if len(judges := judges_of({"trl": found})) > MOST_JUDGES:
+        raise BadInput(f"ropewalk.trl.reward_funcs: {len(judges)} models as judges; a job may ask {MOST_JUDGES}")
     return found
+
+
+def _judge(own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A judge, less what says where it is reached: that is for the server to say."""
+    _only(own, JUDGE, where)
+    model, rubric, least, most = own.get("model"), own.get("rubric", ""), own.get("least", 1), own.get("most", 10)
+    if not isinstance(model, str) or not 1 <= len(model) <= 256 or "," in model or " " in model:
+        raise BadInput(f'{where}.model: a judge is named by a model that is served here: {{"kind": "judge", "model": NAME}}')
+    if not isinstance(rubric, str) or len(rubric) > MOST_RUBRIC:
+        raise BadInput(f"{where}.rubric: expected a text of {MOST_RUBRIC:,} characters at most")
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= 1e6 for one in (least, most))
+    if not numbers or least >= most:
+        raise BadInput(f"{where}: marks from {least!r} to {most!r}; expected two numbers, the smaller one first")
+    return {"url": URL}
 
 
 def _only(given: Mapping[str, Any], allowed: frozenset[str], where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -13,29 +14,17 @@ from ropewalk.compare import bookmarks, candidates, digest, promotions, records,
 from ropewalk.compare.records import Comparison, StoredVerdict
 from ropewalk.compare.state import State
 from ropewalk.errors import BadInput
-from ropewalk.server import compare_views as views
+from ropewalk.jobs.ledger import Job
 from ropewalk.server import words
 from ropewalk.server.pages import inside
+from ropewalk.server.served import Slot, slot_of
 from ropewalk.server.visitors import Visitor, address, read_form, show, signed_in, store_of
-from ropewalk.server.words import Moment
 from ropewalk.tenants.quotas import usage
+from ropewalk.tenants.token_report import report
 
 RECENT = 50  # comparisons that are looked through for what waits
 MOST_WAITING = 8
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What an alias serves."""
-
-    alias: str
-    name: str
-    since: Moment | None
-    verdict: str
-    look: str
-    href: str | None
-    override: str
-    may_roll_back: bool
+DAYS = 30  # in which questions are counted
 
 
 @dataclass(frozen=True)
@@ -59,20 +48,23 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Station:
-    """One part of the loop, and how much there is of it."""
+class Step:
+    """One step of the loop, and how much there is of it."""
 
     label: str
     count: str
     what: str
-    href: str | None
+    href: str
+    next: bool  # it is the one to take now
 
 
 @dataclass(frozen=True)
 class HomePage:
     """/"""
 
-    loop: tuple[Station, ...]
+    loop: tuple[Step, ...]
+    advice: str  # the next step, as a sentence
+    advice_href: str
     slots: tuple[Slot, ...]
     waiting: tuple[Waiting, ...]
     bookmarks: tuple[Mark, ...]
@@ -108,20 +100,26 @@ async def home(request: Request, visitor: Visitor) -> Response:
     aliases, listed = await asyncio.gather(
         asyncio.to_thread(state.registry.aliases), asyncio.to_thread(state.models.listed, caller)
     )
-    entries = await asyncio.to_thread(state.registry.entries)
+    entries, names = await asyncio.to_thread(state.registry.entries), {one.name for one in listed}
     async with store.database.reading() as connection:
         scope = ("user", f"{caller.workspace_id}/{caller.user_id}") if caller.user_id else ("workspace", caller.workspace_id)
         used = await usage(connection, *scope)
-    decided = sum(len(some) for some in given.values())
-    trained = sum(entry.kind == "adapter" for entry in entries)
+    standing_now = Counts(
+        files=used.used_files,
+        jobs=(await state.jobs.ledger.list(caller, RECENT)).jobs,
+        trained=sum(one.kind == "adapter" and "step" not in one.lineage and one.name in names for one in entries),
+        verdicts=sum(len(some) for some in given.values()),
+        shippable=await _shippable(request, visitor, given),
+        aliases=len(aliases),
+        served=len(listed),
+        questions=await _questions(request, visitor),
+    )
+    loop, advice, advice_href = the_loop(standing_now)
     page = HomePage(
-        loop=(
-            Station("Files", f"{used.used_files:,}", "stored once, read once", "/files"),
-            Station("Training", f"{trained:,}", "adapters published", None),
-            Station("Models", f"{len(listed):,}", "served", "/chat"),
-            Station("Verdicts", f"{decided:,}", "of recorded runs", "/compare"),
-        ),
-        slots=tuple([await _slot(request, visitor, alias, name, standing.get(alias)) for alias, name in aliases.items()]),
+        loop=loop,
+        advice=advice,
+        advice_href=advice_href,
+        slots=tuple([await slot_of(request, visitor, alias, name, standing.get(alias)) for alias, name in aliases.items()]),
         waiting=tuple(await _waiting(request, visitor, recent, given)),
         bookmarks=tuple(
             Mark(f"/{'compare' if one.kind == 'comparison' else 'candidates'}/{one.target}", one.title, one.kind, one.target)
@@ -163,25 +161,70 @@ async def show_digest(request: Request, visitor: Visitor) -> Response:
     return await show(request, visitor, "compare/digest.html", "Weekly digest", page)
 
 
-async def _slot(request: Request, visitor: Visitor, alias: str, name: str, by: promotions.Promotion | None) -> Slot:
-    """An alias with the verdict that it got there by."""
-    verdict, look, href = "", "even", None
-    if by is not None and by.comparison_id is not None:
-        href = f"/compare/{by.comparison_id}"
-        given = await records.editions(store_of(request), visitor.caller, by.comparison_id)
-        on = next((one for one in given if one.id == by.verdict_id), None)
-        if on is not None:
-            verdict, look = f"{on.verdict.state} {on.verdict.interval or ''}".strip(), views.state_look(on.verdict.state)
-    return Slot(
-        alias,
-        name,
-        None if by is None else words.moment(by.created_at),
-        verdict,
-        look,
-        href,
-        (by.override_reason or "") if by else "",
-        visitor.may("admin") and by is not None,
+@dataclass(frozen=True)
+class Counts:
+    """How much there is of each step."""
+
+    files: int
+    jobs: Sequence[Job]  # newest first
+    trained: int
+    verdicts: int
+    shippable: str  # where a verdict waits to be shipped
+    aliases: int
+    served: int
+    questions: int  # of the last days
+
+
+def the_loop(now: Counts) -> tuple[tuple[Step, ...], str, str]:
+    """The five steps, and which is next: the sentence, and where it leads."""
+    running = next((job for job in now.jobs if job.state in ("running", "queued")), None)
+    if not now.files:
+        at, advice, href = 0, "Upload a file: it becomes documents that are asked about, and rows to train on.", "/files"
+    elif running is not None:
+        progress = f"step {running.step:,} of {running.steps:,}" if running.steps else running.state
+        at, advice, href = 1, f"A training is on its way: {progress}.", f"/jobs/{running.id}"
+    elif not now.trained:
+        at, advice, href = 1, "Train a model on a file of rows, with OpenAI’s client or `ropewalk train`.", "/jobs"
+    elif not now.verdicts:
+        at, advice, href = 2, "Compare the trained model with its base: a verdict says which one to ship.", "/compare/new"
+    elif now.shippable:
+        at, advice, href = 3, "A verdict says SHIP: point an alias at the better model.", now.shippable
+    elif not now.aliases:
+        at, advice, href = 3, "Point an alias at a model, so that who asks need not know which one it is.", "/compare"
+    else:
+        at, advice, href = 4, "Ask the alias about a file, and see its citations and what was not read again.", "/chat"
+    done = sum(job.state == "succeeded" for job in now.jobs)
+    steps = (
+        ("Files", f"{now.files:,}", "stored once", "/files"),
+        ("Training", f"{now.trained:,}", f"models, {done:,} of jobs" if done else "models trained", "/jobs"),
+        ("Comparison", f"{now.verdicts:,}", "verdicts of recorded runs", "/compare"),
+        ("Shipping", f"{now.aliases:,}", "aliases served", "/models"),
+        ("Questions", f"{now.questions:,}", f"in {DAYS} days", "/usage"),
     )
+    return tuple(Step(*told, number == at) for number, told in enumerate(steps)), advice, href
+
+
+async def _questions(request: Request, visitor: Visitor) -> int:
+    caller, state = visitor.caller, request.app.state
+    await state.models.ledger.flush()
+    found = await report(store_of(request).database, caller.workspace_id, DAYS, lambda name: None, caller.user_id)
+    return found.total.requests
+
+
+async def _shippable(request: Request, visitor: Visitor, given: dict[str, list[StoredVerdict]]) -> str:
+    """The first verdict that permits a move which nobody has made; '' where there is none, or none for this visitor."""
+    if not visitor.may("admin"):
+        return ""
+    moved = {
+        (one.comparison_id, one.candidate_id) for one in await promotions.list_promotions(store_of(request), visitor.caller)
+    }
+    waiting = (
+        address(f"/compare/{id}/ship", {"candidate": said.candidate_id})
+        for id, some in given.items()
+        for said in some
+        if said.verdict.may_ship and (id, said.candidate_id) not in moved
+    )
+    return next(waiting, "")
 
 
 async def _waiting(

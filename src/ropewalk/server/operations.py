@@ -47,10 +47,16 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
 
-@operation("the process answers", {200: record({"status": STRING})}, public=True)
+@operation(
+    "the process answers; with a vLLM server behind it, whether that is well or out of reach",
+    {200: record({"status": STRING, "vllm": STRING}, optional=["vllm"])},
+    public=True,
+)
 async def health(request: Request) -> JSON:
     """GET /health"""
-    return JSON({"status": "ok"})
+    # A vLLM server that is away takes no file from anybody: the process itself is well.
+    well = await request.app.state.models.well()
+    return JSON({"status": "ok"} | ({} if well is None else {"vllm": "well" if well else "out of reach"}))
 
 
 @operation(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ropewalk.verbs import Verbs, add_verb, settings_of, store_arguments
+
+if TYPE_CHECKING:
+    from ropewalk.config.serving import Serving
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -16,6 +20,17 @@ def add_verbs(verbs: Verbs) -> None:
     store_arguments(serve)
     serve.add_argument(
         "--models", type=Path, metavar="YAML", help="which models are served, and how (default: all that are published)"
+    )
+    serve.add_argument(
+        "--engine",
+        choices=("own", "vllm"),
+        help="what writes: this machine's engine, or a vLLM server (default: vllm where the file of models names one, else own)",
+    )
+    serve.add_argument("--vllm-url", metavar="URL", help="the vLLM server, such as http://gpu:8000; its key is in VLLM_API_KEY")
+    serve.add_argument(
+        "--vllm-base",
+        metavar="NAME",
+        help="the base that it serves, by its name here (default: the only one that is published)",
     )
     serve.add_argument("--preload", nargs="+", default=[], metavar="NAME", help="models to load before the first question")
     serve.add_argument(
@@ -53,7 +68,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from ropewalk.server.serve import serve
     from ropewalk.server.settings import ServerSettings
 
-    serving = read_serving(arguments.models) if arguments.models else Serving()
+    serving = _written_by(arguments, read_serving(arguments.models) if arguments.models else Serving())
     return serve(
         settings_of(arguments, max_file_bytes=round(arguments.max_file_mb * 1_000_000)),
         ServerSettings(
@@ -69,3 +84,25 @@ def _serve(arguments: argparse.Namespace) -> int:
             serving=replace(serving, preload=(*serving.preload, *arguments.preload)),
         ),
     )
+
+
+def _written_by(arguments: argparse.Namespace, serving: Serving) -> Serving:
+    """With or without a vLLM server, as the flags say, else as the file does."""
+    from dataclasses import replace
+
+    from ropewalk.config.serving import Vllm, wrong_address
+    from ropewalk.errors import BadInput
+
+    url, base = arguments.vllm_url, arguments.vllm_base
+    if arguments.engine == "own" or not (arguments.engine or url or base):
+        if url or base:
+            raise BadInput("--vllm-url and --vllm-base are of --engine vllm")
+        return replace(serving, vllm=None) if arguments.engine else serving
+    if url is not None and (why := wrong_address(url)) is not None:
+        raise BadInput(f"--vllm-url: {why}")
+    if url is None and serving.vllm is None:
+        raise BadInput(
+            "--engine vllm needs the server's address: --vllm-url http://gpu:8000, or the block vllm in the file of models"
+        )
+    found = serving.vllm or Vllm(url)
+    return replace(serving, vllm=replace(found, url=url or found.url, base=base or found.base))

@@ -13,7 +13,15 @@ from ropewalk.server.previews import Preview
 from ropewalk.server.words import Moment, Part, estimate, exactly, kind_of, moment, parts, size
 from ropewalk.tenants.quotas import Usage
 
-LINKS = (("/", "Home"), ("/files", "Files"), ("/chat", "Chat"), ("/jobs", "Jobs"), ("/compare", "Compare"), ("/usage", "Usage"))
+LINKS = (
+    ("/", "Home"),
+    ("/files", "Files"),
+    ("/chat", "Chat"),
+    ("/jobs", "Jobs"),
+    ("/models", "Models"),
+    ("/compare", "Compare"),
+    ("/usage", "Usage"),
+)
 BELOW = {"/candidates": "/compare", "/method": "/compare", "/digest": "/", "/rollback": "/"}  # pages under another’s link
 KEEP = (
     (None, "until deleted"),

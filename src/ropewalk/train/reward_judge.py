@@ -1,7 +1,7 @@
 """A reward that another model gives: it is shown a question and an answer and says a mark, which is kept on disk.
 
-The model is asked over HTTP, in Anthropic's Messages or OpenAI's chat completions: one that `ropewalk serve` serves, or any other.
-Kept are hashes and marks, no text.
+The model is asked over HTTP, in Anthropic's Messages or OpenAI's chat completions: one that `ropewalk serve` serves, or any other. In a
+job of a server it is asked by that server, over a socket. Kept are hashes and marks, no text.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Coroutine, Mapping
@@ -24,6 +25,9 @@ from ropewalk.home import home
 RUBRIC = "How good is the answer: is it right, complete, and no longer than it needs to be?"
 SILENCE_SECONDS = 60.0
 MARK_TOKENS = 200
+MOST_SAID = 1 << 20
+SERVER = "ropewalk:"  # a url: the server that runs this training as a job asks the model (jobs/judge_desk.py)
+SOCKET = "ROPEWALK_JUDGES"
 MARK = re.compile(r'"mark"\s*:\s*(-?\d+(?:\.\d+)?)')
 Judge = Callable[..., Coroutine[Any, Any, float]]
 
@@ -36,15 +40,21 @@ def judge(params: Mapping[str, Any]) -> Judge:
         raise BadInput(f"the judge's api is {api!r}; expected anthropic (Messages) or openai (chat completions)")
     if not all(isinstance(one, (int, float)) for one in (least, most)) or least >= most:
         raise BadInput(f"the judge's marks go from {least!r} to {most!r}; expected two numbers, the smaller one first")
+    socket = os.environ.get(SOCKET, "") if params["url"] == SERVER else ""
+    if params["url"] == SERVER and not socket:
+        raise BadInput(f"url is '{SERVER}', which only a job of a server may say; expected http://... or https://...")
     remote = Remote(api=api, url=params["url"], model=params["model"], key_env=params.get("key_env", ""))
     marks = Marks(Path(params["cache"]) if "cache" in params else home() / "cache" / "rewards" / "marks.sqlite")
     asked: dict[str, asyncio.Future[float]] = {}  # two equal answers are asked for once
     upstream: list[Upstream] = []  # made in the loop that uses it
 
     async def mark_of(key: str, words: str) -> float:
-        if not upstream:
-            upstream.append(Upstream(params["model"], remote, http_client(SILENCE_SECONDS)))
-        mark = await ask(upstream[0], words, least, most)
+        if socket:
+            mark = _mark(params["model"], await ask_server(socket, params["model"], words, least, most), least, most)
+        else:
+            if not upstream:
+                upstream.append(Upstream(params["model"], remote, http_client(SILENCE_SECONDS)))
+            mark = await ask(upstream[0], words, least, most)
         marks.keep(key, mark)
         return mark
 
@@ -90,10 +100,33 @@ async def ask(upstream: Upstream, words: str, least: float, most: float) -> floa
     else:
         choices = (await upstream.ask("chat/completions", body)).get("choices") or [{}]
         text = str((choices[0].get("message") or {}).get("content") or "")
+    return _mark(upstream.name, text, least, most)
+
+
+async def ask_server(socket: str, model: str, words: str, least: float, most: float) -> str:
+    """What a model says that the server asks, which runs this training."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(socket, limit=MOST_SAID)
+        try:
+            writer.write(json.dumps({"model": model, "words": words, "least": least, "most": most}).encode() + b"\n")
+            await writer.drain()
+            answer = json.loads(await reader.readline() or b'{"error": "the server has gone"}')
+        finally:
+            writer.close()
+    except (OSError, ValueError) as error:
+        raise UpstreamFailed(
+            f"the judge {model} cannot be asked: the server that runs this job does not answer ({error})"
+        ) from error
+    if "error" in answer:
+        raise UpstreamFailed(f"the judge {model} cannot be asked: {answer['error']}")
+    return str(answer["text"])
+
+
+def _mark(judge: str, text: str, least: float, most: float) -> float:
     found = MARK.search(text)
     if found is None or not least <= float(found[1]) <= most:
         raise UpstreamFailed(
-            f"the judge {upstream.name} said {text[:80]!r}; expected a mark from {least:g} to {most:g} as JSON; this answer has none"
+            f"the judge {judge} said {text[:80]!r}; expected a mark from {least:g} to {most:g} as JSON; this answer has none"
         )
     return float(found[1])
 

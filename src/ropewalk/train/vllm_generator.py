@@ -150,7 +150,7 @@ class VllmGenerator:
             path = (self.folder / name).resolve()
             self.adapter.save(path)
             try:
-                self.server.load_adapter(name, str(path))
+                self.server.load_adapter(name, str(path), experts=bool(self.adapter.experts))
             except Refused as refused:
                 raise self._no_adapters(refused, path) from None
         self.world.wait()

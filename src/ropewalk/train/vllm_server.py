@@ -7,7 +7,7 @@ What is relied on, from vLLM's sources (vllm/entrypoints/openai/completion/proto
     POST /v1/completions              prompt: [ids], return_token_ids -> choices[].token_ids, finish_reason; logprobs: 0 ->
                                       choices[].logprobs.token_logprobs, of the sampled ids alone. Before temperature and truncation
                                       unless the server runs with --logprobs-mode processed_logprobs, then after both.
-    POST /v1/load_lora_adapter        {lora_name, lora_path}, and /v1/unload_lora_adapter {lora_name}: there only under --enable-lora and
+    POST /v1/load_lora_adapter        {lora_name, lora_path, is_3d_lora_weight}, and /v1/unload_lora_adapter {lora_name}: there only under --enable-lora and
                                       VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; the path is read by the server
 
 Every wait has a bound. A server that is overloaded or cannot be reached is asked again, before the bound.
@@ -109,9 +109,9 @@ class VllmServer:
             raise self._failed(f"answers {answer.status_code} when asked for its models")
         return found
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """The server reads an adapter's folder; `Refused` where it will not."""
-        self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+    def load_adapter(self, name: str, path: str, *, experts: bool) -> None:
+        """The server reads an adapter's folder; `Refused` where it will not. `experts`: it holds factors of stacks of experts."""
+        self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "is_3d_lora_weight": experts})
 
     def unload_adapter(self, name: str) -> None:
         """Nothing where it is not there any more."""
