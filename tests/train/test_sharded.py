@@ -240,7 +240,7 @@ def test_a_process_whose_partner_dies_ends_and_says_so(config, tmp_path):
 
 def test_torchrun_starts_the_processes(config, tmp_path):
     path = config(fsdp_version=2, **KEYS | {"num_epochs": None, "max_steps": 1, "val_set_size": 0})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-m", "ropewalk", "train", str(path)], capture_output=True, text=True, env=env, check=False

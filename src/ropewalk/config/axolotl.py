@@ -26,21 +26,13 @@ _IGNORED = {
     """,
     "experts are quantised together with the rest of the base": "quantize_moe_experts",
     "the original checkpoint is read as it is": "llama4_linearized_experts",
-    "every process holds the whole model, and gradients are reduced; nothing is sharded, so see the memory estimate": """
-        fsdp fsdp_config fsdp_version fsdp_final_state_dict_type fp32_norms fp32_norm_classes deepspeed deepcompile
-        dp_shard_size dp_replicate_size qlora_sharded_model_loading
+    "losses and norms are computed in float32 where it matters": "fp32_norms fp32_norm_classes",
+    "a quantised base is sharded as any other": "qlora_sharded_model_loading",
+    "the adapter and every checkpoint are written whole": "fsdp_final_state_dict_type",
+    "processes are started by torchrun or --processes, and find each other": """
+        ddp ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config local_rank world_size
     """,
-    "rows and layers are not split over devices; each process trains whole rows of its own": """
-        context_parallel_size sequence_parallel_degree tensor_parallel_size heads_k_stride ring_attn_func
-    """,
-    "every process holds all experts": """
-        expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
-        expert_parallel_token_capacity expert_parallel_fallback_on_unsupported
-    """,
-    "processes are started by torchrun and find each other": """
-        ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters accelerator_config local_rank
-        world_size use_ray ray_run_name ray_num_workers resources_per_worker
-    """,
+    "on Ray a run is called by its output_dir": "ray_run_name",
     "the model goes to the device of its process": "device device_map low_cpu_mem_usage experimental_skip_move_to_device",
     "the class is found from the base's config.json": """
         model_type tokenizer_type cls_model_config tokenizer_use_fast tokenizer_legacy is_falcon_derived_model
@@ -49,9 +41,9 @@ _IGNORED = {
     "the tokenizer.json of the base is used, which gives the same tokens": """
         tokenizer_use_mistral_common tokenizer_save_jinja_files
     """,
-    "NF4 here is always double-quantised and computes in the run's dtype": "bnb_config_kwargs",
+    "4-bit bases are always double-quantised here and compute in the run's dtype": "bnb_config_kwargs",
     "all of a model but its text part always stays frozen": "freeze_mm_modules",
-    "adapter factors are always kept in float32": "peft_autocast_adapter_dtype embeddings_skip_upcast",
+    "embeddings stay in the type that they are read in": "embeddings_skip_upcast",
     "tied weights stay tied": "peft_ensure_weight_tying",
     "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
     "the model runs uncompiled, with the same result": """
@@ -60,7 +52,7 @@ _IGNORED = {
     "found from the layer": "lora_fan_in_fan_out",
     "adapters are merged afterwards, by `ropewalk merge`": "merge_lora merge_method lora_on_cpu",
     "recomputation keeps its routing and needs no reentrant form": """
-        gradient_checkpointing_kwargs selective_checkpointing layer_offloading
+        gradient_checkpointing_kwargs selective_checkpointing
     """,
     "batches are read from a memory-mapped cache; there is no loader to tune": """
         dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor remove_unused_columns dataset_keep_in_memory
@@ -115,7 +107,9 @@ _IGNORED = {
         pose_max_context_len pose_num_chunks scaling_softmax_factor scaling_softmax_bias fp8_enable_fsdp_float8_all_gather
         nvfp4_merge_aware_start_step role_boundaries
         liger_use_token_scaling model_quantization_config_kwargs grokfast_lamb spectrum_model_name lr_div_factor
-        optim_target_modules kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
+        optim_target_modules heads_k_stride ring_attn_func expert_parallel_backend expert_parallel_num_nvl_bytes
+        expert_parallel_num_rdma_bytes expert_parallel_token_capacity expert_parallel_fallback_on_unsupported
+        kd_ce_alpha kd_alpha kd_temperature kd_beta kd_normalize_topk kd_online_topk
         kd_online_server kd_online_timeout kd_temperature_min
     """,
 }
@@ -144,7 +138,24 @@ _REFUSED = {
     "Spectrum's choice of layers is not supported; list them in unfrozen_parameters": "spectrum_top_fraction",
     "this loss is not supported; remove it for the usual cross entropy": "use_eaft neftune_noise_alpha noisy_embedding_alpha",
     "diffusion language models are not supported": "diffusion",
-    "distillation is not supported yet; train on text that the teacher wrote": "kd_trainer kd_online_server_base_url",
+    (
+        "distillation from a teacher's probabilities is not supported; train on text that the teacher wrote: have it answer the "
+        "prompts over /v1/messages/batches, and name the answers under datasets"
+    ): "kd_trainer kd_online_server_base_url",
+    (
+        "rows are not split over devices (context parallelism); for longer rows write gradient_checkpointing: offload, for larger "
+        "models fsdp_version: 2, and lower sequence_len where that is not enough"
+    ): "context_parallel_size sequence_parallel_degree",
+    (
+        "layers are not split over devices (tensor parallelism); fsdp_version: 2 shards the same weights over all processes, and a "
+        "model that is only served is split by vLLM: ropewalk serve with engine: vllm"
+    ): "tensor_parallel_size",
+    (
+        "experts are not split over devices (expert parallelism); fsdp_version: 2 shards them over all processes, with everything else"
+    ): "expert_parallel_size",
+    (
+        "DeepSpeed is not used; its stages 1, 2 and 3 are fsdp_version: 2 here, and its offloading is fsdp_config: {offload_params: true}"
+    ): "deepspeed deepcompile",
     "training through a remote service is not supported": "hatchery",
     "NeMo Gym is not supported": """
         nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout
@@ -189,13 +200,13 @@ _PLUGINS = {
     "CutCrossEntropyPlugin": "",
     "LigerPlugin": "",
     "KernelsPlugin": "",
-    "ExpertParallelPlugin": "",
+    "ExpertParallelPlugin": "",  # its keys say whether it is to do anything
     "SwanLabPlugin": "",
     "LMEvalPlugin": "",
     "SpectrumPlugin": "",
     "DiffusionPlugin": "diffusion language models are not supported",
     "LLMCompressorPlugin": "sparse or compressed training is not supported yet",
-    "KDPlugin": "distillation is not supported yet",
+    "KDPlugin": "distillation is not supported; train on text that the teacher wrote",
     "GrokfastPlugin": "Grokfast is not supported",
     "DenseMixerPlugin": "the dense pass over experts is not supported",
     "HatcheryPlugin": "training through a remote service is not supported",
@@ -205,12 +216,6 @@ _PLUGINS = {
 
 # The keys of nested blocks, so that a misspelt one is found there too. What a block does not list here takes any key.
 _BLOCKS = {
-    "fsdp_config": """
-        fsdp_version version activation_checkpointing offload_params sync_module_states cpu_ram_efficient_loading
-        cpu_offload_pin_memory use_orig_params state_dict_type final_state_dict_type auto_wrap_policy
-        transformer_layer_cls_to_wrap min_num_params reshard_after_forward mixed_precision_policy sharding_strategy
-        backward_prefetch forward_prefetch limit_all_gathers fsdp_version
-    """,
     "gradient_checkpointing_kwargs": "use_reentrant preserve_rng_state",
     "selective_checkpointing": "save save_sliding_window recompute_layer_types offload",
     "bnb_config_kwargs": """
@@ -268,6 +273,20 @@ _REFUSED_IN_TRL = {
     "write it at the top of the configuration": "chat_template_kwargs",
 }
 
+# Keys of the block `fsdp_config` that have no field in parallel.py: reason -> keys.
+_IN_FSDP = {
+    "every decoder layer is sharded by itself, and what is around them together": """
+        auto_wrap_policy transformer_layer_cls_to_wrap min_num_params
+    """,
+    "the adapter and every checkpoint are written whole": "state_dict_type final_state_dict_type",
+    "FSDP2 needs none of it": """
+        version fsdp_version use_orig_params sync_module_states limit_all_gathers backward_prefetch forward_prefetch
+        cpu_offload_pin_memory
+    """,
+    "a process keeps its part of what it reads and no more": "cpu_ram_efficient_loading",
+    "the dtype is chosen by bf16, and gradients are added up in float32": "mixed_precision_policy",
+}
+
 # Keys of a data source that are Axolotl's and have no effect here that was asked for.
 _OF_SOURCES = {
     "this belongs into the mapping of type": "prompt_format chosen_format rejected_format completion_format",
@@ -287,8 +306,6 @@ _SIZES = frozenset(
         "sequence_parallel_degree",
         "tensor_parallel_size",
         "expert_parallel_size",
-        "dp_shard_size",
-        "dp_replicate_size",
     ]
 )
 
@@ -301,6 +318,7 @@ IGNORED = _by_key(_IGNORED)
 REFUSED = _by_key(_REFUSED)
 SOURCE_KEYS = _by_key(_OF_SOURCES)
 IGNORED_IN_TRL = _by_key(_IN_TRL)
+IGNORED_IN_FSDP = _by_key(_IN_FSDP)
 REFUSED_IN_TRL = _by_key(_REFUSED_IN_TRL)
 # Values of `rl` that are Axolotl's and not ours.
 REFUSED_METHODS = {"ebft": "energy-based fine-tuning is not supported; train on the answers as chat_template, or with rl: orpo"}
@@ -348,12 +366,19 @@ def sort_trl(value: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     return kept, ignored, refused
 
 
+def sort_fsdp(value: Any) -> tuple[Any, dict[str, str]]:
+    """The block `fsdp_config` without the prefix that its keys may have and without those that are not needed; those, with reasons."""
+    if not isinstance(value, dict) or not value:
+        return value or None, {}
+    plain = {key if key == "fsdp_version" else str(key).removeprefix("fsdp_"): found for key, found in value.items()}
+    ignored = {key: IGNORED_IN_FSDP[key] for key in plain if key in IGNORED_IN_FSDP}
+    return {key: found for key, found in plain.items() if key not in ignored and found is not None}, ignored
+
+
 def strangers(name: str, value: Any) -> Iterator[tuple[tuple[str | int, ...], list[str]]]:
     """Keys inside a block that nobody knows, each with those that are known."""
     if name in _BLOCKS and isinstance(value, dict):
         known = _BLOCKS[name].split()
-        if name == "fsdp_config":  # each may be written with the prefix too
-            known += [f"fsdp_{key}" for key in known]
         yield from (((key,), known) for key in value if key not in known)
 
 
@@ -367,7 +392,7 @@ def _by_value(name: str, value: Any) -> Answer | None:
     """Keys whose answer depends on what they say."""
     match name, value:
         case "bnb_config_kwargs", {"bnb_4bit_quant_type": kind} if kind != "nf4":
-            return Answer(f"4-bit bases are NF4 here, not {kind}; remove bnb_4bit_quant_type", refused=True)
+            return Answer(f"4-bit bases are nf4 or int4 here, not {kind}; write bnb_4bit_quant_type by itself, or remove it", refused=True)
         case "model_quantization_config", "Mxfp4Config":
             return Answer("MXFP4 experts are read as bfloat16; load_in_4bit holds them as NF4")
         case "peft_init_lora_weights", True:

@@ -36,6 +36,9 @@ def sort_keys(document: Document, model: type[BaseModel]) -> tuple[dict[str, Any
                 value, skipped, cannot = axolotl.sort_trl(value)
                 ignored |= {f"trl.{key}": reason for key, reason in skipped.items()}
                 inside += [((name, key), f"key 'trl.{key}': {reason}") for key, reason in cannot.items()]
+            if name == "fsdp_config":
+                value, skipped = axolotl.sort_fsdp(value)
+                ignored |= {f"fsdp_config.{key}": reason for key, reason in skipped.items()}
             unknown += _unknown_inside(value, model, (name,))
             inside += _refused_inside(name, value)
             if value is not None:

@@ -37,6 +37,11 @@ def _word(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _off(value: Any) -> Any:
+    # And a bare `off` too.
+    return "off" if value is False else value
+
+
 Count = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
 Dropout = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, lt=1)]
 AboveZero = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0, allow_inf_nan=False)]
@@ -45,6 +50,7 @@ Number = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, allow_inf_n
 Share = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, le=1)]
 GigaBytes = Annotated[float, BeforeValidator(lambda value: giga_bytes(value)), Field(gt=0, allow_inf_nan=False)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
+Stream = Annotated[Literal["auto", "experts", "layers", "off"], BeforeValidator(_off)]
 Moment = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_word)]
 Optimizer = Literal[
     "adamw_torch_fused",
@@ -180,7 +186,7 @@ class ModelKeys(Group):
         alias="model_config",
     )
     reinit_weights: bool = key("Begin from new random weights of this shape, to train a model from nothing.", False)
-    load_in_4bit: bool = key("Hold the frozen base as 4-bit NF4, experts included.", False)
+    load_in_4bit: bool = key("Hold the frozen base in 4 bits, experts included; see bnb_4bit_quant_type.", False)
     load_in_8bit: bool = key("Hold the frozen base as 8-bit integers, experts included.", False)
     bf16: bool | Literal["auto"] | None = key("Compute in bfloat16; auto, the default: where the device does, else float32.")
     bfloat16: bool | None = key("Another name for bf16.")
@@ -298,7 +304,11 @@ class TrainingKeys(Group):
     warmup_ratio: Share | None = key("The same as a share of all steps; default 3 % and at most 100 steps.")
     cosine_min_lr_ratio: Share | None = key("The share of the highest rate that cosine and rex end at; default 0.")
     cosine_constant_lr_ratio: Share | None = key("Cosine reaches its lowest rate at this share of the steps and stays there.")
-    optimizer: Optimizer = key("The optimizer; 8- and 4-bit AdamW are torchao's, whatever the name.", "adamw_torch_fused")
+    optimizer: Optimizer = key(
+        "The optimizer. 8-bit AdamW, by any of its names, quantises its moments in blocks of 256 (arXiv 2110.02861); adamw_torch_8bit is "
+        "torchao's on a GPU where that is installed, adamw_torch_4bit always.",
+        "adamw_torch_fused",
+    )
     weight_decay: Number = key("Decoupled weight decay.", 0.0)
     adam_beta1: Share = key("AdamW's first decay.", 0.9)
     adam_beta2: Share = key("AdamW's second decay.", 0.999)
@@ -312,6 +322,12 @@ class TrainingKeys(Group):
     gpu_memory_limit: GigaBytes | None = key(
         "Plan for a GPU with so much memory, a number of GB or as in 24GiB, and take no more of it; default: all there is."
     )
+    stream_weights: Stream = key(
+        "Own: frozen weights of decoder layers wait in the host's memory and come to the GPU layer by layer: experts, or whole "
+        "layers; auto: where the run does not fit otherwise, as much as makes it fit.",
+        "auto",
+    )
+    layer_offloading: bool = key("Axolotl's name for stream_weights: layers.", False)
     activation_offloading: bool | Literal["legacy", "hidden_states"] | None = key(
         "The same as gradient_checkpointing: offload."
     )

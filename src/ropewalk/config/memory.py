@@ -52,6 +52,8 @@ def conflicts_of_memory(run: Run) -> Iterator[tuple[Place, str]]:
             ("float32_master",),
             f"float32_master is kept by AdamW, not by {run.optimizer}; write optimizer: adamw_8bit or adamw_torch, or remove it",
         )
+    if run.float32_master and run.sharded:
+        yield ("float32_master",), "float32_master is not kept of sharded weights; remove it, or the keys of fsdp"
     if run.step_in_backward:
         yield from _in_backward(run)
 
@@ -69,5 +71,7 @@ def _in_backward(run: Run) -> Iterator[tuple[Place, str]]:
             f"step_in_backward needs one forward pass per step, and gradient_accumulation_steps makes {run.accumulation}; write 1 "
             "(and a larger micro_batch_size), or remove step_in_backward",
         )
+    if run.sharded:
+        yield ("step_in_backward",), "step_in_backward is for one process, and fsdp shards over several; keep one of them"
     if run.by_rewards:
         yield ("step_in_backward",), f"rl: {run.rl} takes a step over several passes; remove step_in_backward"

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ropewalk.config import axolotl
+from ropewalk.config.cluster import ClusterKeys
 from ropewalk.config.keys import (
     AdapterKeys,
     DataKeys,
@@ -19,6 +20,8 @@ from ropewalk.config.keys import (
     SpecialTokens,
     TrainingKeys,
 )
+from ropewalk.config.memory import MemoryKeys
+from ropewalk.config.parallel import FsdpKeys, ParallelKeys
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys, TrlKeys
 from ropewalk.config.rounding import QatKeys, RoundingKeys
@@ -46,6 +49,10 @@ _SECTIONS: tuple[tuple[type[BaseModel], str], ...] = (
     (ScoringKeys, "Training of reward models"),
     (RoundingKeys, "Training for quantisation"),
     (QatKeys, "Training for quantisation: the block `qat`"),
+    (ParallelKeys, "Several processes"),
+    (FsdpKeys, "Several processes: the block `fsdp_config`"),
+    (MemoryKeys, "Memory"),
+    (ClusterKeys, "On a Ray cluster"),
     (OutputKeys, "Evaluation, saving and logging"),
 )
 
@@ -69,6 +76,9 @@ def reference_page() -> str:
     parts.append(_others("Axolotl's keys that are not needed", "They are accepted and listed in the plan.", axolotl.IGNORED))
     parts.append(_others("Axolotl's keys of `trl` that are not needed", "They are accepted too.", axolotl.IGNORED_IN_TRL))
     parts.append(_others("Axolotl's keys of `trl` that are not supported", "They stop the run.", axolotl.REFUSED_IN_TRL))
+    parts.append(
+        _others("Axolotl's keys of `fsdp_config` that are not needed", "They are accepted too.", axolotl.IGNORED_IN_FSDP)
+    )
     parts.append(_others("Axolotl's keys that are not supported", "They stop the run, unless switched off.", axolotl.REFUSED))
     return "\n".join(parts)
 

@@ -7,11 +7,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ropewalk.chat.families import SOURCES
+from ropewalk.config.memory import conflicts_of_memory
+from ropewalk.config.parallel import conflicts_of_parallel
 from ropewalk.config.preference import conflicts_of_preference
 from ropewalk.config.rounding import conflicts_of_rounding
 from ropewalk.config.scoring import conflicts_of_scoring
 from ropewalk.config.sight import conflicts_of_sight
-from ropewalk.config.vllm import conflicts_of_vllm
+from ropewalk.config.vllm import by_server, conflicts_of_vllm
 
 if TYPE_CHECKING:
     from ropewalk.config.document import Place
@@ -32,6 +34,8 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from conflicts_of_scoring(run)
     yield from conflicts_of_vllm(run)
     yield from conflicts_of_rounding(run)
+    yield from conflicts_of_parallel(run)
+    yield from conflicts_of_memory(run)
     yield from conflicts_of_sight(run)
     yield from _output(run)
 
@@ -131,6 +135,7 @@ def _training(run: Run) -> Iterator[tuple[Place, str]]:
             )
     elif run.batch_size and run.batch_size % run.micro_batch_size:
         yield ("batch_size",), f"batch_size {run.batch_size} is not a multiple of micro_batch_size {run.micro_batch_size}"
+    yield from _streaming(run)
     if run.warmup_steps is not None and run.warmup_ratio is not None:
         yield ("warmup_ratio",), "warmup_steps and warmup_ratio exclude each other; keep one"
     if run.warmup_steps and run.warmup_steps > 1 and run.warmup_steps % 1:
@@ -138,6 +143,30 @@ def _training(run: Run) -> Iterator[tuple[Place, str]]:
             ("warmup_steps",),
             f"key 'warmup_steps': {run.warmup_steps} is neither a whole number of steps nor a share below 1",
         )
+
+
+def _streaming(run: Run) -> Iterator[tuple[Place, str]]:
+    asked = run.stream_weights not in ("auto", "off")
+    name, value = ("stream_weights", run.stream_weights) if asked else ("layer_offloading", "true")
+    if not asked and not run.layer_offloading:
+        return
+    if run.layer_offloading and "stream_weights" in run.model_fields_set and run.stream_weights != "layers":
+        yield ("layer_offloading",), f"layer_offloading means stream_weights: layers, not {run.stream_weights}; keep one"
+    if run.adapter is None:
+        yield (name,), f"{name}: {value} is for weights that stay as they are; add an adapter, or remove it"
+    if run.sharded:
+        yield (
+            (name,),
+            f"{name}: {value} and sharded weights exclude each other; keep one, or write fsdp_config: {{offload_params: true}}",
+        )
+    if run.by_rewards and not by_server(run):
+        yield (
+            (name,),
+            f"{name}: {value} cannot serve a model that is trained and written with at once; remove it, or have another engine write: "
+            "trl: {use_vllm: true}",
+        )
+    if run.peft_use_dora and (run.stream_weights == "layers" or run.layer_offloading):
+        yield (name,), f"DoRA reads whole layers before they are streamed; write stream_weights: experts, or remove {name}"
 
 
 def _reinforcement(run: Run) -> Iterator[tuple[Place, str]]:

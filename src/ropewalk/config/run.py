@@ -2,6 +2,7 @@
 
 document.py   the YAML and its lines        keys.py    every key that has an effect: type, default, sentence
 reinforcement.py   those of training by rewards   preference.py   by preferences   scoring.py   and of reward models
+parallel.py   those of several processes   memory.py   those that trade memory   cluster.py   and of a Ray cluster
 axolotl.py    every other key of Axolotl's  rules.py   what cannot go together
 faults.py     what is wrong, in words         reference.py  the page and the schema made from keys.py
 """
@@ -15,16 +16,19 @@ from typing import Literal
 
 from pydantic import PrivateAttr, ValidationError
 
+from ropewalk.config.cluster import ClusterKeys
 from ropewalk.config.document import Document, dump, parse_document, read_document
 from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
+from ropewalk.config.memory import MemoryKeys
+from ropewalk.config.parallel import ParallelKeys
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rounding import RoundingKeys
 from ropewalk.config.rules import conflicts
 from ropewalk.config.scoring import ScoringKeys
 from ropewalk.config.sight import PACKED
-from ropewalk.config.vllm import told_of_vllm
+from ropewalk.config.vllm import by_server, told_of_vllm
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
 
@@ -38,9 +42,20 @@ ATTENTION_SWITCHES = {
 
 
 class Run(
-    ModelKeys, AdapterKeys, DataKeys, TrainingKeys, ReinforcementKeys, PreferenceKeys, ScoringKeys, RoundingKeys, OutputKeys
+    ModelKeys,
+    AdapterKeys,
+    DataKeys,
+    TrainingKeys,
+    ReinforcementKeys,
+    PreferenceKeys,
+    ScoringKeys,
+    RoundingKeys,
+    ParallelKeys,
+    MemoryKeys,
+    ClusterKeys,
+    OutputKeys,
 ):
-    """One training, as asked for: the keys of the nine groups and what follows from them."""
+    """One training, as asked for: the keys of the twelve groups and what follows from them."""
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)
@@ -63,11 +78,12 @@ class Run(
         return next((name for switch, name in ATTENTION_SWITCHES.items() if getattr(self, switch)), None)
 
     @property
-    def quantization(self) -> Literal["nf4", "int8"] | None:
-        """How the frozen base is held; qlora means nf4."""
+    def quantization(self) -> Literal["nf4", "int4", "int8"] | None:
+        """How the frozen base is held; qlora means 4 bits, and 4 bits nf4."""
         if self.load_in_8bit:
             return "int8"
-        return "nf4" if self.load_in_4bit or self.adapter == "qlora" else None
+        four_bits = self.load_in_4bit or self.adapter == "qlora"
+        return (self.bnb_4bit_quant_type or "nf4") if four_bits else None
 
     @property
     def experts(self) -> str:
@@ -157,8 +173,16 @@ class Run(
         if self.activation_offloading or self.gradient_checkpointing == "offload":
             return "offload"
         if isinstance(self.gradient_checkpointing, bool):
-            return "layer" if self.gradient_checkpointing else "keep"
+            asked = self.gradient_checkpointing or (self.fsdp_config is not None and self.fsdp_config.activation_checkpointing)
+            return "layer" if asked else "keep"
         return self.gradient_checkpointing
+
+    @property
+    def weights_on_host(self) -> Literal["auto", "experts", "layers", "off"]:
+        """Which frozen weights wait on the host until their layer's turn; auto: those whose absence makes the run fit."""
+        if self.adapter is None or self.sharded or (self.by_rewards and not by_server(self)):
+            return "off"  # who writes while it is learnt from reads the same weights at other times
+        return "layers" if self.layer_offloading else self.stream_weights
 
     @property
     def evaluates(self) -> bool:
@@ -269,6 +293,8 @@ def ignored_keys(run: Run) -> dict[str, str]:
     if run.trl is not None and not run.by_rewards:
         ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
     ignored |= told_of_vllm(run)
+    if run.fsdp_version == 1:
+        ignored["fsdp_version"] = "FSDP1's keys are read, and FSDP2 does what they ask for"
     if run.sees:
         ignored |= {name: PACKED for name in ("sample_packing", "eval_sample_packing") if getattr(run, name)}
     for name in ("num_labels", "center_rewards_coefficient"):

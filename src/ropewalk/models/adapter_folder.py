@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,10 +210,7 @@ def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor) -> float:
     tokens to other experts, so half of the tokens must agree to 3e-2. Over a base in fewer bits, to whose weights PEFT cannot add a
     product, it ends with comparing tensors.
     """
-    trained = {key for name, key in keys(adapter).items() if name not in adapter.untouched}
-    dead = [key for key in zero_factors(folder) if key in trained]
-    if dead:
-        raise VerificationFailed(f"{folder}: {dead[0]} is zero everywhere although it was trained ({len(dead)} such factors)")
+    _verify_alive(adapter, folder)
     _verify_tensors(adapter, folder)
     if _is_packed(adapter):
         return 0.0
@@ -233,6 +230,31 @@ def verify_saved(adapter: Adapter, folder: Path, probe_ids: Tensor) -> float:
             f"{folder} gives other logits through PEFT than in training: they differ by {found.item():.2g} of their size, not {limit:g}"
         )
     return float((ours - theirs).abs().max())
+
+
+def verify_parts(adapter: Adapter, folder: Path, held: Sequence[Mapping[str, str]]) -> None:
+    """The same of an adapter that is sharded: what each process holds, by rank the digests of `held`, stands where it belongs in the folder.
+
+    PEFT cannot compute over a base of which every process holds a part.
+    """
+    from ropewalk.models.sharded import digest, part  # only where a model is sharded
+
+    _verify_alive(adapter, folder)
+    _verify_tensors(adapter, folder)
+    named = adapter.named_parameters()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name, key in keys(adapter).items():
+            tensor = from_disk(name, file.get_tensor(key), named[name])
+            for rank, digests in enumerate(held):
+                if name in digests and digest(part(tensor, named[name], rank)) != digests[name]:
+                    raise VerificationFailed(f"{folder}: {key} lacks what process {rank} has trained of it")
+
+
+def _verify_alive(adapter: Adapter, folder: Path) -> None:
+    trained = {key for name, key in keys(adapter).items() if name not in adapter.untouched}
+    dead = [key for key in zero_factors(folder) if key in trained]
+    if dead:
+        raise VerificationFailed(f"{folder}: {dead[0]} is zero everywhere although it was trained ({len(dead)} such factors)")
 
 
 def _through_peft(adapter: Adapter, folder: Path, probe_ids: Tensor) -> Tensor:

@@ -69,10 +69,12 @@ def load_base(
     random_weights: bool = False,
     whole: bool = False,
     scored: Scored | None = None,
+    on_host: bool = False,
 ) -> PreTrainedModel:
     """The model in eval mode, frozen unless trainable (full fine-tuning); of a multimodal one, its text part or the `whole`.
 
-    One that is `scored` has a new layer, or the base's own, in place of its output head (models/score_head.py).
+    One that is `scored` has a new layer, or the base's own, in place of its output head (models/score_head.py). With `on_host` its weights
+    stay in the host's memory, from where they are brought to the device that it is loaded for.
     """
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code, whole=whole)
@@ -85,7 +87,7 @@ def load_base(
     options: dict[str, Any] = {
         "config": config,
         "dtype": _dtype(dtype, folder),
-        "device_map": {"": place},
+        "device_map": {"": torch.device("cpu") if on_host else place},
         "attn_implementation": pick_attention(config, attn_implementation, place, folder),
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
@@ -104,7 +106,7 @@ def load_base(
             )
         if options.get("experts_implementation", NAME) != NAME:
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
-        options["quantization_config"] = quantization(quantize)
+        options["quantization_config"] = quantization(quantize, str(place) if on_host else None)
     with quiet():
         maker = AutoModelForImageTextToText if whole else scored.maker(config) if scored else auto_class(config)
         model, found = (_from_config(maker, options), {}) if random_weights else _from_pretrained(maker, folder, options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -220,6 +220,10 @@ class Adapter:
         self.wholes: dict[str, dict[str, nn.Parameter]] = {}  # module -> the base's own parameters
         self.trained: dict[str, dict[str, nn.Parameter]] = {}  # module -> those that are trained in their place
         self.untouched: set[str] = set()  # names that no gradient has reached yet
+        self.gathered: Mapping[str, Tensor] | None = (
+            None  # all of what is trained, where the parameters are sharded and asked for
+        )
+        self.put: Callable[[Tensor, Tensor], object] = Tensor.copy_  # a whole tensor into a parameter
         self._implementation: Any = None
         self._hooks: list[Any] = []
 
@@ -246,11 +250,15 @@ class Adapter:
         self.trained[name] = {key: nn.Parameter(p.detach().clone()) for key, p in self.wholes[name].items()}
 
     def _begin(self) -> None:
+        self.watch()
+        self.reattach()
+
+    def watch(self) -> None:
+        """Notes from now on which of the parameters a gradient reaches; to be called again where others have taken their place."""
         for name, parameter in self.named_parameters().items():
             self.untouched.add(name)
             forget: Any = partial(self._touched, name)
             parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
-        self.reattach()
 
     def _touched(self, name: str, parameter: Tensor) -> None:
         self.untouched.discard(name)
@@ -346,7 +354,9 @@ class Adapter:
         return Coverage(tuple(rows), self.notes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints: everything trained, by name, as it lies in memory."""
+        """For checkpoints: everything trained, by name, as it lies in memory; all of it where it was `gathered`."""
+        if self.gathered is not None:
+            return dict(self.gathered)
         return {name: p.detach() for name, p in self.named_parameters().items()}
 
     @torch.no_grad()
@@ -361,7 +371,7 @@ class Adapter:
                 raise ModelError(
                     f"{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(parameter.shape)} here: another rank?"
                 )
-            parameter.copy_(state[name])
+            self.put(parameter, state[name])
 
     # ------------------------------------------------------------ on disk
 

@@ -85,7 +85,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 def local(parameter: Tensor) -> Tensor:
     """What this process holds: its part, or all of a parameter that is not cut; of the parameter's own storage."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    found: Any = parameter.detach()
+    here: Tensor = found.to_local() if isinstance(found, DTensor) else found
+    return here
 
 
 def whole(parameter: Tensor, held: Tensor | None = None, *, keep: bool = True) -> Tensor:

@@ -14,13 +14,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 
 from ropewalk.errors import ModelError, OutputError
-from ropewalk.train.optim import Optimizer
 
 MANIFEST = "manifest.json"
 STATE = "optimizer.pt"
@@ -39,6 +38,14 @@ class Position:
     data: dict[str, Any] = field(default_factory=dict)  # a streaming source's place; empty for data that can be indexed
 
 
+class Stateful(Protocol):
+    """An optimizer, or what stands for it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+
+
 class Checkpoints:
     """The checkpoints of one run folder, newest last."""
 
@@ -52,7 +59,7 @@ class Checkpoints:
         """The newest checkpoint that can be gone on from: its files are all as they were written, the optimizer among them."""
         return next((p for p in reversed(self.list()) if (p / STATE).exists() and is_whole(p)), None)
 
-    def save(self, position: Position, optimizer: Optimizer | None, save_weights: Callable[[Path], None]) -> Path:
+    def save(self, position: Position, optimizer: Stateful | None, save_weights: Callable[[Path], None]) -> Path:
         """Writes weights, optimizer and position; OutputError where the disk will not have it, with the last good one named."""
         final = self.folder / f"step-{position.step:08d}"
         if final.exists() and is_whole(final):
@@ -96,9 +103,9 @@ def read_position(checkpoint: Path) -> Position:
     return Position(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["position"])
 
 
-def restore_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: Stateful) -> None:
     """Puts back the optimizer's state; tensors only, no pickled code."""
-    optimizer.load_state_dict(torch.load(checkpoint / STATE, weights_only=True))
+    optimizer.load_state_dict(torch.load(checkpoint / STATE, weights_only=True, map_location="cpu"))
 
 
 def is_whole(checkpoint: Path) -> bool:

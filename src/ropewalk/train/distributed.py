@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ropewalk.errors import TrainingStopped
+
 Value = TypeVar("Value")
 
 
@@ -70,6 +72,9 @@ class World:
             dist.barrier()
 
 
+ALONE = World()
+
+
 def _reduce(gradients: Sequence[Tensor]) -> None:
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
@@ -78,15 +83,40 @@ def _reduce(gradients: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def join_world(device: torch.device, minutes: float = 30) -> Iterator[World]:
-    """Joins the processes that torchrun (or `ropewalk train --processes`) started; alone where none did."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+def join_world(device: torch.device, seconds: float = 1800) -> Iterator[World]:
+    """Joins the processes that torchrun (or `ropewalk train --processes`) started; alone where none did.
+
+    One that waits longer than `seconds` for another, or has lost the connection to it, ends with an error that says so.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
     if size == 1:
         yield World()
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    except (dist.DistError, ValueError) as error:
+        raise TrainingStopped(
+            f"process {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"({_first_line(error)}); start it with torchrun or --processes, which set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from error
     try:
         yield World(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise TrainingStopped(
+            f"process {rank} of {size} lost another one, or waited longer than ddp_timeout for it ({_first_line(error)}); what that one "
+            "said last is why, and the same command goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether it is about the connection to another process."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,9 @@ NEUTRAL = frozenset(
     "output_dir logging_steps save_steps saves_per_epoch save_strategy save_total_limit save_first_step save_only_model report_to "
     "use_tensorboard use_wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_mode use_mlflow mlflow_tracking_uri "
     "mlflow_experiment_name mlflow_run_name hub_model_id hub_revision resume resume_from_checkpoint auto_resume_from_checkpoints "
-    "dataset_prepared_path dataset_num_proc loss_watchdog_threshold loss_watchdog_patience".split()
+    "dataset_prepared_path dataset_num_proc loss_watchdog_threshold loss_watchdog_patience ddp_timeout fsdp fsdp_version fsdp_config "
+    "use_ray resources_per_worker "
+    "dp_shard_size dp_replicate_size".split()
 )
 NEEDED_BYTES = 64 << 20
 

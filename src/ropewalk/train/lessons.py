@@ -18,6 +18,7 @@ from ropewalk.data.dataset import Batch, Data
 from ropewalk.data.packing import batches
 from ropewalk.data.stream import Stream
 from ropewalk.data.streaming import StreamBatches
+from ropewalk.models.sharded import is_sharded
 from ropewalk.train.distributed import World
 from ropewalk.train.objective import Measures, Objective, objective_of
 from ropewalk.train.pace import Pace, Step
@@ -88,11 +89,12 @@ class Lessons(Protocol):
 class Taught:
     """Rows of data, in an order that follows from the seed."""
 
-    def __init__(self, run: Run, data: Data, device: torch.device, world: World) -> None:
+    def __init__(self, run: Run, data: Data, device: torch.device, world: World, began: int | None = None) -> None:
+        """`began`: the number of processes that the run began with, whose steps another number goes on with."""
         self.run, self.data, self.device, self.world = run, data, device, world
         self.pace: Pace[Batch] = Pace(
             lambda epoch: batches(data.train, run, seed=run.seed, epoch=epoch),
-            group=run.accumulation * world.size,
+            group=run.accumulation * (began or world.size),
             num_epochs=run.num_epochs,
             max_steps=run.max_steps,
         )
@@ -102,6 +104,7 @@ class Taught:
         self.stream = endless if isinstance(endless, StreamBatches) else None
         self.objective: Objective | None = None
         self.step, self.mine = Step(0, 0, 0, 0), list[Batch]()
+        self.idle: list[Batch] = []  # gone through once more so that all processes make as many passes, for nothing
 
     def start(self, pupil: Pupil, step: int, data: dict[str, Any]) -> None:
         if self.stream is not None:
@@ -113,13 +116,18 @@ class Taught:
         self.step = self.pace.at(number)
         epoch = self.pace.batches(self.step.epoch)
         self.mine = [epoch[i] for i in range(self.step.first + self.world.rank, self.step.last, self.world.size)]
-        self._asked.begin(self.mine)
+        self.idle = [epoch[self.step.first]] * self._missing(self.step.last - self.step.first, len(self.mine))
+        self._asked.begin(self.mine, self.idle)
         return sum(batch.tokens for batch in self.mine)
 
     def losses(self) -> Iterator[Tensor]:
         (weight,) = self.world.sum([sum(map(self._asked.weight, self.mine))])
         for batch in self.mine:
             yield self._asked.loss(batch) / max(1.0, weight)
+        for batch in self.idle:
+            with self._asked.unheard():
+                loss = self._asked.loss(batch)
+            yield 0.0 * loss
 
     def name(self, number: int) -> str:
         return f"batch {self.step.first + self.world.rank + number * self.world.size} of epoch {self.step.epoch}"
@@ -139,12 +147,16 @@ class Taught:
         found = batches(rows, self.run, seed=self.run.seed, epoch=0, shuffle=False, evaluation=True)
         total = trained = weight = 0.0
         mine = range(self.world.rank, len(found), self.world.size)
+        idle = [found[0]] * self._missing(len(found), len(mine))
         with self.pupil.quietly():
-            self._asked.begin(found[i] for i in mine)
+            self._asked.begin((found[i] for i in mine), idle)
             for batch in (found[i] for i in mine):
                 total += float(self._asked.loss(batch))
                 weight += self._asked.weight(batch)
                 trained += batch.trained
+            for batch in idle:
+                with self._asked.unheard():
+                    self._asked.loss(batch)
         total, trained, weight = self.world.sum([total, trained, weight])
         return Examined(total / max(1.0, weight), {"trained": int(trained), **self._asked.measured()})
 
@@ -159,6 +171,10 @@ class Taught:
 
     def close(self) -> None:
         pass
+
+    def _missing(self, batches: int, mine: int) -> int:
+        """Passes that this process makes fewer than others do, where they gather weights together."""
+        return -(-batches // self.world.size) - mine if is_sharded(self.pupil.model) else 0
 
     @property
     def _asked(self) -> Objective:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +32,8 @@ class Objective(Protocol):
         """How much a micro-batch counts in its step."""
         ...
 
-    def begin(self, batches: Iterable[Batch]) -> None:
-        """Before the micro-batches that this process has of a step, or of an evaluation."""
+    def begin(self, batches: Iterable[Batch], idle: Iterable[Batch] = ()) -> None:
+        """Before the micro-batches that this process has of a step, or of an evaluation; through `idle` ones it goes for nothing."""
         ...
 
     def loss(self, batch: Batch) -> Tensor:
@@ -41,6 +42,10 @@ class Objective(Protocol):
 
     def measured(self) -> Measures:
         """What was measured since `begin`, over all processes."""
+        ...
+
+    def unheard(self) -> AbstractContextManager[None]:
+        """Within it nothing is measured."""
         ...
 
 
@@ -54,7 +59,7 @@ class Likelihood:
     def weight(self, batch: Batch) -> int:
         return batch.trained
 
-    def begin(self, batches: Iterable[Batch]) -> None:
+    def begin(self, batches: Iterable[Batch], idle: Iterable[Batch] = ()) -> None:
         if self.looking is not None:
             self.looking.begin(batches)
 
@@ -65,6 +70,9 @@ class Likelihood:
 
     def measured(self) -> Measures:
         return {}
+
+    def unheard(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,10 @@ class Comparison:
         assert batch.compared is not None
         return batch.compared.units
 
-    def begin(self, batches: Iterable[Batch]) -> None:
+    def begin(self, batches: Iterable[Batch], idle: Iterable[Batch] = ()) -> None:
         self.sums = {}
         if not self.pairs:
-            self.kl = self._mismatched_kl(batches)
+            self.kl = self._mismatched_kl(batches, idle)
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.compared is not None
@@ -110,6 +118,14 @@ class Comparison:
         right = sums["right"] / max(1.0, sums["chosen"] + sums["rejected"])
         found = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
         return found | {"rewards/accuracies": right, "kl": float(self.kl)}
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        kept = dict(self.sums)
+        try:
+            yield
+        finally:
+            self.sums = kept
 
     def _of_pairs(self, answers: Answers) -> Tensor:
         policy, tokens, base = answers.policy, answers.tokens, answers.reference
@@ -156,7 +172,7 @@ class Comparison:
             reference = sum_by_sample(base, mask, sample, samples)
         return Answers(policy, reference, tokens_by_sample(mask, sample, samples))
 
-    def _mismatched_kl(self, batches: Iterable[Batch]) -> Tensor:
+    def _mismatched_kl(self, batches: Iterable[Batch], idle: Iterable[Batch]) -> Tensor:
         """Over the whole step, so that it is the same however the step is cut into micro-batches."""
         total = count = 0.0
         with self.pupil.quietly():
@@ -167,6 +183,10 @@ class Comparison:
                 assert answers.reference is not None
                 total += float((answers.policy - answers.reference).double().sum())
                 count += len(answers.policy)
+            for batch in idle:
+                assert batch.compared is not None
+                assert batch.compared.mismatched is not None
+                self._answers(batch.compared.mismatched)
         total, count = self.world.sum([total, count])
         mean = torch.tensor([total / max(1.0, count)], device=self.device)
         return mismatched_kl(mean, torch.zeros_like(mean))

@@ -21,16 +21,20 @@ from ropewalk.config.preference import REFERENCED
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
-from ropewalk.kernels.branching import Branching, Piece
+from ropewalk.kernels.branching import Branching, Piece, compiles
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.kernels.log_probs import LogProbs
+from ropewalk.models.adapter_folder import verify_parts
 from ropewalk.models.head import Head, output_head
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
 from ropewalk.models.recompute import Way, recompute
 from ropewalk.models.rounding import Rounding, attach_rounding
 from ropewalk.models.score_head import ScoreHead, score_head, score_name
+from ropewalk.models.sharded import digests, fill, is_sharded, local, settle, shard, whole
+from ropewalk.models.streaming import Streaming, stream
 from ropewalk.train.branching import BranchingModel, kept
+from ropewalk.train.distributed import ALONE, World
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
 from ropewalk.train.sighted import Sighted
@@ -42,13 +46,15 @@ TEXT_PART = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)\\?\.(?:mod
 class Pupil:
     """A model under training."""
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, head: Head, config: Run) -> None:
-        self.model, self.adapter, self.head, self.config = model, adapter, head, config
+    def __init__(self, model: PreTrainedModel, adapter: Adapter | None, head: Head, config: Run, world: World = ALONE) -> None:
+        self.model, self.adapter, self.head, self.config, self.world = model, adapter, head, config, world
+        self._whole: dict[str, Tensor] | None = None  # within `whole`, every weight of a model that is sharded
+        self._held: list[dict[str, str]] = []  # and the digests of what each process holds of the adapter
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
         if config.packing and head.isolation == "unpacked":
             self.notices += ("this model carries a state over packed samples, so every sample gets a row of its own after all",)
         self.branching: BranchingModel | None = None
-        if config.by_rewards or self._packs_on_cpu():
+        if config.by_rewards or (self._attends_by_spans() and not is_sharded(model)):
             self._learn_to_branch()
         self._layers_chosen = False
         self.sighted: Sighted | None = None  # the model with its tower, where pictures are learnt from
@@ -57,11 +63,12 @@ class Pupil:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
     @classmethod
-    def load(cls, prepared: Prepared, device: torch.device, resume: Path | None = None) -> Pupil:
+    def load(cls, prepared: Prepared, device: torch.device, resume: Path | None = None, world: World = ALONE) -> Pupil:
         """The base at its place, with its adapter attached; weights of the checkpoint `resume` laid over where there is one."""
         config = prepared.run
+        sharded = config.sharded and world.size > 1
         full, sees = config.adapter is None, prepared.shows
-        ways = _ways(prepared, device)
+        ways, streaming = _planned(prepared, device)
 
         def load(source: Path, *, trainable: bool) -> PreTrainedModel:
             torch.manual_seed(config.seed)
@@ -78,6 +85,7 @@ class Pupil:
                 random_weights=config.reinit_weights and resume is None,
                 scored=scored_by(config),
                 whole=sees,
+                on_host=sharded or streaming is not None,
             )
             _fit_vocabulary(made, prepared.template.vocabulary, config)
             return made
@@ -86,6 +94,8 @@ class Pupil:
         sighted = Sighted(model, prepared.lens, device) if sees and prepared.lens is not None else None
         if sighted is not None:
             model = sighted.text
+        if streaming is not None:
+            stream(model, streaming, device, besides=config.lora_modules_to_save or ())
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         if full and config.unfrozen_parameters:
@@ -96,14 +106,24 @@ class Pupil:
         if scored_by(config):
             # A classifier of transformers reads a sequence's score at its last token that is not this one.
             model.config.get_text_config().pad_token_id = prepared.template.pad_id
-        head = score_head(model) if scored_by(config) else output_head(model)
-        adapter = None if full else attach(model, lora_spec(config, model), seed=config.seed)
+        find_head = score_head if scored_by(config) else output_head
+        head = None if sharded else find_head(model)
+        held = torch.float32 if config.peft_autocast_adapter_dtype else model.dtype
+        adapter = None if full else attach(model, lora_spec(config, model), seed=config.seed, dtype=held)
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
         if set(ways) - {"keep"}:
             recompute(model, ways, wrap=kept)
+        if sharded:
+            _shard(model, adapter, config, device, world)
         model.train()
-        pupil = cls(model, adapter, head, config)
+        pupil = cls(model, adapter, head or find_head(model), config, world)
+        if sharded:
+            pupil.notices += (_shared_out(pupil, world),)
+        elif config.sharded:
+            pupil.notices += ("one process holds everything: nothing is sharded; start more with --processes, or torchrun",)
+        if streaming is not None:
+            pupil.notices += (f"{streaming.part} wait in the host's memory, {streaming.slots} layers are at hand at a time",)
         if sighted is not None:
             pupil.see(sighted)
         if rounding is not None:
@@ -224,21 +244,28 @@ class Pupil:
 
     def _apart(self, starts: NDArray[np.bool_], model: PreTrainedModel) -> AbstractContextManager[Any]:
         """The attention for a row of samples that begin at these tokens [T]."""
-        # Where it was measured: on a CPU a mask over the whole row costs more the longer the row is.
-        better = model.device.type == "cpu" and self.head.isolation == "positions" and int(starts.sum()) > 1
-        if self.branching is None or not better:
+        # A mask over the whole row costs more the longer the row is; without one, and without windows, the model's own is as good.
+        if self.branching is None or self.head.isolation != "positions" or not _spans_pay(model.device):
+            return nullcontext()
+        window = self.branching.window
+        if int(starts.sum()) == 1 and not 0 < window < len(starts):
             return nullcontext()
         branches = np.diff([*np.flatnonzero(starts), len(starts)]).tolist()
         return self.branching.row(Branching((Piece(0, tuple(branches)),), len(starts), model.device), model)
 
-    def _packs_on_cpu(self) -> bool:
-        return self.config.packing and self.model.device.type == "cpu" and type(self.head) is Head and not self.config.attention
+    def _attends_by_spans(self) -> bool:
+        """Whether rows are worth another attention than the model's own, which holds a mask against the whole of them."""
+        own = self.config.attention or type(self.head) is not Head or self.head.isolation != "positions"
+        if own or not _spans_pay(self.model.device):
+            return False
+        return self.config.packing or _slides_within(self.model, self.config.sequence_len)
 
     def _in_one_row(
         self, ids: Tensor, labels: Tensor, position_ids: Tensor, model: PreTrainedModel | None = None
     ) -> tuple[Tensor, Tensor, Tensor, AbstractContextManager[Any]]:
         """Packed rows [B, T] as one [1, B*T], and the attention that keeps its samples apart; as they are, where that is no better."""
-        if self.branching is None or not self.config.packing or ids.device.type != "cpu":
+        apart = self.branching is not None and (self.config.packing or 0 < self.branching.window < ids.shape[1])
+        if not apart or self.head.isolation != "positions" or not _spans_pay(ids.device):
             return ids, labels, position_ids, nullcontext()
         starts = position_ids == 0
         starts[:, 0] = True
@@ -262,15 +289,45 @@ class Pupil:
         finally:
             whole.train(training)
 
+    @contextmanager
+    def whole(self, *, digested: bool = False) -> Iterator[None]:
+        """Within it the leading process can save; entered by all of them together, since each may hold a part only."""
+        if not is_sharded(self.model):
+            yield
+            return
+        settle(self.model)
+        named: dict[str, Tensor] = dict(self.trainable()) if self.adapter is not None else self._untied()
+        found = {name: whole(tensor, keep=self.world.leads) for name, tensor in named.items()}
+        self._held = digests(named) if digested else []
+        if self.adapter is not None:
+            self.adapter.gathered = found
+        else:
+            self._whole = found
+        try:
+            yield
+        finally:
+            self._whole, self._held = None, []
+            if self.adapter is not None:
+                self.adapter.gathered = None
+
+    def _untied(self) -> dict[str, Tensor]:
+        """What a model is saved as, a weight that has two names under its first."""
+        second = {n for n, _ in self.model.named_parameters(remove_duplicate=False)} - {
+            n for n, _ in self.model.named_parameters()
+        }
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in second}
+
     def save_weights(self, folder: Path) -> None:
         """The trained weights into a checkpoint's folder."""
         if self.adapter is not None:
             self.adapter.save(folder)
         else:
-            self.model.save_pretrained(folder, safe_serialization=True)
+            self.model.save_pretrained(folder, safe_serialization=True, state_dict=self._whole)
 
     def load_weights(self, folder: Path) -> None:
         """The trained weights of a checkpoint laid over the present ones."""
+        if is_sharded(self.model):
+            settle(self.model)
         if self.adapter is not None:
             self.adapter.load(folder)
             return
@@ -282,10 +339,18 @@ class Pupil:
             experts_implementation=None,
             scored=scored_by(self.config),
         )
-        self.model.load_state_dict(saved.state_dict())
+        if not is_sharded(self.model):
+            self.model.load_state_dict(saved.state_dict())
+            return
+        here = self.model.state_dict()
+        for name, tensor in saved.state_dict().items():
+            fill(here[name], tensor)
 
     def save_result(self, folder: Path, template: Template, probe: Tensor) -> None:
-        """The result, whole or not at all, with its tokenizer; an adapter is read back through PEFT and must give the same logits."""
+        """The result, whole or not at all, with its tokenizer; an adapter is read back through PEFT and must give the same logits.
+
+        One that is sharded is read back and must hold what each process has of it.
+        """
         temporary = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -295,11 +360,26 @@ class Pupil:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OutputError(f"could not write {folder}: {error}; free disk space, then run the same command again") from error
-        if self.adapter is not None:
+        if self.adapter is not None and is_sharded(self.model):
+            verify_parts(self.adapter, temporary, self._held)
+        elif self.adapter is not None:
             self.model.eval()
             verify_saved(self.adapter, temporary, probe)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+
+def _spans_pay(device: torch.device) -> bool:
+    """Where attention by spans runs in kernels that hold no scores: torch's for the CPU, and FlexAttention where it is compiled."""
+    return device.type == "cpu" or (device.type == "cuda" and compiles())
+
+
+def _slides_within(model: PreTrainedModel, length: int) -> bool:
+    """Whether a layer's window is shorter than a row."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    return bool(window) and window < length and (types is None or "sliding_attention" in types)
 
 
 def rounding_of(config: Run) -> Rounding | None:
@@ -341,6 +421,39 @@ def lora_spec(config: Run, model: nn.Module) -> LoraSpec:
     )
 
 
+def _shard(model: PreTrainedModel, adapter: Adapter | None, config: Run, device: torch.device, world: World) -> None:
+    """Every process keeps its part of the model; modules that are trained whole stay so, with the base's own that they stand for."""
+    if config.dp_shard_size not in (None, 1, world.size):
+        raise ConfigError(
+            f"dp_shard_size: {config.dp_shard_size}, and {world.size} processes were started; write {world.size}, or start so many"
+        )
+    if config.rl in REFERENCED and adapter is None:
+        raise ConfigError(
+            f"rl: {config.rl} without an adapter compares with a second copy of the base, which is not sharded; write adapter: lora, "
+            "whose base is the model with the adapter switched off, or remove the keys of fsdp"
+        )
+    kept_whole = [] if adapter is None else [*adapter.trained.values(), *adapter.wholes.values()]
+    asked = config.fsdp_config
+    apart = [parameter for those in kept_whole for parameter in those.values()]
+    shard(model, device, apart=apart, reshard=config.reshards, offload=asked is not None and asked.offload_params)
+    if adapter is not None:
+        adapter.put = fill
+        adapter.watch()
+
+
+def _shared_out(pupil: Pupil, world: World) -> str:
+    """What this process holds of the model, in words; a model whose passes depend on its samples cannot be gone through in step."""
+    if pupil.head.isolation == "unpacked":
+        raise ModelError(
+            f"a {type(pupil.model).__name__.removeprefix('FSDP')} keeps a state over its tokens, so that the number of its passes depends on "
+            "the rows, which differ from process to process; remove the keys of fsdp, and every process holds the whole model"
+        )
+    settle(pupil.model)
+    held = sum(local(p).nbytes for p in pupil.model.parameters())
+    all_of_it = sum(p.numel() * p.element_size() for p in pupil.model.parameters())
+    return f"sharded over {world.size} processes: {held / 1e9:.2f} GB of {all_of_it / 1e9:.2f} GB of weights in each"
+
+
 def _dtype(config: Run, device: torch.device) -> str:
     """bfloat16 where asked for, or where nothing is said and the device computes it fast; float32 otherwise."""
     if config.dtype_name != "auto":
@@ -370,14 +483,16 @@ def _unfreeze(model: PreTrainedModel, patterns: tuple[str, ...]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def _ways(prepared: Prepared, device: torch.device) -> tuple[Way, ...] | Way:
-    """What each layer keeps, chosen before anything is loaded; a run that cannot fit on its GPU ends here."""
+def _planned(prepared: Prepared, device: torch.device) -> tuple[tuple[Way, ...] | Way, Streaming | None]:
+    """What each layer keeps and what is streamed, chosen before anything is loaded; a run that cannot fit on its GPU ends here."""
     config = prepared.run
     if device.type == "cuda" and config.gpu_memory_limit is not None:
         share = config.gpu_memory_limit * 1e9 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    if config.recompute != "auto" and (device.type != "cuda" or config.gpu_memory_limit is None):
-        return config.recompute
+    asked = config.weights_on_host
+    if config.recompute != "auto" and device.type != "cuda":
+        return config.recompute, Streaming(asked) if asked in ("experts", "layers") else None
     from ropewalk.train.survey import survey  # which itself asks this module what the adapter covers
 
-    return survey(prepared.base, config, device).ways
+    found = survey(prepared.base, config, device)
+    return found.ways, found.streaming

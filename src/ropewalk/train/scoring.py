@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,8 +30,17 @@ class Scoring:
         assert batch.compared is not None
         return batch.compared.units
 
-    def begin(self, batches: Iterable[Batch]) -> None:
+    def begin(self, batches: Iterable[Batch], idle: Iterable[Batch] = ()) -> None:
         self.sums = {}
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Within it nothing is measured."""
+        kept = dict(self.sums)
+        try:
+            yield
+        finally:
+            self.sums = kept
 
     def scores(self, batch: Batch) -> Tensor:
         """[N, L]: of the answers or steps of the micro-batch, in their order."""

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
+from ropewalk.config.parallel import WAIT_SECONDS
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import scored
-from ropewalk.errors import TrainingStopped
+from ropewalk.errors import ConfigError, TrainingStopped
 from ropewalk.models.hub import push
 from ropewalk.train.checkpoint import Checkpoints, Position, read_position, restore_optimizer
 from ropewalk.train.distributed import World, join_world
 from ropewalk.train.headlines import end_line
+from ropewalk.train.in_backward import in_backward
 from ropewalk.train.lessons import Examined, Lessons, Taught
 from ropewalk.train.objective import Measures
-from ropewalk.train.optim import clip, make_optimizer, rate_factor, set_rate
+from ropewalk.train.optim import make_optimizer, rate_factor, remarks, set_rate
 from ropewalk.train.prepare import Prepared, leads, prepare, tell
 from ropewalk.train.process import asked_to_stop, own_device, peak_memory, set_threads, step_seed
 from ropewalk.train.progress import EventLog, Screen, read_events, write_plots
@@ -31,6 +33,7 @@ from ropewalk.train.pupil import Pupil
 from ropewalk.train.questions import Questions
 from ropewalk.train.reinforcement import Rewarded
 from ropewalk.train.shared_writer import Opens
+from ropewalk.train.shares import Shares
 from ropewalk.train.trackers import Tracker, start_trackers
 
 
@@ -63,7 +66,7 @@ def fit(prepared: Prepared, *, quiet: bool = False, opens: Opens | None = None) 
             tell(f"{prepared.folder.path} holds this run, finished; --restart moves it aside and trains anew")
         return Result(**prepared.folder.record["result"] | _paths(prepared))
     device = own_device()
-    with join_world(device) as world:
+    with join_world(device, prepared.run.ddp_timeout or WAIT_SECONDS) as world:
         set_threads(prepared, world)
         try:
             lessons = lessons_of(prepared, device, world, opens)
@@ -86,22 +89,26 @@ class Fit:
         total, rows = self.lessons.total, self.lessons.rows
         self.screen = Screen(self.folder.path.name, total, every=config.logging_steps or 1, quiet=quiet)
         self.screen.say(f"{total} steps, {rows} rows; loading {prepared.base}")
-        self.pupil = Pupil.load(prepared, device, resume=newest)
+        self.pupil = Pupil.load(prepared, device, resume=newest, world=world)
         for notice in (*prepared.data.notices, *self.pupil.notices):
             self.screen.say(notice)
+        self.shares = Shares(self.pupil.trainable(), world)
         self.optimizer = make_optimizer(
             config.optimizer,
-            self.pupil.trainable(),
+            self.shares.named,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             loraplus_ratio=config.loraplus_lr_ratio,
             embedding_lr=config.loraplus_lr_embedding,
+            master=config.float32_master,
         )
-        self.parameters = [p for _, p in self.pupil.trainable()]
+        for remark in remarks(config.optimizer, self.optimizer, master=config.float32_master):
+            self.screen.say(remark)
+        self.stepping = in_backward(config, self.optimizer, self.shares.parameters, world)
         if newest:
-            restore_optimizer(newest, self.optimizer)
+            restore_optimizer(newest, self.shares.whole(self.optimizer))
             self.screen.say(f"going on from step {self.position.step} ({newest})")
         self.saves_every = config.save_every(self.lessons.per_epoch, total)
         self.evaluates_every = config.eval_every(self.lessons.per_epoch, total)
@@ -141,21 +148,23 @@ class Fit:
         self.pupil.choose_layers(number)
         torch.manual_seed(step_seed(self.config.seed, number, self.world.rank))
         (tokens,) = self.world.sum([self.lessons.begin(number)])
+        factor = self._rate_factor(number)
+        set_rate(self.optimizer, factor)
         loss = 0.0
         for batch, part in enumerate(self.lessons.losses()):
             if not math.isfinite(value := float(part.detach())):
                 raise TrainingStopped(self._not_finite(number, f"the loss of {self.lessons.name(batch)} is {value}"))
             part.backward()  # type: ignore[no-untyped-call]
             loss += value
-        self.world.add_gradients(self.parameters)
+        if self.stepping is None:
+            self.shares.collect()
         (loss,) = self.world.sum([loss])
-        factor = self._rate_factor(number)
-        set_rate(self.optimizer, factor)
-        norm = clip(self.parameters, self.config.max_grad_norm)
+        norm = self.shares.clip(self.config.max_grad_norm) if self.stepping is None else self.stepping.finish()
         if not math.isfinite(norm):
             raise TrainingStopped(self._not_finite(number, "its gradients are not finite"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.stepping is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.lessons.learnt()
         first = self.position.first_loss if self.position.step else loss
         tokens_seen = self.position.tokens + int(tokens)
@@ -203,9 +212,10 @@ class Fit:
         self.screen.evaluated(values)
 
     def _save(self) -> None:
-        if self.world.leads:
-            optimizer = None if self.config.save_only_model else self.optimizer
-            path = self.checkpoints.save(self.position, optimizer, self.pupil.save_weights)
+        optimizer = None if self.config.save_only_model else self.shares.whole(self.optimizer).gather()
+        with self.pupil.whole():
+            path = self.checkpoints.save(self.position, optimizer, self.pupil.save_weights) if self.world.leads else None
+        if path is not None:
             self.checkpoints.prune(self.config.save_total_limit, but=self.position.best_step)
             self._tell("checkpoint", {"step": self.position.step, "path": str(path.relative_to(self.folder.path))}, {})
             write_plots(self.folder.events, self.folder.plots)
@@ -216,7 +226,7 @@ class Fit:
         if self._takes_best() and best is not None and best != self.position.step:
             self.pupil.load_weights(self.checkpoints.folder / f"step-{best:08d}")
             self.screen.say(f"taking the best checkpoint, of step {best}")
-        del self.optimizer, self.parameters
+        del self.optimizer, self.stepping, self.shares
         steps = [e for e in read_events(self.folder.events) if e["event"] == "step"] if self.world.leads else []
         result = Result(
             steps=self.position.step,
@@ -229,8 +239,10 @@ class Fit:
             peak_memory=peak_memory(self.device),
             **_paths(self.prepared),
         )
+        with self.pupil.whole(digested=True):
+            if self.world.leads:
+                self.pupil.save_result(result.adapter, self.prepared.template, self.lessons.probe().to(self.device))
         if self.world.leads:
-            self.pupil.save_result(result.adapter, self.prepared.template, self.lessons.probe().to(self.device))
             write_plots(self.folder.events, self.folder.plots)
             self._tell("end", {"step": self.position.step, "seconds": seconds}, {})
             self.folder.write_record(state="finished", result=asdict(result))
@@ -329,9 +341,25 @@ class Fit:
 
 def lessons_of(prepared: Prepared, device: torch.device, world: World, opens: Opens | None = None) -> Lessons:
     """What the run learns from."""
+    began = _began(prepared, world)
     if isinstance(prepared.data, Questions):
         return Rewarded(prepared, prepared.data, device, world, opens)
-    return Taught(prepared.run, prepared.data, device, world)
+    return Taught(prepared.run, prepared.data, device, world, began)
+
+
+def _began(prepared: Prepared, world: World) -> int:
+    """The number of processes that the run began with; its steps hold as much data with any other number."""
+    began = world.gather([int(prepared.folder.record.get("processes", world.size))])[0]
+    run = prepared.run
+    if began != world.size and (run.by_rewards or run.streams):
+        kind = f"rl: {run.rl}" if run.by_rewards else "streaming"
+        raise ConfigError(
+            f"output_dir {run.output_dir} holds a run that began with {began} processes, and {kind} goes on with as many only, not "
+            f"{world.size}; start {began}, or begin anew with --restart"
+        )
+    if world.leads and "processes" not in prepared.folder.record:
+        prepared.folder.write_record(processes=world.size)
+    return began
 
 
 def _due(step: int, every: int) -> bool:

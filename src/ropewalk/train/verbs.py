@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ropewalk.verbs import Verbs, add_verb, json_argument
+
+if TYPE_CHECKING:
+    from ropewalk.config.run import Run
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -32,6 +36,9 @@ def add_verbs(verbs: Verbs) -> None:
     _config_argument(train)
     train.add_argument("--restart", action="store_true", help="move a run that the output folder holds aside and begin anew")
     train.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes on this machine")
+    train.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="train every combination of the values that a YAML file lists"
+    )
     train.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base run")
     train.add_argument("--granted", action="store_true", help="for the server: files are those that the standard input gives")
     rewards = add_verb(verbs, "rewards", "try the rewards of a configuration", "ropewalk rewards check grpo.yml")
@@ -74,15 +81,27 @@ def _check_rewards(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.sweep is not None:
+        from ropewalk.train.sweep import sweep
+
+        options = [
+            *(["--processes", str(arguments.processes)] if arguments.processes > 1 else []),
+            *["--restart"] * arguments.restart,
+        ]
+        options += ["--trust-remote-code"] * arguments.trust_remote_code
+        return sweep(arguments.config, arguments.overrides, arguments.sweep, options)
     from ropewalk.config.run import load_run
     from ropewalk.train.prepare import prepare
 
+    granted = b""
     if arguments.granted:
         from ropewalk.files.granted import accept
 
-        accept(sys.stdin.buffer)
+        granted = accept(sys.stdin.buffer)
     run = load_run(arguments.config, arguments.overrides)
     trusted = arguments.trust_remote_code
+    if run.use_ray and "WORLD_SIZE" not in os.environ:
+        return _train_on_ray(arguments, run, granted)
     prepared = prepare(run, restart=arguments.restart, trust_remote_code=trusted)
     if arguments.processes > 1 and "WORLD_SIZE" not in os.environ and not prepared.folder.finished:
         prepared.folder.close()
@@ -93,3 +112,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
     fit(prepared, opens=getattr(arguments, "opens", None))
     return 0
+
+
+def _train_on_ray(arguments: argparse.Namespace, run: Run, granted: bytes) -> int:
+    from ropewalk.errors import BadInput
+    from ropewalk.jobs.cluster import train_on_ray
+    from ropewalk.jobs.launch import job_launch, shared_launch
+
+    if granted:
+        return train_on_ray(job_launch(arguments.config, granted))
+    if arguments.restart or arguments.processes > 1:
+        raise BadInput("use_ray: --restart and --processes are of this machine; set another output_dir, or ray_num_workers")
+    more = ["--trust-remote-code"] * arguments.trust_remote_code
+    return train_on_ray(shared_launch(run, arguments.config, arguments.overrides, more))
