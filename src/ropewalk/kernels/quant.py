@@ -120,14 +120,15 @@ class FourBits(Quantised):
         count = -(-flat.shape[1] // block)
         codes = torch.empty((len(flat), count * block // 2), dtype=torch.uint8, device=weight.device)
         maxima = torch.empty((len(flat), count), dtype=torch.float32, device=weight.device)
-        edges = torch.tensor([(low + high) / 2 for low, high in pairwise(cls.levels)], device=weight.device)
+        nearest = _nearest(cls.levels, weight.device)
         step = max(1, AT_ONCE // max(1, flat.shape[1]))
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
             blocks = _padded(flat[part].float(), count * block).view(-1, count, block)
             maxima[part] = largest = cls._largest(blocks)
             shares = blocks / largest.masked_fill(largest.abs() < 1e-30, 1e-30).unsqueeze(-1)
-            level = torch.bucketize(shares, edges, out_int32=True).to(torch.uint8).view(-1, count * block // 2, 2)
+            bits = shares.to(torch.float16).view(torch.int16).to(torch.int32).add_(32768)
+            level = torch.index_select(nearest, 0, bits.flatten()).view(-1, count * block // 2, 2)
             codes[part] = level[..., 0] << 4 | level[..., 1]
         made.register_buffer("codes", codes)
         made._keep(maxima, double)
@@ -159,8 +160,8 @@ class FourBits(Quantised):
 
     def _values(self, experts: slice) -> Tensor:
         codes = self.codes[experts]
-        pairs = torch.nn.functional.embedding(codes.int(), _pairs(self.levels, self.device))  # [E, n / 2, 2]
-        blocks = pairs.view(len(codes), -1, self.block)
+        pairs = torch.index_select(_pairs(self.levels, self.device), 0, codes.flatten().int())
+        blocks = pairs.view(torch.float32).view(len(codes), -1, self.block)
         blocks *= self._maxima(experts).unsqueeze(-1)
         return blocks.flatten(1)[:, : self.shape.numel() // _experts_of(self.shape)]
 
@@ -249,6 +250,14 @@ def _padded(rows: Tensor, width: int, repeat: bool = False) -> Tensor:
 
 @cache
 def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The two values that each of the 256 bytes stands for: [256, 2]."""
+    """The two values that each of the 256 bytes stands for, their bits side by side: [256] int64."""
     values = torch.tensor(levels)
-    return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).to(device)
+    return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.int64).flatten().to(device)
+
+
+@cache
+def _nearest(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The level of every float16, by its bits as a signed number plus 32768: [65536] uint8; a search takes twenty times as long."""
+    halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16).float().nan_to_num(0.0)
+    edges = torch.tensor([(low + high) / 2 for low, high in pairwise(levels)])
+    return torch.bucketize(halves, edges).to(torch.uint8).to(device)

@@ -33,8 +33,9 @@ def in_backward(run: Run, optimizer: Optimizer, parameters: Sequence[nn.Paramete
 class StepInBackward:
     """Steps an optimizer from the hooks of its parameters; its rate must be set before the pass begins."""
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], worth: int = AT_ONCE) -> None:
-        self.optimizer, self.parameters, self.worth = optimizer, list(parameters), worth
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], worth: int | None = None) -> None:
+        self.optimizer, self.parameters = optimizer, list(parameters)
+        self.worth = AT_ONCE if worth is None else worth  # bytes of gradients
         self.arrived: list[nn.Parameter] = []
         self.held = 0
         self.norms: dict[int, Tensor] = {}  # of each parameter's gradient, by its place

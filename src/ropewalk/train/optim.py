@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,15 @@ def make_optimizer(
     for group in optimizer.param_groups:
         group["full_lr"] = float(group["lr"])
     return optimizer
+
+
+def remarks(name: str, optimizer: Optimizer, *, master: bool) -> Iterator[str]:
+    """What a reader of the name alone would not know."""
+    ours = isinstance(optimizer, FlatAdamW)
+    if name == "adamw_torch_8bit":
+        yield f"optimizer {name} is {'our own, as adamw_8bit is' if ours else 'that of the installed torchao'}"
+    if master and isinstance(optimizer, FlatAdamW) and all(lane.master is None for lane in optimizer.lanes):
+        yield "float32_master has nothing to do: what is trained is in float32"
 
 
 def set_rate(optimizer: Optimizer, factor: float) -> None:

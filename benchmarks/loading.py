@@ -1,0 +1,134 @@
+"""The host's memory while a base is quantised as it loads: beside what it takes then, and the largest file that it came from.
+
+    python benchmarks/loading.py [--quick] [--json FILE]
+
+A Qwen3 mixture of experts with random weights in bfloat16, experts one by one in files of 50 MB as on the hub, is loaded in each format by
+a process of its own. `peak_mb` is the most anonymous memory above what the process had before (pages of the files themselves, which the
+system may drop at any time, are `mapped_mb`); `held_mb` the weights as they are held. Exits 1 where the peak is above 1.3 times what
+is held and one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from measure import machine, table, write_json
+
+FORMATS = ("nf4", "int4", "int8")
+ABOVE = 1.3
+FILE = "50MB"
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+}
+
+
+def make(folder: Path, layers: int) -> None:
+    """The checkpoint."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, num_hidden_layers=layers)
+    Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size=FILE)
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process's resident memory, by kind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+
+
+def child(folder: Path, kind: str) -> None:
+    """Loads the base and prints what that took."""
+    import torch
+
+    from ropewalk.models.load import load_base
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    before, most, ended = resident(), dict.fromkeys(("RssAnon", "RssFile"), 0), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            now = resident()
+            for name in most:
+                most[name] = max(most[name], now[name])
+            time.sleep(0.002)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    began = time.process_time()
+    model = load_base(folder, dtype="bfloat16", device="cpu", quantize=kind)
+    spent = time.process_time() - began
+    ended.set()
+    watching.join()
+    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    peak, mapped = (most[name] - before[name] for name in ("RssAnon", "RssFile"))
+    print(json.dumps({"peak": peak, "mapped": mapped, "held": sum(tensors.values()), "cpu_s": spent}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 layers instead of 16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(Path(arguments.child[0]), arguments.child[1])
+        return 0
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), 4 if arguments.quick else 16)
+        files = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+        for kind in FORMATS:
+            command = [sys.executable, __file__, "--child", folder, kind]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found = json.loads(told.splitlines()[-1])
+            allowed = ABOVE * found["held"] + max(files)
+            rows.append(
+                {
+                    "format": kind,
+                    "held_mb": found["held"] / 1e6,
+                    "peak_mb": found["peak"] / 1e6,
+                    "allowed_mb": allowed / 1e6,
+                    "mapped_mb": found["mapped"] / 1e6,
+                    "cpu_s": found["cpu_s"],
+                    "passed": found["peak"] <= allowed,
+                }
+            )
+    print(f"{sum(files) / 1e6:.0f} MB in {len(files)} files, the largest of {max(files) / 1e6:.0f} MB")
+    print(
+        table(["format", "held MB", "peak MB", "allowed MB", "mapped MB", "CPU s", "holds"], [list(r.values()) for r in rows])
+    )
+    write_json(
+        arguments.json,
+        {
+            "benchmark": "loading",
+            "quick": arguments.quick,
+            "machine": machine(),
+            "checkpoint_mb": sum(files) / 1e6,
+            "rows": rows,
+        },
+    )
+    return int(not all(row["passed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
