@@ -188,7 +188,7 @@ def _keep_ray() -> None:
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
         # No worker is started before it is asked for.
-        os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
+        os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "RAY_AUTH_MODE": "disabled"}
         import ray
 
         size = {"num_cpus": int(sys.argv[2]), "num_gpus": 0, "object_store_memory": 100_000_000}
@@ -227,7 +227,7 @@ def _free_port() -> int:
 def _wait_for(server: subprocess.Popen[bytes], port: int, binaries: Path) -> None:
     """Until it takes connections: it listens a moment before that."""
     until = time.monotonic() + 60
-    asks = [binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+    asks = [binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
     while time.monotonic() < until and server.poll() is None:
         if subprocess.run(asks, env=_environment(binaries)).returncode == 0:
             return

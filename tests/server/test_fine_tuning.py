@@ -9,6 +9,7 @@ import anthropic
 import openai
 import pytest
 
+from ropewalk.errors import BadInput
 from ropewalk.quickstart import facts
 from ropewalk.server import job_judges
 from ropewalk.tenants.workspaces import find_workspace
@@ -130,10 +131,11 @@ def test_a_job_becomes_a_model_that_answers_its_own_workspace_at_once(tuned):
             with pytest.raises(anthropic.NotFoundError):
                 call()
     words = rows(1)[0]["messages"][1]["content"].encode()
-    folder = tuned.house.data / "jobs" / job.id
-    assert folder.exists()
-    assert [path for path in folder.rglob("*") if path.is_file() and words in path.read_bytes()] == []
-    assert not (folder / "prepared").exists()
+    folders = list(tuned.house.data.glob(f"**/jobs/{job.id}"))
+    assert folders
+    for folder in folders:
+        assert [path for path in folder.rglob("*") if path.is_file() and words in path.read_bytes()] == []
+        assert not (folder / "prepared").exists()
 
 
 def test_a_preference_job_reads_openais_rows_and_stops_where_it_is_told_to(tuned):
@@ -271,7 +273,7 @@ def test_rewards_are_never_code_of_a_clients(tuned, grader):
         {"kind": "judge", "model": "tiny", "cache": "/tmp/marks"},
         {"kind": "judge", "model": "tiny", "least": 5, "most": 5},
         {"kind": "judge", "model": "tiny", "rubric": 7},
-        {"kind": "judge", "model": "a b"},
+        {"kind": "judge"},
         {"kind": "model", "path": "/x"},
         {"kind": "code"},
         {"kind": "exact", "function": "x"},
@@ -363,7 +365,10 @@ def test_a_job_learns_by_rewards_that_are_built_in_and_by_a_judge(tuned):
     assert at(tuned, job.id, "succeeded").method.type == "reinforcement"
     told = [one.data for one in tuned.fine_tuning.jobs.list_events(job.id) if one.type == "metrics"]
     assert {one["step"] for one in told} == {1, 2}
-    assert all(0 <= one["reward"] <= 2 for one in told)
+    assert all(0 <= one["reward"] <= 3 for one in told)
+    assert all(0 <= one["rewards/short/mean"] <= 1 for one in told)
+    registry = tuned.house.app.state.registry
+    assert registry.resolve(tuned.fine_tuning.jobs.retrieve(job.id).fine_tuned_model).lineage["reward_model"] == "answers"
     folder = tuned.house.data / "jobs" / job.id
     words = [one["messages"][0]["content"][:40].encode() for one in held]
     assert [path for path in folder.rglob("*") if path.is_file() and any(word in path.read_bytes() for word in words)] == []
