@@ -84,6 +84,7 @@ class Served:
 async def served(store: Store, models: Models, caller: Caller, name: str) -> Served:
     """Reads the folders behind a served name; NotFound for one that is not served."""
     models.find(name, caller)
+    await models.brought(await asyncio.to_thread(models.target, name))
     found, rows = await asyncio.to_thread(_read, models, name)
     ids = [ref for role, ref, _ in rows if role == "train_data" and is_id(ref)]
     for file in await store.find(caller, ids):

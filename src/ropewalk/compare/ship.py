@@ -75,7 +75,7 @@ async def ship(
     move = await _move(store, models, registry, caller, comparison_id, candidate_id, alias)
     with _step("permission", tell):
         reason = _reason(override)
-        against = await _against(store, registry, caller, move)
+        against = await _against(store, models, registry, caller, move)
         if against is not None and reason is None:
             raise BadInput(f"{against}; say why with an override, or compare again")
     with _step("hashes", tell):
@@ -119,6 +119,7 @@ async def rollback(
         previous = before(alias, history)
     with _step("load", tell):  # nothing to do where it has been served since
         target = _target(registry, previous)
+        await models.brought(target)
         await asyncio.to_thread(weights_of, target)
         if load:
             await _ready(models, target)
@@ -145,7 +146,7 @@ async def may(
     """Why the rule does not permit this move, which then needs an override; None where it does."""
     caller.needs("read")
     move = await _move(store, models, registry, caller, comparison_id, candidate_id, alias)
-    return await _against(store, registry, caller, move)
+    return await _against(store, models, registry, caller, move)
 
 
 # -- the steps
@@ -193,7 +194,7 @@ async def _move(
     return Move(comparison, candidate_id, candidate, verdicts[0], name, alias, history)
 
 
-async def _against(store: Store, registry: Registry, caller: Caller, move: Move) -> str | None:
+async def _against(store: Store, models: Models, registry: Registry, caller: Caller, move: Move) -> str | None:
     """What the verdict does not cover."""
     verdict = move.verdict.verdict
     if not verdict.may_ship:
@@ -207,7 +208,9 @@ async def _against(store: Store, registry: Registry, caller: Caller, move: Move)
         return None
     baseline = await runnable(store, caller, move.comparison.baseline_id)
     assert baseline is not None
-    served = await asyncio.to_thread(weights_of, _target(registry, move.history[-1]))
+    target = _target(registry, move.history[-1])
+    await models.brought(target)
+    served = await asyncio.to_thread(weights_of, target)
     if served != baseline.digest:
         return f"the verdict is against {baseline.name}, and alias '{move.alias}' serves '{move.history[-1]}'"
     return None

@@ -72,6 +72,14 @@ class Places:
                 self._registered.clear()
             self._registered.add((file_id, path))
 
+    async def let_go(self) -> list[str]:
+        """The paths of files that are no more, by whichever server they were deleted; they are remembered no longer."""
+        ids = sorted({file_id for file_id, _ in self._registered})
+        there = await self._store.existing(ids)
+        gone = {(file_id, path) for file_id, path in self._registered if file_id in ids and file_id not in there}
+        self._registered -= gone
+        return [str(path) for _, path in gone]
+
 
 def _spent(event: ReplyEvent) -> dict[str, int | str] | None:
     """What a trace says of a reply: numbers alone."""

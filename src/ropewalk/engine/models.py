@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -133,6 +133,8 @@ class Models:
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ahead: set[asyncio.Task[None]] = set()  # files that are being read, or wait for it
         self._reading_ahead = asyncio.Semaphore(AHEAD)
+        # Puts an adapter's folder there that lies with another server; whoever knows how lies above this room.
+        self.bring: Callable[[Path], Awaitable[None]] | None = None
         store.forgetters.append(self.forget)
         store.erasers[PLACE] = self._erase_copy
         store.arrivals.append(self._arrived)
@@ -158,6 +160,11 @@ class Models:
         if adapter is None:
             return answerer
         return replace(answerer, adapter=adapter.name, adapter_digest=adapter.digest, invocation=adapter.invocation)
+
+    async def brought(self, target: Target) -> None:
+        """Has an adapter lie here that another server has made."""
+        if self.bring is not None and target.adapter is not None and not target.adapter.is_dir():
+            await self.bring(target.adapter)
 
     async def load(self, target: Target) -> None:
         """Makes what lies in these folders ready to answer, whatever name it will be asked by."""
@@ -253,6 +260,11 @@ class Models:
         for base in self._bases.values():
             with suppress(EngineDied):
                 await base.client.forget(paths)
+
+    async def forget_gone(self) -> None:
+        """The same for files that another server has deleted."""
+        if paths := await self._places.let_go():
+            await self.forget(paths)
 
     async def flush(self) -> None:
         """Returns when all that was read is on disk."""
@@ -490,6 +502,7 @@ class Models:
         base.starting.result()
 
     async def _adapter(self, base: Base, folder: Path) -> Adapter:
+        await self.brought(Target(adapter=folder))
         mark = await asyncio.to_thread(stamp, folder)
         async with base.busy:
             if mark not in base.adapters:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from ropewalk.errors import DamagedContent, OutputError
 from ropewalk.failpoints import failpoint
@@ -42,7 +43,7 @@ def pack(ticket: Ticket, folder: Path, paths: Sequence[str]) -> int:
     staged = open_blobs(ticket.blobs).stage(ticket.id)
     try:
         out = _Sealing(staged, Sealer(ticket.key, ticket.id))
-        with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], out), mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for path in paths:
                 tar.add(folder / path, arcname=path, filter=_plain)
         out.end()
@@ -59,7 +60,7 @@ def unpack(ticket: Ticket, folder: Path) -> None:
     source = _Opening(open_blobs(ticket.blobs), ticket)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as aside:
         try:
-            with tarfile.open(fileobj=source, mode="r|") as tar:
+            with tarfile.open(fileobj=cast(IO[bytes], source), mode="r|") as tar:
                 tar.extractall(aside, filter="data")
         except tarfile.TarError as error:
             raise DamagedContent(f"the archive {ticket.id} cannot be read: {error}") from error
