@@ -220,6 +220,14 @@ def test_moments_follow_from_whichever_key_was_given() -> None:
         ("lora_dropout: 1.5\n", "1.5 is not less than 1"),
         ("val_set_size: -1\n", "-1 is not at least 0"),
         ("num_epochs: .nan\n", "key 'num_epochs'"),
+        ("stream_weights: layers\n", "is for weights that stay as they are; add an adapter"),
+        ("layer_offloading: true\n", "layer_offloading: true is for weights that stay as they are; add an adapter"),
+        (
+            "adapter: lora\nlayer_offloading: true\nstream_weights: off\n",
+            "layer_offloading means stream_weights: layers, not off",
+        ),
+        ("adapter: lora\npeft_use_dora: true\nstream_weights: layers\n", "write stream_weights: experts"),
+        ("adapter: lora\nstream_weights: on\n", "key 'stream_weights'"),
     ],
 )
 def test_contradictions_are_one_message_with_a_way_out(more: str, said: str) -> None:

@@ -13,6 +13,7 @@ from ropewalk.models.load import load_base
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.memory import Estimate, Memory, estimate, free
 from ropewalk.models.recompute import WAYS, recompute
+from ropewalk.models.streaming import Streaming, stream
 from ropewalk.models.tiny import tiny_config
 
 ROWS, TOKENS = 2, 192
@@ -97,6 +98,29 @@ def test_leaner_ways_take_less_and_memory_is_filled_with_the_fastest_that_fit():
         assert leaner <= found.of(mixed).total <= room
 
 
+@pytest.mark.parametrize("part", ["experts", "layers"])
+def test_streamed_weights_count_for_the_host_and_their_ring_for_the_device(part, tmp_path):
+    streaming = Streaming(part)
+    model, adapter = build("qwen3_moe", "meta", num_hidden_layers=5)
+    options = {"rows": ROWS, "tokens": TOKENS, "dtype": torch.float32, "on_gpu": False, "adapter": adapter.parameters()}
+    found = Estimate(model, **options)
+    plain, expected = found.of("layer"), found.of("layer", streaming)
+    model, adapter = build("qwen3_moe", "cpu", num_hidden_layers=5)
+    made = stream(model, streaming, torch.device("cpu"))
+    model.train()
+    recompute(model, "layer")
+    measured = allocated(model, tmp_path / "trace.json")
+    assert abs(expected.activations - measured) <= 0.12 * measured
+    assert expected.host == made.host_bytes
+    # Of five layers three wait and two are in the ring.
+    assert expected.weights == plain.weights - made.host_bytes + made.ring.nbytes == plain.weights - made.host_bytes * 3 // 5
+    assert expected.total == plain.total - made.host_bytes * 3 // 5
+    room = expected.total + made.ring.nbytes // 2
+    assert found.of(found.fill(room, streaming), streaming).total <= room < plain.total
+    assert found.ahead(part, room, ("layer",) * 5).slots == 3
+    assert found.ahead(part, room - 1, ("layer",) * 5).slots == 2
+
+
 def test_layers_of_a_kind_are_measured_once_and_count_as_often_as_there_are():
     sizes = [estimated_deep(layers) for layers in (3, 4, 9)]
     each = sizes[1] - sizes[0]
@@ -124,8 +148,20 @@ def test_a_quantised_base_takes_what_it_takes(tmp_path):
 
 
 def test_optimizers_in_few_bits_take_less():
-    sizes = [estimated("llama", optimizer=name).optimizer for name in ("adamw_torch", "adamw_8bit", "adamw_torch_4bit")]
+    sizes = [estimated("llama", full=True, optimizer=n).optimizer for n in ("adamw_torch", "adamw_8bit", "adamw_torch_4bit")]
     assert sizes[0] > 3 * sizes[1] > 3 * sizes[2] / 2
+
+
+def test_a_step_during_the_pass_holds_few_gradients_and_a_master_takes_four_bytes(monkeypatch):
+    plain, stepping = (estimated("llama", full=True, in_backward=way) for way in (False, True))
+    assert stepping.gradients == plain.gradients  # a tiny model has not enough of them to be worth a step
+    monkeypatch.setattr("ropewalk.models.memory.AT_ONCE", 1000)
+    found = estimated("llama", full=True, in_backward=True)
+    assert found.gradients == 1000 + 997 * 64 * 4  # and the embedding, the largest that comes at once
+    assert found.total < plain.total - plain.gradients // 2
+    sizes = [estimated("llama", full=True, dtype=torch.bfloat16, master=way).optimizer for way in (False, True)]
+    numbers = plain.gradients // 4
+    assert sizes == [2 * 2 * numbers, (2 * 4 + 4) * numbers]
 
 
 def test_the_total_is_the_sum():

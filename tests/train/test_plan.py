@@ -177,7 +177,8 @@ def test_a_run_that_cannot_fit_is_refused_with_what_each_way_out_would_need(
     rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ropewalk.train.plan.cached_folder", lambda *_: None)
-    run = run_of("openai/gpt-oss-20b", rows, "gpu_memory_limit: 24GiB\nsequence_len: 128\n")
+    keys = "gpu_memory_limit: 24GiB\nsequence_len: 128\n"
+    run = run_of("openai/gpt-oss-20b", rows, f"{keys}stream_weights: off\n")
     with pytest.raises(ModelError) as error:
         check(run, offline=True)
     message = str(error.value)
@@ -185,6 +186,19 @@ def test_a_run_that_cannot_fit_is_refused_with_what_each_way_out_would_need(
     # 41.8 GB of weights in bfloat16 become 12.5 GB in nf4.
     assert "adapter: qlora (then about" in message
     assert "optimizer: adamw_torch_8bit" in message
+    # 38.2 of them are experts'; in 24 layers, two of which are on the GPU at a time, that is 3.2.
+    assert "stream_weights: experts (then about" in message
+    streamed = check(run_of("openai/gpt-oss-20b", rows, keys), offline=True)
+    assert streamed.streamed is not None
+    assert streamed.streamed["part"] == "experts"
+    assert streamed.memory is not None
+    assert streamed.memory["host"] == pytest.approx(38.2e9, rel=0.01)
+    assert streamed.memory["total"] < 24.5e9
+    assert (
+        f"the experts of {streamed.streamed['slots']} layers are on the GPU at a time, the others wait on the host"
+        in streamed.text()
+    )
+    assert f"and {streamed.memory['host'] / 2**30:.2f} GiB of the host's" in streamed.text()
 
 
 def test_what_layers_keep_is_told(base: Path, rows: Path) -> None:

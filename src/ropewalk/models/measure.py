@@ -32,6 +32,13 @@ from ropewalk.models.recompute import Way, decoder_layers, recompute
 from ropewalk.models.score_head import last_layer
 
 NAME = "ropewalk_measured"
+_aten = torch.ops.aten
+POINTWISE = frozenset(
+    (
+        *(_aten.mul.Tensor, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Scalar, _aten.pow.Tensor_Scalar, _aten.neg.default),
+        *(_aten.gelu.default, _aten.gelu_backward.default, _aten.silu.default),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -56,33 +63,16 @@ class Course:
     end: int  # the most after the first layer's backward
 
 
-@dataclass(frozen=True)
-class Courses:
-    """A pass for every way, and which of its layers each layer of the whole model is like."""
-
-    by_way: dict[Way, Course]
-    like: tuple[int, ...]
-
-    def peak(
-        self, ways: Sequence[Way], *, gradients: Sequence[int] = (), there: bool = True, passing: Sequence[int] = ()
-    ) -> int:
-        """The most bytes at once, for these ways of the model's layers.
-
-        gradients: bytes of each layer's, which come one by one where they are not `there` before; passing: what each takes besides.
-        """
-        course = next(iter(self.by_way.values()))
-        layers = [self.by_way[way].layers[kind] for way, kind in zip(ways, self.like)]
-        extra = list(passing) or [0] * len(layers)
-        now, most = course.begin, course.begin_peak
-        for layer, more in zip(layers, extra):
-            most = max(most, now + layer.forward + more)
-            now += layer.kept
-        most = max(most, now + course.head)
-        now += course.left
-        for layer, more, grown in reversed(list(zip(layers, extra, list(gradients) or [0] * len(layers)))):
-            most = max(most, now + layer.backward + more)
-            now += (0 if there else grown) - layer.freed
-        return max(most, now + course.end)
+def _pointwise(args: Sequence[Any]) -> Tensor | None:
+    """What an operation number by number gives, whose own shape function takes fifty times as long; None where it must be asked."""
+    first, others = args[0], [a for a in args[1:] if isinstance(a, Tensor)]
+    if not (isinstance(first, Tensor) and first.is_meta and first.is_floating_point()):
+        return None
+    for other in others:
+        smaller = other.dim() <= first.dim() and all(a in (1, b) for a, b in zip(reversed(other.shape), reversed(first.shape)))
+        if other.dtype != first.dtype or not smaller or (other.shape == first.shape and other.stride() != first.stride()):
+            return None
+    return torch.empty_like(first)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -98,8 +88,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True  # a mask asks whether positions go on without a break, and here they do
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        out = _pointwise(args) if func in POINTWISE else None
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._saw(leaf.untyped_storage())
         return out
@@ -124,17 +116,68 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def measure(
-    model: PreTrainedModel, rows: int, tokens: int, ways: Sequence[Way], *, on_gpu: bool, packed: bool = False
-) -> Courses:
-    """What passes over [rows, tokens] take beyond weights and gradients, for each of the ways.
+class Courses:
+    """What passes over [rows, tokens] take beyond weights and gradients, each way of the layers measured when it is first asked for.
 
     The model lies on the meta device and carries its adapter. "offload" is "layer" without the layer's input, which waits on the host.
     """
+
+    def __init__(self, model: PreTrainedModel, rows: int, tokens: int, *, on_gpu: bool, packed: bool = False) -> None:
+        self._model, self._rows, self._tokens, self._on_gpu, self._packed = model, rows, tokens, on_gpu, packed
+        self._layers = decoder_layers(model)
+        self._chosen, self._like = kinds(self._layers)
+        self._known: dict[Way, Course] = {}
+
+    def peak(
+        self, ways: Sequence[Way], *, gradients: Sequence[int] = (), there: bool = True, passing: Sequence[int] = ()
+    ) -> int:
+        """The most bytes at once, for these ways of the model's layers.
+
+        gradients: bytes of each layer's, which come one by one where they are not `there` before; passing: what each takes besides.
+        """
+        course = self._course(ways[0] if ways else "keep")
+        each = [self._course(way) for way in ways]  # before what each layer is like is read: a model may have to run whole
+        layers = [found.layers[kind] for found, kind in zip(each, self._like)]
+        extra = list(passing) or [0] * len(layers)
+        now, most = course.begin, course.begin_peak
+        for layer, more in zip(layers, extra):
+            most = max(most, now + layer.forward + more)
+            now += layer.kept
+        most = max(most, now + course.head)
+        now += course.left
+        for layer, more, grown in reversed(list(zip(layers, extra, list(gradients) or [0] * len(layers)))):
+            most = max(most, now + layer.backward + more)
+            now += (0 if there else grown) - layer.freed
+        return max(most, now + course.end)
+
+    def _course(self, way: Way) -> Course:
+        if way not in self._known:
+            if way == "offload" and self._layers:
+                course = self._course("layer")
+                course = _offloaded(course, self._model, self._rows * self._tokens) if self._on_gpu else course
+            else:
+                course = self._measured(way)
+            self._known[way] = course
+        return self._known[way]
+
+    def _measured(self, way: Way) -> Course:
+        with _standing_in(self._model, on_gpu=self._on_gpu, packed=self._packed):
+            recompute(self._model, way)
+            try:
+                return _course(self._model, self._layers, self._chosen, self._rows, self._tokens)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                if self._known or len(self._chosen) == len(self._layers):
+                    raise
+                # A model that asks for a certain layer by its number runs whole, which only takes longer.
+                self._chosen, self._like = [*range(len(self._layers))], [*range(len(self._layers))]
+                return _course(self._model, self._layers, self._chosen, self._rows, self._tokens)
+
+
+@contextmanager
+def _standing_in(model: PreTrainedModel, *, on_gpu: bool, packed: bool) -> Iterator[None]:
+    """Within it the model trains by stand-ins for what depends on values and what a kernel hides."""
     _register()
     _Situation.on_gpu, _Situation.packed = on_gpu, packed
-    layers = decoder_layers(model)
-    chosen, like = kinds(layers)
     before = model.get_experts_implementation() if any(True for _ in expert_modules(model)) else None
     attention, training = model.config._attn_implementation, model.training
     if attention != "eager":  # which keeps what it keeps in plain sight
@@ -146,19 +189,7 @@ def measure(
             parameter.grad = torch.empty_like(parameter)
     model.train()
     try:
-        found: dict[Way, Course] = {}
-        for way in ways:
-            recompute(model, "layer" if way == "offload" and layers else way)
-            try:
-                course = _course(model, layers, chosen, rows, tokens)
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                if found or len(chosen) == len(layers):
-                    raise
-                # A model that asks for a certain layer by its number runs whole, which only takes longer.
-                chosen, like = [*range(len(layers))], [*range(len(layers))]
-                course = _course(model, layers, chosen, rows, tokens)
-            found[way] = _offloaded(course, model, rows * tokens) if way == "offload" and on_gpu else course
-        return Courses(found, tuple(like))
+        yield
     finally:
         recompute(model, "keep")
         model.train(training)

@@ -26,9 +26,10 @@ METHOD = "ropewalk"
 class QuantisedLoading(QuantizationConfigMixin):  # type: ignore[misc]
     """Tells transformers to hand every tensor to us while it loads."""
 
-    def __init__(self, format: str = "nf4", **unused: Any) -> None:
+    def __init__(self, format: str = "nf4", computed_on: str | None = None, **unused: Any) -> None:
         self.quant_method = METHOD
         self.format = format
+        self.computed_on = computed_on  # the device that does the work, where it is not the one that the model comes to
 
 
 class _Loader(HfQuantizer):  # type: ignore[misc]
@@ -42,7 +43,7 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
         return param_name in self.names
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(FORMATS[self.quantization_config.format])
+        return _Quantise(FORMATS[self.quantization_config.format], self.quantization_config.computed_on)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         # What transformers keeps of a quantiser concerns formats it can save; ours exists in memory only.
@@ -58,28 +59,29 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantise(ConversionOps):  # type: ignore[misc]
-    def __init__(self, made: Any) -> None:
-        self.made = made
+    def __init__(self, made: Any, computed_on: str | None) -> None:
+        self.made, self.computed_on = made, computed_on
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **unused: Any
     ) -> dict[str, Tensor]:
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            replace(model, name, self.made.of(tensor))
+            there = tensor if self.computed_on is None else tensor.to(self.computed_on)
+            replace(model, name, self.made.of(there).to(tensor.device))
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
 
 
-def quantization(format: str) -> QuantisedLoading:
-    """What `from_pretrained(quantization_config=...)` needs to quantise to this format."""
+def quantization(format: str, computed_on: str | None = None) -> QuantisedLoading:
+    """What `from_pretrained(quantization_config=...)` needs to quantise to this format, each tensor on the device `computed_on`."""
     if format not in FORMATS:
         raise ConfigError(f"quantize '{format}' is unknown; one of {', '.join(FORMATS)}")
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(QuantisedLoading)
         register_quantizer(METHOD)(_Loader)
-    return QuantisedLoading(format)
+    return QuantisedLoading(format, computed_on)
 
 
 def to_quantise(model: PreTrainedModel) -> list[str]:

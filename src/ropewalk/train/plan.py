@@ -26,7 +26,15 @@ from ropewalk.train.rewards import specs_of
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 UNCHECKED = "not checked (offline): not on this disk"
 SHAPE_ONLY = "its tokenizer and weights are not on this disk, its shape is the published one (offline)"
-_NOTHING: dict[str, Any] = {"model": None, "coverage": [], "notes": [], "trained": None, "memory": None, "ways": []}
+_NOTHING: dict[str, Any] = {
+    "model": None,
+    "coverage": [],
+    "notes": [],
+    "trained": None,
+    "memory": None,
+    "ways": [],
+    "streamed": None,
+}
 Spans = Sequence[tuple[str, bool]]  # text of a row, and whether it is trained
 
 
@@ -43,6 +51,7 @@ class Plan:
     steps: dict[str, Any]
     memory: dict[str, Any] | None
     ways: list[str]
+    streamed: dict[str, Any] | None  # what waits on the host until its layer's turn, and how many layers are there at once
     ignored: dict[str, str]
     unchecked: dict[str, str]
     preview: list[list[tuple[str, bool]]] = field(default_factory=list)
@@ -167,6 +176,7 @@ def _look(folder: Path, run: Run) -> dict[str, Any]:
         "trained": found.trained,
         "memory": found.memory,
         "ways": list(found.ways),
+        "streamed": None if found.streaming is None else asdict(found.streaming),
     }
 
 
@@ -182,7 +192,8 @@ def _of_tower(run: Run, beside: int | None) -> list[str]:
 
 def _precision(run: Run) -> str:
     computed = {"auto": "bfloat16 on a GPU that computes it, else float32"}.get(run.dtype_name, run.dtype_name)
-    held = {"nf4": "the base held as 4-bit NF4", "int8": "the base held as 8-bit integers", None: ""}[run.quantization]
+    kinds = {"nf4": "4-bit NF4", "int4": "4-bit integers", "int8": "8-bit integers"}
+    held = f"the base held as {kinds[run.quantization]}" if run.quantization else ""
     return f"{computed}, {held}" if held else computed
 
 
@@ -253,15 +264,27 @@ def _memory_lines(plan: Plan) -> list[str]:
         return []
     needed, planned = plan.memory["total"], "planned" in plan.memory
     room = plan.memory["planned" if planned else "free"]
-    apart = ("total", "free", "planned")
+    apart = ("total", "free", "planned", "host")
     parts = ", ".join(f"{name} {_bytes(n)}" for name, n in plan.memory.items() if name not in apart and n)
     fits = "" if needed <= room else ": it will not fit here"
     there = f"of the {_bytes(room)} planned for" if planned else f"{_bytes(room)} free here{fits}"
     return [
         f"Memory    about {_bytes(needed)} per process ({there})",
         f"          {parts}",
+        *_host_lines(plan),
         f"Keeps     {_runs(plan.ways)}",
     ]
+
+
+def _host_lines(plan: Plan) -> list[str]:
+    """What lies in the host's memory until it is wanted."""
+    lines = []
+    if plan.streamed:
+        what = {"experts": "the experts of", "layers": "the frozen weights of"}[plan.streamed["part"]]
+        lines = [f"Streams   {what} {plan.streamed['slots']} layers are on the GPU at a time, the others wait on the host"]
+    if plan.memory and plan.memory["host"]:
+        lines = [f"          and {_bytes(plan.memory['host'])} of the host's", *lines]
+    return lines
 
 
 WORDS = {

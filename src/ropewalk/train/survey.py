@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
 from ropewalk.models.memory import Estimate, Memory, free
-from ropewalk.models.recompute import WAYS, Way
+from ropewalk.models.recompute import Way
+from ropewalk.models.streaming import Part, Streaming
 from ropewalk.train.pupil import lora_spec, scored_by
 from ropewalk.train.questions import groups_of
 
@@ -45,6 +47,7 @@ class Survey:
     memory: dict[str, int]  # by purpose, with the total and what is free here
     ways: tuple[Way, ...]  # what each layer keeps for the backward pass
     beside: int | None  # parameters beside the text part, of a run on pictures; None: they are not known here
+    streaming: Streaming | None  # which weights wait on the host
 
 
 def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey:
@@ -65,14 +68,14 @@ def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey
     in_experts = sum(p.numel() for module in stacks for p in module.parameters())
     experts = max((p.shape[0] for module in stacks for p in module.parameters() if p.dim() == 3), default=0)
     chosen = _chosen(text.to_dict()) if experts else 0
-    coverage = adapter = None
-    if run.adapter is not None:
-        adapter = attach(model, lora_spec(run, model), seed=run.seed)
-        _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
-        coverage = adapter.coverage()
     room = Room.of(run, device or pick_device("auto"))
     beside = _beside(folder, run, total)
-    memory, ways = _memory(model, adapter, run, room, beside or 0)
+    coverage = adapter = None
+    if run.adapter is not None:
+        adapter = attach(model, lora_spec(run, model), seed=run.seed, dtype=_factors(run, room))
+        _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
+        coverage = adapter.coverage()
+    memory, ways, streaming = _memory(model, adapter, run, room, beside or 0)
     return Survey(
         config=config,
         model_type=str(config.model_type),
@@ -87,6 +90,7 @@ def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey
         memory={**memory.as_dict(), "planned" if room.planned else "free": room.bytes},
         ways=ways,
         beside=beside,
+        streaming=streaming,
     )
 
 
@@ -110,35 +114,71 @@ class Room:
         )
 
 
-def _memory(model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Room, beside: int) -> tuple[Memory, tuple[Way, ...]]:
-    """What one process will take, and the way of every layer: on a GPU where there or planned for one, else on this processor."""
-    name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if room.on_gpu else "float32"
+def _memory(
+    model: PreTrainedModel, adapter: Adapter | None, run: Run, room: Room, beside: int
+) -> tuple[Memory, tuple[Way, ...], Streaming | None]:
+    """What one process will take, the way of every layer, and what is streamed: on a GPU where there or planned for one, else here."""
     asked = run.recompute
     found = Estimate(
         model,
         rows=run.micro_batch_size,
         tokens=run.sequence_len,
-        dtype=getattr(torch, name),
+        dtype=_computed(run, room),
         quantize=run.quantization,
         adapter=None if adapter is None else list(adapter.parameters()),
         optimizer=run.optimizer,
         on_gpu=room.on_gpu,
         accumulates=run.accumulation > 1,
+        master=run.float32_master,
+        in_backward=run.step_in_backward,
         slots=_slots(run),
         packed=run.packing and room.on_gpu,  # on a CPU packed samples are kept apart without a mask
-        ways=WAYS if asked == "auto" else ("keep", "layer", asked),
     )
     if run.adapter is None and run.rl in REFERENCED:
         found.weights *= 2  # the base, to compare with
     found.weights += beside * model.dtype.itemsize
-    ways = found.fill(room.bytes) if asked == "auto" else (asked,) * found.layers
-    memory = found.of(ways)
+    if (processes := sharing(run)) > 1:
+        found.share(processes, on_host=run.fsdp_config is not None and run.fsdp_config.offload_params)
+    for streaming in _streamings(run, found, room):
+        ways = found.fill(room.bytes, streaming) if asked == "auto" else (asked,) * found.layers
+        memory = found.of(ways, streaming)
+        if memory.total <= room.bytes:
+            break
+    if streaming is not None and memory.total <= room.bytes:
+        streaming = found.ahead(streaming.part, room.bytes, ways)
+        memory = found.of(ways, streaming)
     if room.on_gpu and memory.total > room.bytes:
         raise ModelError(
             f"this run needs about {memory.total / 1e9:.1f} GB in every process, and {room.bytes / 1e9:.1f} GB of the GPU can be filled; "
-            f"{_way_out(model, found, memory, run, ways)}"
+            f"{_way_out(found, memory, run, ways)}"
         )
-    return memory, ways
+    return memory, ways, streaming
+
+
+def sharing(run: Run) -> int:
+    """How many processes the weights are sharded over, as far as it is known here."""
+    return int(os.environ.get("WORLD_SIZE", run.dp_shard_size or 1)) if run.sharded else 1
+
+
+def _streamings(run: Run, found: Estimate, room: Room) -> list[Streaming | None]:
+    """What may be streamed, from nothing on."""
+    asked = run.weights_on_host
+    if asked != "auto":
+        return [None if asked == "off" else Streaming(asked)]
+    parts: tuple[Part, ...] = ("experts", "layers") if room.on_gpu else ()
+    return [None, *(Streaming(part) for part in parts if any(found.waiting(part)))]
+
+
+def _computed(run: Run, room: Room) -> torch.dtype:
+    """The type of the base and of what is computed."""
+    name = run.dtype_name if run.dtype_name != "auto" else "bfloat16" if room.on_gpu else "float32"
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _factors(run: Run, room: Room) -> torch.dtype:
+    """The type of the adapter."""
+    return torch.float32 if run.peft_autocast_adapter_dtype else _computed(run, room)
 
 
 def _beside(folder: Path, run: Run, text: int) -> int | None:
@@ -160,15 +200,19 @@ def _slots(run: Run) -> int:
     return min(SLOTS, groups_of(run) * run.trl.num_generations) * run.sequence_len
 
 
-def _way_out(model: PreTrainedModel, found: Estimate, memory: Memory, run: Run, ways: Sequence[Way]) -> str:
+def _way_out(found: Estimate, memory: Memory, run: Run, ways: Sequence[Way]) -> str:
     """Keys that make a run smaller, each with what it would need then."""
     saved: dict[str, int] = {}
     if run.recompute != "auto" and found.layers:
         saved["gradient_checkpointing: true"] = memory.total - found.of("layer").total
     eighth = found.adapter // 4 * 2 if run.adapter else found.gradients // 2
     saved["optimizer: adamw_torch_8bit"] = memory.optimizer - eighth
-    if run.adapter is not None and run.quantization != "nf4":
+    if run.adapter is not None and run.quantization not in ("nf4", "int4"):
         saved["adapter: qlora"] = memory.weights - found.quantised("nf4")
+    if run.weights_on_host == "off" and run.adapter is not None and not run.sharded and not run.by_rewards:
+        for part in ("experts", "layers"):
+            if any(found.waiting(part)):
+                saved[f"stream_weights: {part}"] = memory.total - found.of(ways, Streaming(part)).total
     if run.adapter is not None and run.rank > 1:
         saved[f"lora_r: {max(1, run.rank // 4)}"] = (memory.adapter + memory.gradients + memory.optimizer) * 3 // 4
     saved["half of sequence_len"] = memory.activations // 2
