@@ -28,10 +28,10 @@ def test_every_answer_is_one_line() -> None:
 
 def test_keys_that_are_not_needed_are_listed_with_the_reason() -> None:
     run = parse_run(
-        BASE + "adapter: lora\nliger_rope: true\nddp_find_unused_parameters: true\nfsdp_config: {fsdp_version: 2}\n"
+        BASE + "adapter: lora\nliger_rope: true\nddp_find_unused_parameters: true\nfsdp_config: {fsdp_use_orig_params: true}\n"
     )
-    assert set(ignored_keys(run)) == {"liger_rope", "ddp_find_unused_parameters", "fsdp_config"}
-    assert "nothing is sharded" in ignored_keys(run)["fsdp_config"]
+    assert set(ignored_keys(run)) == {"liger_rope", "ddp_find_unused_parameters", "fsdp_config.use_orig_params"}
+    assert run.sharded
 
 
 def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> None:

@@ -60,10 +60,10 @@ def test_a_misspelt_key_of_the_block_is_found() -> None:
     ("more", "way_out"),
     [
         ("context_parallel_size: 2\n", "gradient_checkpointing: offload"),
-        ("sequence_parallel_degree: 4\n", "fsdp_version: 2"),
+        ("sequence_parallel_degree: 4\n", "or fsdp_version: 2"),
         ("tensor_parallel_size: 2\n", "fsdp_version: 2 shards the same weights"),
         ("expert_parallel_size: 2\n", "fsdp_version: 2 shards them"),
-        ("deepspeed: zero3.json\n", "stages 1, 2 and 3 are fsdp_version: 2"),
+        ("deepspeed: zero3.json\n", "write fsdp_version: 2 for its stages"),
         ("kd_trainer: true\n", "train on text that the teacher wrote"),
         ("plugins: [axolotl.integrations.kd.KDPlugin]\n", "train on text that the teacher wrote"),
         ("fsdp_version: 2\ndp_replicate_size: 2\n", "shard over all of them"),

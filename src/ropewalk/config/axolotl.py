@@ -139,23 +139,21 @@ _REFUSED = {
     "this loss is not supported; remove it for the usual cross entropy": "use_eaft neftune_noise_alpha noisy_embedding_alpha",
     "diffusion language models are not supported": "diffusion",
     (
-        "distillation from a teacher's probabilities is not supported; train on text that the teacher wrote: have it answer the "
-        "prompts over /v1/messages/batches, and name the answers under datasets"
+        "a teacher's probabilities are not learnt from; train on text that the teacher wrote (have it answer over /v1/messages/batches)"
     ): "kd_trainer kd_online_server_base_url",
     (
-        "rows are not split over devices (context parallelism); for longer rows write gradient_checkpointing: offload, for larger "
-        "models fsdp_version: 2, and lower sequence_len where that is not enough"
+        "rows are not split over devices (context parallelism); write gradient_checkpointing: offload, or fsdp_version: 2, or a lower "
+        "sequence_len"
     ): "context_parallel_size sequence_parallel_degree",
     (
-        "layers are not split over devices (tensor parallelism); fsdp_version: 2 shards the same weights over all processes, and a "
-        "model that is only served is split by vLLM: ropewalk serve with engine: vllm"
+        "layers are not split over devices (tensor parallelism); fsdp_version: 2 shards the same weights, and vLLM splits what is served"
     ): "tensor_parallel_size",
-    (
-        "experts are not split over devices (expert parallelism); fsdp_version: 2 shards them over all processes, with everything else"
-    ): "expert_parallel_size",
-    (
-        "DeepSpeed is not used; its stages 1, 2 and 3 are fsdp_version: 2 here, and its offloading is fsdp_config: {offload_params: true}"
-    ): "deepspeed deepcompile",
+    "experts are not split over devices (expert parallelism); fsdp_version: 2 shards them with everything else": """
+        expert_parallel_size
+    """,
+    "DeepSpeed is not used; write fsdp_version: 2 for its stages, fsdp_config: {offload_params: true} for its offloading": """
+        deepspeed deepcompile
+    """,
     "training through a remote service is not supported": "hatchery",
     "NeMo Gym is not supported": """
         nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout
@@ -392,7 +390,9 @@ def _by_value(name: str, value: Any) -> Answer | None:
     """Keys whose answer depends on what they say."""
     match name, value:
         case "bnb_config_kwargs", {"bnb_4bit_quant_type": kind} if kind != "nf4":
-            return Answer(f"4-bit bases are nf4 or int4 here, not {kind}; write bnb_4bit_quant_type by itself, or remove it", refused=True)
+            return Answer(
+                f"4-bit bases are nf4 or int4 here, not {kind}; write bnb_4bit_quant_type by itself, or remove it", refused=True
+            )
         case "model_quantization_config", "Mxfp4Config":
             return Answer("MXFP4 experts are read as bfloat16; load_in_4bit holds them as NF4")
         case "peft_init_lora_weights", True:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ropewalk.config.document import Document, read_document
 from ropewalk.config.run import load_run
-from ropewalk.errors import ConfigError, TrainingStopped
+from ropewalk.errors import ConfigError, OutputError, TrainingStopped
 
 TOGETHER = "_"
 LONGEST = 120  # characters of a folder's name
@@ -52,6 +52,10 @@ def sweep(config: Path, overrides: Sequence[str], file: Path, options: Sequence[
     """Trains every combination, prints the table and writes `sweep.json`; 1 where a run failed."""
     made = combinations(config, overrides, file)
     folder = made[0].folder.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output_dir {folder} cannot be written: {error.strerror}; set another `output_dir`") from error
     for number, one in enumerate(made, 1):
         print(f"{number} of {len(made)}: {one.name}", file=sys.stderr)
         code = (start or _start)([str(config), *one.overrides, *options])
@@ -66,7 +70,7 @@ def sweep(config: Path, overrides: Sequence[str], file: Path, options: Sequence[
 def combinations(config: Path, overrides: Sequence[str], file: Path) -> list[Combination]:
     """Every combination of the file's values, each of which is a configuration without a fault."""
     base = load_run(config, overrides)
-    found = []
+    found: list[Combination] = []
     for values in _products(read_document(file)):
         changes = tuple(f"{key}={_inline(value)}" for key, value in values.items())
         name = ",".join(changes).replace("/", "-")[:LONGEST]
