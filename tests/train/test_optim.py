@@ -75,7 +75,7 @@ def test_every_optimizer_moves_against_the_gradient(name):
 def test_an_optimizer_of_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(MissingExtra, match=r"pip install 'ropewalk\[gpu\]'"):
-        make_optimizer("adamw_bnb_8bit", named(), lr=1e-3)
+        make_optimizer("adamw_torch_4bit", named(), lr=1e-3)
 
 
 def test_gradients_are_scaled_down_to_the_limit_and_their_norm_is_told():
