@@ -1,6 +1,6 @@
 """The quickstart's loss curve under everything that saves memory, beside the plain one: equal to the bit, or within a band.
 
-    python benchmarks/loss_bands.py [--quick] [--json FILE] [--rows "NAME;NAME"]
+    python benchmarks/loss_bands.py [--quick] [--json FILE] [--rows "NAME;NAME"] [--steps N]
 
 The job is the quickstart's own: its base (a mixture of 8 experts), its questions, LoRA of rank 16 on attention and experts, 160 steps,
 every step with the same rows in every run. Plain is bfloat16. Kept to the bit are what only moves memory about: what is computed again,
@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="20 steps, and some of the rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--rows", help="these rows alone, separated by ;, and those that they are held beside")
+    parser.add_argument("--steps", type=int, help="how many (default: 160, with --quick 20)")
     arguments = parser.parse_args()
     wanted = arguments.rows.split(";") if arguments.rows else [row.name for row in ROWS if row.quick or not arguments.quick]
     named = {row.name: row for row in ROWS}
@@ -171,7 +172,7 @@ def main() -> int:
     wanted += [beside for name in wanted if (beside := named[name].beside) and beside not in wanted]
     warnings.simplefilter("ignore")
     begun = machine()
-    steps = 20 if arguments.quick else 160
+    steps = arguments.steps or (20 if arguments.quick else 160)
     curves: dict[str, Curve] = {}
     found: list[Beside] = []
     with tempfile.TemporaryDirectory() as folder:
