@@ -19,8 +19,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 run: .venv/run.stamp
 	.venv/bin/ropewalk quickstart --dir runs/quickstart $(if $(FAST),--fast)
 
+# A process for each core, and one thread in each: tests do not wait for each other's threads.
 test: check
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: .venv/dev.stamp
 	.venv/bin/ruff check .
