@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,13 @@ pytest.importorskip("playwright", reason="the package playwright is not installe
 
 from PIL import Image
 from playwright.sync_api import Page, expect
+from sqlalchemy import update
 
 from browser import CHROMIUM, violations, visit
 from ropewalk.compare.candidates import add_cards
 from ropewalk.compare.records import create
+from ropewalk.database import now
+from ropewalk.jobs.tables import jobs
 from ropewalk.models.base import make_base
 from server.compared import compared
 from server.conftest import Running
@@ -308,6 +313,41 @@ def test_every_page_of_compare_can_be_read_by_everybody(home, browser, scheme):
             assert violations(page) == [], address
 
 
+def finished_job(home: SimpleNamespace) -> str:
+    """The name of what a job has made of a file, as if it had been trained."""
+    runner, registry = home.server.app.state.jobs, home.server.app.state.registry
+    options, runner.options = runner.options, replace(runner.options, at_once=0)
+    try:
+        rows = json.dumps({"messages": [{"role": "user", "content": "Due?"}, {"role": "assistant", "content": "May"}]})
+        with home.server.http(home.key) as http:
+            file = http.post("/v1/files", files={"file": ("leases.jsonl", rows + "\n")}).json()["id"]
+            id = http.post("/v1/fine_tuning/jobs", json={"model": "lease-base", "training_file": file}).json()["id"]
+        ended = {"state": "succeeded", "model": "ft:lease-base:desk", "step": 4, "steps": 4, "finished_at": now()}
+        home.server.run(ended_as(home.store, id, ended))
+    finally:
+        runner.options = options
+    lineage = {"file": file, "job": id, "workspace": home.workspace.id}
+    return registry.publish_adapter(ended["model"], registry.resolve("lease-base").path, "lease-base", lineage).name
+
+
+async def ended_as(store, id: str, values: dict) -> None:
+    async with store.database.writing() as connection:
+        await connection.execute(update(jobs).where(jobs.c.id == id).values(values))
+
+
+def test_what_a_job_has_made_is_drawn_from_its_file_to_its_name(home, seen):
+    name = finished_job(home)
+    seen.goto(f"{home.server.url}/models")
+    seen.get_by_text("The same in words").click()
+    made_of = seen.locator("ul.chain li")
+    job = made_of.filter(has_text="supervised, succeeded")
+    expect(job).to_contain_text("from leases.jsonl")
+    expect(made_of.filter(has=seen.get_by_role("link", name=name))).to_contain_text("over lease-base, from job ")
+    expect(seen.locator(".lineage path")).to_have_count(3)  # file, job, model; and the alias on its base
+    job.get_by_role("link").click()
+    expect(seen.get_by_role("heading", level=1)).to_contain_text("succeeded")
+
+
 def test_the_pictures_of_the_docs(home, browser, tmp_path):
     """With SCREENSHOTS=docs, the ones that the docs show."""
     one = made(
@@ -318,6 +358,7 @@ def test_the_pictures_of_the_docs(home, browser, tmp_path):
     cards = home.server.run(add_cards(home.store, home.caller, (PAGES / "two_tools.txt").read_text()))
     told = home.server.run(create(home.store, home.caller, baseline_id=cards[0].id, candidate_ids=[cards[1].id]))
     home.server.run(home.server.app.state.comparisons.decide(home.caller, told.id))
+    finished_job(home)
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
     with visit(browser, home.server.url, device_scale_factor=1.5, viewport={"width": 1240, "height": 1000}) as found:
         page = found.sign_in(home.server.key).page

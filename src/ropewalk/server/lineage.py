@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COLUMNS = ("Files", "Jobs", "Models", "Verdicts", "Aliases")
-WIDTH, HEIGHT, GAP, PITCH, HEAD = 196, 52, 44, 66, 30
-LETTERS = 25  # of a title: what a box holds
+WIDTH, HEIGHT, GAP, PITCH, HEAD = 180, 52, 38, 66, 30
+LETTERS = 21  # of a line: what a box holds
 MOST_ROWS = 24
 
 
@@ -25,6 +25,10 @@ class Box:
     @property
     def short(self) -> str:
         return self.title if len(self.title) <= LETTERS else f"{self.title[: LETTERS - 8]}…{self.title[-7:]}"
+
+    @property
+    def short_note(self) -> str:
+        return self.note if len(self.note) <= LETTERS + 2 else f"{self.note[: LETTERS + 1]}…"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Graph:
     def drawn(self) -> Drawing | None:
         """None where there is nothing to draw."""
         rows = [0] * len(COLUMNS)
+        used = sorted({column for column, *_ in self._boxes.values()})
         boxes: dict[str, Box] = {}
         for key, (column, *told) in self._boxes.items():
             # Below what it is made of, where there is room: so that lines run level.
@@ -75,16 +80,14 @@ class Graph:
             rows[column] = row + 1
             if row < MOST_ROWS:
                 title, note, href, look = told
-                boxes[key] = Box(key, title, note, href, look, column * (WIDTH + GAP), HEAD + row * PITCH)
+                boxes[key] = Box(key, title, note, href, look, used.index(column) * (WIDTH + GAP), HEAD + row * PITCH)
         if not boxes:
             return None
         edges = [Edge(_curve(boxes[a], boxes[b]), boxes[a], boxes[b]) for a, b in self._edges if a in boxes and b in boxes]
-        used = sorted({box.x for box in boxes.values()})
-        columns = [(name, i * (WIDTH + GAP)) for i, name in enumerate(COLUMNS) if i * (WIDTH + GAP) in used]
+        columns = [(COLUMNS[column], place * (WIDTH + GAP)) for place, column in enumerate(used)]
         height = max(box.y for box in boxes.values()) + HEIGHT + 4
-        return Drawing(
-            tuple(boxes.values()), tuple(edges), tuple(columns), used[-1] + WIDTH, height, len(self._boxes) - len(boxes)
-        )
+        width = (len(used) - 1) * (WIDTH + GAP) + WIDTH
+        return Drawing(tuple(boxes.values()), tuple(edges), tuple(columns), width, height, len(self._boxes) - len(boxes))
 
 
 def _curve(source: Box, target: Box) -> str:

@@ -42,6 +42,7 @@ class Model:
     made: Moment
     aliases: tuple[str, ...]
     verdict: str
+    interval: str
     look: str
     ship: str  # where it can be shipped; '' where no verdict permits it
 
@@ -119,7 +120,8 @@ def _model(visitor: Visitor, listed: Listed, known: Known) -> Model:
         f"{listed.longest:,}" if listed.longest else "–",
         words.moment(round(datetime.fromisoformat(listed.created).timestamp() * 1e6)),
         aliases,
-        f"{found[0].verdict.state} {found[0].verdict.interval or ''}".strip() if found is not None else "",
+        str(found[0].verdict.state) if found is not None else "",
+        str(found[0].verdict.interval or "") if found is not None else "",
         views.state_look(found[0].verdict.state) if found is not None else "",
         address(f"/compare/{found[0].comparison_id}/ship", {"candidate": found[1].id}) if found is not None and may else "",
     )
@@ -154,7 +156,12 @@ async def _drawn_model(graph: Graph, request: Request, visitor: Visitor, known: 
         if candidate.target == entry.name:
             state, href = verdict.verdict.state, f"/compare/{verdict.comparison_id}"
             said = graph.add(
-                3, f"verdict {verdict.id}", str(state), str(verdict.verdict.interval or ""), href, views.state_look(state)
+                3,
+                f"verdict {verdict.id}",
+                str(state),
+                str(verdict.verdict.interval or "").partition(" (")[0],
+                href,
+                views.state_look(state),
             )
             graph.link(model, said)
     for alias, name in known.aliases.items():
