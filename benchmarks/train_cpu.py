@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bars import Panel, dot_plot
 from measure import Watched, machine, middle, table, watch, write_json
 from peers.assets import recipe
 from peers.environments import AXOLOTL, FOLDER, LLAMAFACTORY, OFFLINE, TRANSFORMERS, TRL, Environment, NotInstalled
+from ropewalk.bench.bars import Panel, dot_plot
 
 HERE = Path(__file__).resolve().parent
 ASSETS, RUNS = FOLDER / "assets", FOLDER / "runs"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ropewalk.bench import verbs as bench
 from ropewalk.compare import verbs as compare
 from ropewalk.config import verbs as config
 from ropewalk.doctor import verbs as doctor
@@ -23,7 +24,7 @@ from ropewalk.train import verbs as train
 from ropewalk.verbs import Verb, needs_verb
 
 # Each has a function add_verbs. In the order of --help; a new room needs an import and its place here.
-ROOMS = (quickstart, train, models, compare, engine, server, jobs, files, tenants, config, doctor)
+ROOMS = (quickstart, train, models, compare, engine, server, jobs, files, tenants, config, doctor, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,247 @@
+"""One model under training by every contender: the same weights, targets, ranks and first values; a step is forward, loss, backward, AdamW.
+
+Attention and the loss are transformers' own for everybody but "liger". Ours has besides its experts and LoRA what `ropewalk train` does to
+any model: norms that keep less, and on a CPU memory that is kept between steps.
+Legend: T tokens, E experts, k experts per token, H hidden, V vocabulary, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen3MoeConfig
+
+from ropewalk.bench.contenders import OURS, Entrant
+from ropewalk.bench.cost import Ceiling, ceiling, memory, milliseconds
+from ropewalk.bench.peers import FUSED, PROJECTIONS, fused_in_model, with_liger
+from ropewalk.bench.shapes import Model
+from ropewalk.kernels.quant import FORMATS
+from ropewalk.models.adapter_folder import from_disk, to_disk
+from ropewalk.models.experts import LORA, expert_modules, register_experts, stack_sizes
+from ropewalk.models.host_memory import keep_freed
+from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.models.norms import lean_norms
+from ropewalk.models.quantized import replace, to_quantise
+from ropewalk.models.recompute import Way, recompute
+from ropewalk.models.shapes import SHAPES
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALPHA = 2  # times the rank
+SPREAD = 0.1  # of a router's weights: a trained one spreads its tokens, a fresh one is nearly even
+
+
+def config_of(shape: Model) -> Any:
+    """transformers' configuration of it."""
+    if not shape.published:
+        return Qwen3MoeConfig(
+            vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
+            num_attention_heads=8, num_key_value_heads=2, head_dim=shape.hidden // 8, num_experts=shape.experts,
+            num_experts_per_tok=shape.topk, moe_intermediate_size=shape.inner, norm_topk_prob=True, mlp_only_layers=[],
+            max_position_embeddings=shape.length, use_cache=False,
+        )  # fmt: skip
+    given = json.loads((SHAPES / shape.published / "config.json").read_text(encoding="utf-8"))
+    given |= {"num_hidden_layers": shape.layers, "use_cache": False}
+    if types := given.get("layer_types"):
+        given["layer_types"] = types[: shape.layers - 1] + types[-1:]  # the last attends to everything, as in the whole
+    return CONFIG_MAPPING[given["model_type"]](**given)
+
+
+class Racer:
+    """A contender's model and its trained tensors, by the names of models/lora.py."""
+
+    def __init__(self, shape: Model, entrant: Entrant, dtype: str, device: str, stored: str = "") -> None:
+        self.shape, self.entrant, self.device = shape, entrant, device
+        config = config_of(shape)
+        if entrant.name == "liger":
+            with_liger(config.model_type.removesuffix("_text"))
+        torch.manual_seed(0)
+        implementation = "eager" if entrant.name in (OURS, "eager") else "grouped_mm"
+        with torch.device(device):
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, experts_implementation=implementation, attn_implementation="sdpa", dtype=getattr(torch, dtype)
+            )
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(("mlp.gate.weight", "router.proj.weight")):
+                nn.init.normal_(parameter, std=SPREAD)
+        self.model.train().requires_grad_(False)
+        if stored:
+            for name in to_quantise(self.model):
+                replace(self.model, name, FORMATS[stored].of(self.model.get_parameter(name)))
+        self.trained = self._adapted()
+        _fill(self.trained)
+        self._policy()
+        ids = torch.randint(0, config.vocab_size, (shape.rows, shape.length), generator=torch.Generator().manual_seed(1))
+        self.ids = ids.to(device)
+        self._optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-5, fused=True)
+
+    def _adapted(self) -> dict[str, Tensor]:
+        rank = self.shape.rank
+        if self.entrant.name == OURS:
+            register_experts()
+            lean_norms(self.model)
+            if self.device == "cpu":
+                keep_freed()
+            spec = LoraSpec(rank, ALPHA * rank, target_modules=ATTENTION, target_linear=False)
+            return dict(attach(self.model, spec, 0).named_parameters())
+        if self.entrant.name in FUSED:
+            made = fused_in_model(self.entrant.name, self.model, rank, ALPHA)
+            return {**_peft(self.model, rank, experts=False), **{n: p.requires_grad_() for n, p in made.items()}}
+        return _peft(self.model, rank, experts=True)
+
+    def _policy(self) -> None:
+        way: Any = self.entrant.policy
+        if self.entrant.name == OURS:
+            chosen: Way = way
+            recompute(self.model, chosen)
+        elif way == "layer":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            assert way == "keep", f"{self.entrant.name} has no policy {way}"
+
+    def loss(self) -> Tensor:
+        made: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
+        return made
+
+    def step(self) -> None:
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def milliseconds(self) -> float:
+        return milliseconds(self.step, self.device)
+
+    def kept(self) -> dict[str, float]:
+        """Megabytes. On a GPU, what waits on the host is what the same layers would keep on the device."""
+        found = memory(self.loss, lambda loss: loss.backward(), self.device)
+        self._optimizer.zero_grad(set_to_none=True)
+        held, peak = found.held, found.peak
+        if self.device == "cuda" and self.entrant.policy == "offload":
+            host = (
+                self.shape.layers
+                * self.ids.numel()
+                * int(self.model.config.get_text_config().hidden_size)
+                * self.model.dtype.itemsize
+            )
+            held, peak = held + host, peak + host
+        return {"held_mb": held / 1e6, "peak_mb": peak / 1e6}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of every factor, as PEFT lays it out on disk."""
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        return {name: to_disk(name, p.grad).cpu() for name, p in self.trained.items() if p.grad is not None}
+
+    def floor(self, limit: Ceiling) -> float:
+        """The least milliseconds of a step: operations counted once, frozen weights read once each way; no dW, nothing again."""
+        tokens, linear, size = self.ids.numel(), 0.0, 0
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and "lora" not in name and LORA not in name:
+                linear += 2.0 * module.in_features * module.out_features
+                size += _bytes(module.weight)
+        for _, module in expert_modules(self.model):
+            topk = _topk(self.model)
+            for projection in PROJECTIONS:
+                experts, inputs, outputs = stack_sizes(module, projection)
+                linear += 2.0 * topk * inputs * outputs
+                size += _bytes(getattr(module, projection))
+        experts = max((stack_sizes(m, PROJECTIONS[0])[0] for _, m in expert_modules(self.model)), default=1)
+        lora = sum(
+            2.0 * p.numel() * (_topk(self.model) / experts if "experts" in name else 1) for name, p in self.trained.items()
+        )
+        seen = self._seen()
+        return limit.milliseconds(
+            [(tokens * (linear + lora + seen), float(size)), (tokens * (linear + 2 * lora + 2.5 * seen), float(size))]
+        )
+
+    def _seen(self) -> float:
+        """Operations of attention for a token, as many keys as it sees on average."""
+        config = self.model.config.get_text_config()
+        length, types = self.shape.length, getattr(config, "layer_types", None) or []
+        found = 0.0
+        for number in range(self.shape.layers):
+            sliding = len(types) > number and types[number] == "sliding_attention"
+            window = min(length, int(config.sliding_window)) if sliding else length
+            size = getattr(config, "global_head_dim", None) if not sliding else None
+            keys = window - window * (window - 1) / (2 * length)  # the first see fewer
+            found += 4.0 * config.num_attention_heads * int(size or config.head_dim) * keys
+        return found
+
+
+def _topk(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "num_experts_per_tok", None) or config.top_k_experts)
+
+
+def _bytes(weight: Any) -> int:
+    return int(weight.nbytes)
+
+
+def _peft(model: Any, rank: int, *, experts: bool) -> dict[str, Tensor]:
+    """The model under PEFT, with factors in float32 as it makes them -> those, by our names."""
+    from peft import LoraConfig, get_peft_model
+
+    parameters = [f"experts.{p}" for p in PROJECTIONS] if experts else None
+    config = LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=list(ATTENTION), target_parameters=parameters)
+    trained: dict[str, Tensor] = {}
+    for name, parameter in get_peft_model(model, config).named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            name = name.removeprefix("base_model.model.").replace(".default.weight", "")
+            name = name.replace("experts.base_layer.lora", "experts.gate_up_proj.lora")
+            trained[name.replace("experts.lora", "experts.down_proj.lora")] = parameter
+    return trained
+
+
+def _fill(trained: dict[str, Tensor]) -> None:
+    """The same values for everybody: PEFT's layout is filled, ours is what `from_disk` makes of it."""
+    for name, parameter in trained.items():
+        flat = to_disk(name, parameter.detach())
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        values = torch.randn(flat.shape, generator=generator) * 0.02
+        parameter.data.copy_(from_disk(name, values, parameter))
+
+
+def errors(shape: Model, names: list[str], dtype: str, device: str) -> dict[str, float]:
+    """The largest difference of any factor's gradient from the plain model's, beside its norm, for each contender.
+
+    The plain model is the eager one under PEFT; where there is no PEFT, ours computed expert by expert with the delta written out.
+    """
+    truth = (
+        plain_gradients(shape, device)
+        if "eager" not in names
+        else Racer(shape, Entrant("eager"), "float32", device).gradients()
+    )
+    found = {}
+    for name in names:
+        if name != "eager":
+            mine = Racer(shape, Entrant(name), dtype, device).gradients()
+            found[name] = max(float((mine[n].float() - t).norm() / t.norm()) for n, t in truth.items())
+    return found
+
+
+def plain_gradients(shape: Model, device: str) -> dict[str, Tensor]:
+    """By `expert_lora_plain` and autograd."""
+    from unittest import mock
+
+    from ropewalk.kernels.expert_lora import expert_lora_plain
+
+    with mock.patch("ropewalk.models.experts.expert_lora", expert_lora_plain):
+        return Racer(shape, Entrant(OURS), "float32", device).gradients()
+
+
+def serve(
+    shape: Model, entrant: Entrant, dtype: str, device: str, stored: str, asked: Any, tell: Callable[[Any], None]
+) -> None:
+    """Answers one request a line: what a step costs, and once what it keeps."""
+    racer = Racer(shape, entrant, dtype, device, stored)
+    tell({"ready": True})
+    for line in asked:
+        if line.strip() == "kept":
+            limit = ceiling(getattr(torch, dtype), device)
+            tell({**racer.kept(), "floor_ms": racer.floor(limit)})
+        else:
+            tell({"ms": [racer.milliseconds() for _ in range(10 if device == "cuda" else 1)]})
