@@ -146,10 +146,10 @@ def test_a_window_that_the_configuration_does_not_tell_is_found_out(monkeypatch)
     ("wrong", "what"),
     [
         (
-            lambda q, k, v, row, scale, window: plain(q, k, v, Branching((Piece(0, (len(q),)),), len(q)), scale),
+            lambda q, k, v, row, scale, window, sinks: plain(q, k, v, Branching((Piece(0, (len(q),)),), len(q)), scale),
             "log-probabilities",
         ),
-        (lambda q, k, v, row, scale, window: plain(q, k.detach(), v, row, scale, window), "gradients"),
+        (lambda q, k, v, row, scale, window, sinks: plain(q, k.detach(), v, row, scale, window), "gradients"),
     ],
 )
 def test_attention_that_is_wrong_forwards_or_backwards_is_found_out(wrong, what, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -53,10 +53,14 @@ _running: list[_Running] = []  # one at a time in a process
 
 
 class BranchingModel:
-    """A model that reads such rows; `reason` says why it does not, where it does not."""
+    """A model that reads such rows; `reason` says why it does not, where it does not.
+
+    Within a row its samples are apart, also of a model that by itself makes no mask of where they begin.
+    """
 
     def __init__(self, model: Any, head: Head) -> None:
-        self.model, self.head = model, head
+        apart = type(head) is Head and head.isolation == "unpacked"
+        self.model, self.head = model, replace(head, isolation="positions") if apart else head
         self.reason = ""
         try:
             self._layout = _layout_of(model)
@@ -80,8 +84,6 @@ class BranchingModel:
             yield running.attended
 
     def _prove(self) -> None:
-        if self.head.isolation == "unpacked":
-            raise _Unfit("it cannot keep samples in a row apart")
         training = self.model.training
         try:
             with torch.no_grad():

@@ -51,11 +51,11 @@ class Pupil:
         self._whole: dict[str, Tensor] | None = None  # within `whole`, every weight of a model that is sharded
         self._held: list[dict[str, str]] = []  # and the digests of what each process holds of the adapter
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
-        if config.packing and head.isolation == "unpacked":
-            self.notices += ("this model carries a state over packed samples, so every sample gets a row of its own after all",)
         self.branching: BranchingModel | None = None
         if config.by_rewards or (self._attends_by_spans() and not is_sharded(model)):
             self._learn_to_branch()
+        if config.packing and self.head.isolation == "unpacked":
+            self.notices += ("this model does not keep packed samples apart, so every sample gets a row of its own after all",)
         self._layers_chosen = False
         self.sighted: Sighted | None = None  # the model with its tower, where pictures are learnt from
         self.reference: PreTrainedModel | None = None  # the base once more, where every weight is trained and compared with it
@@ -228,6 +228,8 @@ class Pupil:
         reason = branching.reason
         if not reason:
             self.branching = branching
+            if _spans_pay(self.model.device):
+                self.head = branching.head
             if self.config.alora_invocation_tokens is not None:
                 reason = "where an activated adapter begins is sought from the beginning of the prompt on"
         if reason and self.config.by_rewards:
@@ -255,7 +257,7 @@ class Pupil:
 
     def _attends_by_spans(self) -> bool:
         """Whether rows are worth another attention than the model's own, which holds a mask against the whole of them."""
-        own = self.config.attention or type(self.head) is not Head or self.head.isolation != "positions"
+        own = self.config.attention or type(self.head) is not Head or self.head.isolation == "one row"
         if own or not _spans_pay(self.model.device):
             return False
         return self.config.packing or _slides_within(self.model, self.config.sequence_len)
