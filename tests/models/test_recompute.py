@@ -10,7 +10,7 @@ from ropewalk.errors import ModelError
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
-from ropewalk.models.recompute import WAYS, decoder_layers, recompute
+from ropewalk.models.recompute import WAYS, _Rerouted, _Routed, decoder_layers, recompute
 from ropewalk.models.tiny import tiny_config
 
 
@@ -44,3 +44,22 @@ def test_every_way_gives_the_same_gradients_to_the_bit(architecture: str) -> Non
 def test_a_model_without_layers_to_compute_again_says_so() -> None:
     with pytest.raises(ModelError, match="leave gradient_checkpointing out"):
         recompute(torch.nn.Linear(2, 2), "layer")
+
+
+def test_what_is_compiled_stays_compiled_while_choices_are_kept():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    first = _Routed()
+    with first:
+        compiled(torch.ones(3))
+        chosen = torch.ones(3).topk(1).indices
+    with _Rerouted(first):
+        compiled(torch.ones(3))
+        assert torch.equal(torch.ones(3).topk(1).indices, chosen)
+    assert len(graphs) == 1

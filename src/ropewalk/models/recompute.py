@@ -79,7 +79,17 @@ class _Again:
         return first, again if self.wrap is None else self.wrap(again)
 
 
-class _Routed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode beneath which what is compiled stays so: attention would hold all scores otherwise. No choice is made in there."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _Routed(_Watching):
     """Keeps which values were chosen, in the order of the choices."""
 
     def __init__(self) -> None:
@@ -93,7 +103,7 @@ class _Routed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-class _Rerouted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Rerouted(_Watching):
     """Gives the same choices again, with the values that stand there now: a model may have changed its own in place since."""
 
     def __init__(self, first: _Routed) -> None:
