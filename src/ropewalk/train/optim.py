@@ -41,7 +41,7 @@ def _sgd(groups: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=options["lr"], weight_decay=options["weight_decay"], momentum=options["betas"][0])
 
 
-_adamw: Factory = partial(torch.optim.AdamW, fused=True)
+_adamw: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
 _adamw_8bit: Factory = partial(FlatAdamW, few_bits=True)
 _adamw_4bit = _torchao("AdamW4bit")
 
