@@ -44,6 +44,7 @@ ENDINGS = (
 KEYS = frozenset(
     "adapter lora_r lora_alpha lora_dropout lora_experts lora_target_linear lora_modules_to_save peft_use_dora peft_use_rslora "
     "peft_layers_to_transform loraplus_lr_ratio loraplus_lr_embedding alora_invocation_tokens load_in_4bit load_in_8bit bf16 float32 "
+    "bnb_4bit_quant_type peft_autocast_adapter_dtype float32_master step_in_backward "
     "tf32 gradient_checkpointing num_threads "
     "val_set_size dataset_exact_deduplication shuffle_merged_datasets on_bad_row chat_template default_system_message train_on_inputs "
     "sequence_len eval_sequence_len excess_length_strategy min_sample_len sample_packing eval_sample_packing "
