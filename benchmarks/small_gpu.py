@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from ropewalk.config.run import Run, load_run
 from ropewalk.errors import ModelError
@@ -42,7 +43,7 @@ from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import Way, recompute
 from ropewalk.models.shapes import SHAPES
 from ropewalk.models.streaming import Streaming, stream
-from ropewalk.models.tiny import tiny_config
+from ropewalk.models.tiny import shrink, tiny_config
 from ropewalk.train.optim import make_optimizer
 from ropewalk.train.pupil import lora_spec
 from ropewalk.train.survey import Survey, survey
@@ -154,9 +155,9 @@ def tiny(shape: str) -> Any:
     """A tiny configuration of the shape's architecture."""
     true = load_config(SHAPES / shape)
     text = true.get_text_config()
-    made = tiny_config(text.model_type, **TINY)
-    made.tie_word_embeddings = text.tie_word_embeddings
-    return made
+    kinds = getattr(tiny_config(text.model_type), "layer_types", None)
+    sizes = TINY | ({"layer_types": (list(kinds) * TINY["num_hidden_layers"])[: TINY["num_hidden_layers"]]} if kinds else {})
+    return shrink(CONFIG_MAPPING[text.model_type], **sizes, tie_word_embeddings=text.tie_word_embeddings)
 
 
 def tiny_run(run: Run) -> Run:
