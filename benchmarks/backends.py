@@ -187,18 +187,23 @@ def _keep_ray() -> None:
     with tempfile.TemporaryDirectory(prefix="rw-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder) / "scratch"
         scratch.mkdir()
-        # No worker is started before it is asked for.
-        os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "RAY_AUTH_MODE": "disabled"}
-        import ray
+        os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        os.environ |= {"RAY_prestart_worker_first_driver": "0"}  # no worker before it is asked for
+        from ray._private.node import Node
+        from ray._private.parameter import RayParams
 
+        # What `ray start --head` starts, less what only people look at. Ports that are given need not be waited for: on a busy
+        # machine its helpers take longer to tell theirs than the node waits.
+        ports = {f"{name}_port": _free_port() for name in ("metrics_agent", "metrics_export", "runtime_env_agent")}
+        ports |= {"dashboard_agent_listen_port": _free_port(), "gcs_server_port": _free_port()}
         size = {"num_cpus": int(sys.argv[2]), "num_gpus": 0, "object_store_memory": 100_000_000}
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        told = ray.init(address="local", _temp_dir=folder, **size, **quiet)
+        quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        node = Node(RayParams(temp_dir=folder, **size, **quiet, **ports), head=True, spawn_reaper=False)
         try:
-            print(told.address_info["gcs_address"], scratch, flush=True)
+            print(node.gcs_address, scratch, flush=True)
             sys.stdin.read()
         finally:
-            ray.shutdown()
+            node.kill_all_processes(check_alive=False, allow_graceful=True)
 
 
 def _reachable(binaries: Path, folder: Path, user: int | None) -> Path:

@@ -43,10 +43,12 @@ async def grant(store: Store, caller: Caller, ids: Sequence[str]) -> bytes:
     return json.dumps({"blobs": store.settings.blobs_at, "files": granted}).encode() + b"\n"
 
 
-def accept(stream: BinaryIO) -> None:
-    """Takes files from the first line of a stream; a thread waits for its end, which is the end of whoever holds its other side."""
+def accept(stream: BinaryIO) -> bytes:
+    """Takes files from the first line of a stream, and gives that line; a thread waits for its end, which is the end of whoever holds
+    its other side."""
+    line = stream.readline()
     try:
-        told = json.loads(stream.readline())
+        told = json.loads(line)
         contents = {}
         for one in told["files"]:
             file = File(**{**one["file"], "tags": tuple(one["file"]["tags"])})
@@ -57,6 +59,7 @@ def accept(stream: BinaryIO) -> None:
         ) from error
     local.granted = GrantedFiles(contents)
     threading.Thread(target=_end_with, args=(stream.fileno(),), name="parent", daemon=True).start()
+    return line
 
 
 class GrantedFiles(LocalFiles):

@@ -343,7 +343,7 @@ class JobRunner:
     def _environment(self, folder: JobFolder, judges: Path | None) -> Mapping[str, str]:
         address = self.options.cluster.address if self.options.cluster is not None else ""
         return {
-            **child_environment(folder.path / "home"),
+            **child_environment(os.environ, folder.path / "home"),
             **({"RAY_ADDRESS": address} if address else {}),
             **({PLACE: str(judges)} if judges is not None else {}),
         }
