@@ -84,12 +84,32 @@ def test_plans_name_what_they_race():
     assert plan("cpu", dry=True).rounds == 1
 
 
-def test_a_process_is_asked_line_by_line_and_a_peer_that_fails_leaves_the_race():
-    found = race.model_rows(TINY, "float32", "cpu", [Entrant("ours"), Entrant("axolotl")], 1, lambda line: None)
-    ours, other = found
-    assert ours["ms"] > 0
-    assert 0 < ours["held_mb"] <= ours["peak_mb"]
+PRETEND = """#!/bin/sh
+case $3 in *axolotl*) exit 1 ;; esac
+echo '{"ready": true}'
+while read asked; do case $asked in
+step) echo '{"ms": [5.0]}' ;;
+kept) echo '{"held_mb": 1.0, "peak_mb": 2.0, "floor_ms": 4.0}' ;;
+esac; done
+"""
+
+
+def test_processes_are_asked_in_turns_and_a_peer_that_fails_leaves_the_race(tmp_path, monkeypatch):
+    pretend = tmp_path / "python"
+    pretend.write_text(PRETEND)
+    pretend.chmod(0o755)
+    monkeypatch.setattr(race.sys, "executable", str(pretend))
+    told = []
+    ours, other = race.model_rows(TINY, "float32", "cpu", [Entrant("ours"), Entrant("axolotl")], 2, told.append)
+    assert (ours["ms"], ours["held_mb"], ours["share_of_ceiling"], ours["note"]) == (5.0, 1.0, 0.8, "")
     assert (other["ms"], other["note"]) == (None, "failed")
+    assert len(told) == 3  # the first turn warms up
+
+
+def test_a_real_process_races_a_layer():
+    (row,) = race.layer_rows(Layer("tiny", 64, 32, 8, 2), 16, "float32", "cpu", [Entrant("ours")], 1)
+    assert row["max_error"] <= 1e-5
+    assert row["level"] == "layer"
 
 
 def test_a_process_that_ends_early_is_an_error_where_it_is_ours(monkeypatch):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import platform
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt(3)
+LARGE = 2**31 - 1  # bytes of a block that is still given back; an older glibc refuses so many and gives none back
 
 
 def keep_freed() -> bool:
@@ -17,4 +18,4 @@ def keep_freed() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))
+    return bool(mallopt(MMAP_THRESHOLD, LARGE) or mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))

@@ -74,4 +74,6 @@ def _form_of(module: nn.Module, eps: float) -> Form | None:
 
 
 def _forward(module: nn.Module, eps: float, form: Form, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return type(module).forward(module, x)  # type: ignore[no-any-return]  # there is nothing to keep
     return rms_norm(x, module._parameters.get("weight"), eps, form)

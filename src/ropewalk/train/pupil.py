@@ -26,8 +26,11 @@ from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.kernels.log_probs import LogProbs
 from ropewalk.models.adapter_folder import verify_parts
 from ropewalk.models.head import Head, output_head
+from ropewalk.models.host_memory import keep_freed
 from ropewalk.models.load import Scored, load_base
 from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
+from ropewalk.models.norms import lean_norms
+from ropewalk.models.quantized import Share
 from ropewalk.models.recompute import Way, recompute
 from ropewalk.models.rounding import Rounding, attach_rounding
 from ropewalk.models.score_head import ScoreHead, score_head, score_name
@@ -70,6 +73,10 @@ class Pupil:
         full, sees = config.adapter is None, prepared.shows
         ways, streaming = _planned(prepared, device)
 
+        # Whole weights are looked at only by DoRA, and by who trains them.
+        by_parts = sharded and not (full or config.peft_use_dora or config.lora_modules_to_save)
+        share = Share(world.rank, world.size) if by_parts else None
+
         def load(source: Path, *, trainable: bool) -> PreTrainedModel:
             torch.manual_seed(config.seed)
             made = load_base(
@@ -86,6 +93,7 @@ class Pupil:
                 scored=scored_by(config),
                 whole=sees,
                 on_host=sharded or streaming is not None,
+                share=share,
             )
             _fit_vocabulary(made, prepared.template.vocabulary, config)
             return made
@@ -112,6 +120,9 @@ class Pupil:
         adapter = None if full else attach(model, lora_spec(config, model), seed=config.seed, dtype=held)
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
+        lean_norms(model)
+        if device.type == "cpu":
+            keep_freed()
         if set(ways) - {"keep"}:
             recompute(model, ways, wrap=kept)
         if sharded:
