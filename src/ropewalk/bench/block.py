@@ -90,7 +90,8 @@ class Block:
             e, r = self.shape.experts, self.shape.rank
             laid = [_a(self.factors[0], e), _b(self.factors[1], r, e), _a(self.factors[2], e), _b(self.factors[3], r, e)]
             own = [f.detach().clone().requires_grad_() for f in laid]
-            experts = Experts(*self.kept, self.gate, recompute=entrant.policy == "experts")
+            kept_up, kept_down = self.kept
+            experts = Experts(kept_up, kept_down, self.gate, recompute=entrant.policy == "experts")
             up, down = Factors(own[0], own[1], SCALE), Factors(own[2], own[3], SCALE)
             return _again(entrant, lambda x, ids, w: expert_lora(x, ids, w, experts, up, down)), own, True
         implementation = "eager" if entrant.name == "eager" else "grouped_mm"
@@ -175,7 +176,7 @@ def _turns(blocks: list[Block], ready: dict[Entrant, Any], rounds: int, device: 
             block, (compute, own, _) = blocks[turn % len(blocks)], ready[entrant][turn % len(blocks)]
 
             def step(block: Block = block, compute: Any = compute, own: Any = own) -> None:
-                block.forward(compute).backward(block.d_out)
+                block.forward(compute).backward(block.d_out)  # type: ignore[no-untyped-call]
                 for factor in own:
                     factor.grad = None
 
@@ -187,7 +188,7 @@ def _turns(blocks: list[Block], ready: dict[Entrant, Any], rounds: int, device: 
 
 def _kept(block: Block, made: Any, device: str) -> dict[str, float]:
     compute, own, _ = made
-    found = memory(lambda: block.forward(compute), lambda out: out.backward(block.d_out), device)
+    found = memory(lambda: block.forward(compute), lambda out: out.backward(block.d_out), device)  # type: ignore[no-untyped-call]
     for factor in own:
         factor.grad = None
     result = block.d_out.nbytes  # what comes out is nobody's to avoid

@@ -24,7 +24,7 @@ def milliseconds(work: Callable[[], Any], device: str) -> float:
         before = time.process_time()
         work()
         return (time.process_time() - before) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()
     end.record()
@@ -55,7 +55,7 @@ def memory(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any], dev
         with record_function(FORWARD):
             made = forward()
         backward(made)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     forwards = max(e.start_ns() + e.duration_ns() for e in events if e.name() == FORWARD)
     now = most = held = 0
     for at, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):

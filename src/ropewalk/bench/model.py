@@ -117,7 +117,7 @@ class Racer:
 
     def kept(self) -> dict[str, float]:
         """Megabytes. On a GPU, what waits on the host is what the same layers would keep on the device."""
-        found = memory(self.loss, lambda loss: loss.backward(), self.device)
+        found = memory(self.loss, lambda loss: loss.backward(), self.device)  # type: ignore[no-untyped-call]
         self._optimizer.zero_grad(set_to_none=True)
         held, peak = found.held, found.peak
         if self.device == "cuda" and self.entrant.policy == "offload":

@@ -58,7 +58,7 @@ def with_peft(experts: nn.Module, factors: Factors, scale: float) -> tuple[Exper
     config = LoraConfig(
         r=rank, lora_alpha=int(scale * rank), target_modules=["unused"], target_parameters=[f"experts.{p}" for p in PROJECTIONS]
     )  # fmt: skip
-    peft: Any = get_peft_model(_Holder(experts), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    peft: Any = get_peft_model(_Holder(experts), config, autocast_adapter_dtype=False)
     wrapper, wrappers = peft.base_model.model.experts, {}
     while hasattr(wrapper, "parameter_name"):
         wrappers[wrapper.parameter_name] = wrapper

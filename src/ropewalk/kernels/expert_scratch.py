@@ -96,7 +96,7 @@ class _Beside:
 
     def __init__(self, device: torch.device) -> None:
         self._side, self._here = _side_stream(device), torch.cuda.current_stream(device)
-        self._filled, self._read = [torch.cuda.Event(), torch.cuda.Event()], [torch.cuda.Event(), torch.cuda.Event()]
+        self._filled, self._read = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         self._side.wait_stream(self._here)
@@ -117,7 +117,7 @@ class _Filling(AbstractContextManager[None]):
         self._on = torch.cuda.stream(side)
 
     def __enter__(self) -> None:
-        self._on.__enter__()
+        self._on.__enter__()  # type: ignore[no-untyped-call]
         self._side.wait_event(self._read)  # one that was never recorded is not waited for
 
     def __exit__(self, *failed: Any) -> None:
@@ -132,7 +132,7 @@ def lane_of(device: torch.device) -> Lane:
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Stored:

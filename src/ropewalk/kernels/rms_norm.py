@@ -50,8 +50,11 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float, form: Form) -> tuple[
     if weight is None:
         return normed.to(x.dtype), rate
     if form.early:
-        return (form.offset + weight if form.offset else weight) * normed.to(x.dtype), rate
-    return (normed * (form.offset + weight.float() if form.offset else weight.float())).to(x.dtype), rate
+        factor: Tensor = form.offset + weight if form.offset else weight
+        y: Tensor = factor * normed.to(x.dtype)
+        return y, rate
+    wide_factor: Tensor = form.offset + weight.float() if form.offset else weight.float()
+    return (normed * wide_factor).to(x.dtype), rate
 
 
 def _backward(upstream: Tensor, x: Tensor, weight: Tensor | None, rate: Tensor, offset: float) -> Tensor:
@@ -59,7 +62,8 @@ def _backward(upstream: Tensor, x: Tensor, weight: Tensor | None, rate: Tensor, 
     d = upstream.float()
     if weight is not None:
         d = d * (weight.float() + offset)
-    return ((d - normed * (d * normed).mean(-1, keepdim=True)) * rate).to(x.dtype)
+    slope: Tensor = ((d - normed * (d * normed).mean(-1, keepdim=True)) * rate).to(x.dtype)
+    return slope
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -83,4 +87,4 @@ def _compiled(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)  # type: ignore[no-any-return]
+    return torch.compile(function, dynamic=True)

@@ -31,7 +31,7 @@ def lean_norms(model: nn.Module) -> int:
         if key not in known:
             known[key] = _form_of(module, eps)
         if (form := known[key]) is not None:
-            module.forward = partial(_forward, module, eps, form)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, eps, form)
             count += 1
     return count
 
@@ -49,11 +49,12 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, float]]:
 
 def _form_of(module: nn.Module, eps: float) -> Form | None:
     """The form that gives the module's bits, in its own type."""
-    weight = module._parameters.get("weight")
-    dtype, width = (torch.float32, 64) if weight is None else (weight.dtype, weight.shape[0])
+    own_weight = module._parameters.get("weight")
+    dtype, width = (torch.float32, 64) if own_weight is None else (own_weight.dtype, own_weight.shape[0])
+    weight: Tensor | None = None
     draw = torch.Generator().manual_seed(0)
     probe: Any = copy.copy(module)
-    if weight is not None:
+    if own_weight is not None:
         weight = torch.randn(width, generator=draw).to(dtype)
         probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     rows = [torch.randn(4, width, generator=draw).mul_(10.0**power).to(dtype) for power in (-3, 0, 2)]

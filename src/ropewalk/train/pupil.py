@@ -392,7 +392,7 @@ def _slides_within(model: PreTrainedModel, length: int) -> bool:
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
-    return bool(window) and window < length and (types is None or "sliding_attention" in types)
+    return window is not None and 0 < window < length and (types is None or "sliding_attention" in types)
 
 
 def rounding_of(config: Run) -> Rounding | None:
