@@ -40,9 +40,9 @@ adapter: lora
 lora_r: 8
 sequence_len: 128
 micro_batch_size: 3
-max_steps: 40
-learning_rate: 1e-2
-warmup_steps: 2
+max_steps: 12
+learning_rate: 5e-3
+lr_scheduler: constant
 num_threads: 1
 float32: true
 """
@@ -52,7 +52,8 @@ float32: true
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     blind = tmp_path_factory.mktemp("blind") / "base"
     make_base(blind, "qwen3_moe", size="tiny", seed=3)
-    return {name: make(name, tmp_path_factory.mktemp(name)) for name in ("qwen3_5_moe", "gemma4")} | {"blind": blind}
+    seeing = {name: make(name, tmp_path_factory.mktemp(name), sharp) for name, sharp in (("qwen3_5_moe", 6.0), ("gemma4", 1.0))}
+    return seeing | {"blind": blind}
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,11 @@ def test_an_adapter_that_learnt_colours_from_pictures_names_them(asked, sdk, bas
         for name, data in pictures.items()
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = parse_run(LEARNS.format(base=bases["gemma4"], folder=tmp_path))
+    run = parse_run(LEARNS.format(base=bases["qwen3_5_moe"], folder=tmp_path))
     result = train(run, quiet=True)
     assert result.first_loss > 4
     assert result.last_loss < 0.1
-    Registry(asked.data / "registry").publish_adapter("painter", result.adapter, "gemma4")
+    Registry(asked.data / "registry").publish_adapter("painter", result.adapter, "qwen3_5_moe")
     said = {
         name: sdk.messages.create(**request(shown(sent(data)), "Which colour?", model="painter")).content[0].text
         for name, data in pictures.items()
