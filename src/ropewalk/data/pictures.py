@@ -33,8 +33,15 @@ MOST = 100  # pictures of a row
 class Lens(Protocol):
     """How a model is shown pictures; models/lens.py.  train -> data"""
 
-    token_id: int  # what the chat template writes for a picture
-    feature_id: int  # what stands for a part of one
+    @property
+    def token_id(self) -> int:
+        """What the chat template writes for a picture."""
+        ...
+
+    @property
+    def feature_id(self) -> int:
+        """What stands for a part of one."""
+        ...
 
     @property
     def digest(self) -> str:

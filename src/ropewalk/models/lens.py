@@ -63,10 +63,10 @@ class Lens:
         told = next((found[name] for name in ("mm_token_type_ids", "token_type_ids") if name in found), None)
         if told is None:
             told = torch.isin(found["input_ids"], torch.tensor(self.processor.image_token_ids))
-        ids = found["input_ids"][told == 1].unique().tolist()
+        ids = set(found["input_ids"][told == 1].tolist())
         if len(ids) != 1:
             raise ModelError(f"{self.folder}: {len(ids)} ids stand for the parts of a picture, and one is expected")
-        return int(ids[0])
+        return int(ids.pop())
 
     def ids(self, width: int, height: int) -> tuple[int, ...]:
         """What stands for a picture of this size; BadInput where the model takes none of that shape."""

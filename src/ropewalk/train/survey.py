@@ -192,7 +192,8 @@ def _beside(folder: Path, run: Run, text: int) -> int | None:
         return None
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=run.trust_remote_code)
-    return max(0, sum(p.numel() for p in whole.parameters()) - text)
+    parameters: int = sum(p.numel() for p in whole.parameters())
+    return max(0, parameters - text)
 
 
 def _slots(run: Run) -> int:
