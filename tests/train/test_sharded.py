@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ropewalk.config.run import load_run
 from ropewalk.errors import RopewalkError
+from ropewalk.models.load import load_base
+from ropewalk.models.quantized import Share
 from ropewalk.train.progress import read_events
 from ropewalk.train.survey import survey
 from ropewalk.train.trainer import train
@@ -185,7 +187,6 @@ def _hold(path):
     """Each process says how many bytes it holds of weights, of all, and whether a folder that lacks a part is noticed."""
     from ropewalk.errors import VerificationFailed
     from ropewalk.models.adapter_folder import WEIGHTS, verify_parts
-    from ropewalk.models.load import load_base
     from ropewalk.models.lora import LoraSpec, attach
     from ropewalk.models.sharded import digests, fill, local, shard, whole
     from ropewalk.train.distributed import join_world
@@ -239,6 +240,35 @@ def test_each_process_holds_half_and_an_adapter_that_lacks_a_half_is_noticed(bas
     assert told["noticed"].endswith("q_proj.lora_B.weight lacks what process 1 has trained of it")
     for share in told["shares"]:  # whatever has one row only is not halved
         assert 0.49 < share < 0.56
+
+
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_process_reads_no_more_than_its_part_of_a_layers_weights(base, quantize):
+    name = "model.layers.0.mlp.experts.down_proj" + (".codes" if quantize else "")
+    torch.use_deterministic_algorithms(True)  # what is made and not written is filled: with not-a-numbers, or the highest code
+    try:
+        shares = [load_base(base, device="cpu", quantize=quantize, on_host=True, share=Share(rank, 2)) for rank in (0, 1)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    held = [model.get_parameter(name) if quantize is None else model.get_buffer(name) for model in shares]
+    whole = load_base(base, device="cpu", quantize=quantize)
+    wanted = whole.get_parameter(name) if quantize is None else whole.get_buffer(name)
+    assert torch.equal(torch.cat([held[0][:2], held[1][2:]]), wanted)
+    for rest in (held[0][2:], held[1][:2]):
+        assert bool((rest == 255).all() if quantize else rest.isnan().all())
+
+
+def test_the_part_that_is_not_kept_takes_no_memory():
+    weight = torch.ones(4, 1 << 22)  # 64 MiB
+    before = _resident()
+    kept = Share(1, 2).of(weight)
+    assert 30 << 20 < _resident() - before < 40 << 20
+    assert kept.shape == weight.shape
+    assert torch.equal(kept[2:], weight[2:])
 
 
 def test_a_process_whose_partner_dies_ends_and_says_so(config, tmp_path):

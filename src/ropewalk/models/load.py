@@ -28,7 +28,7 @@ from ropewalk.errors import ConfigError, MissingExtra, ModelError
 from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.folder import check_folder, read_config, tensor_names
 from ropewalk.models.hub import resolve_base
-from ropewalk.models.quantized import quantization
+from ropewalk.models.quantized import Share, quantization
 from ropewalk.models.targets import SCORES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,11 +70,13 @@ def load_base(
     whole: bool = False,
     scored: Scored | None = None,
     on_host: bool = False,
+    share: Share | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, frozen unless trainable (full fine-tuning); of a multimodal one, its text part or the `whole`.
 
     One that is `scored` has a new layer, or the base's own, in place of its output head (models/score_head.py). With `on_host` its weights
-    stay in the host's memory, from where they are brought to the device that it is loaded for.
+    stay in the host's memory, from where they are brought to the device that it is loaded for; with a `share` of them no more than that of
+    the layers' weights is read in, and only models/sharded.py may follow.
     """
     folder = resolve_base(name, revision, trust_remote_code=trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code, whole=whole)
@@ -106,7 +108,8 @@ def load_base(
             )
         if options.get("experts_implementation", NAME) != NAME:
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
-        options["quantization_config"] = quantization(quantize, str(place) if on_host else None)
+    if quantize is not None or share is not None:
+        options["quantization_config"] = quantization(quantize, str(place) if on_host else None, share)
     with quiet():
         maker = AutoModelForImageTextToText if whole else scored.maker(config) if scored else auto_class(config)
         model, found = (_from_config(maker, options), {}) if random_weights else _from_pretrained(maker, folder, options)

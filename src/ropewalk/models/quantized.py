@@ -6,8 +6,10 @@ replaced by its quantised form before the next one is read. Embeddings, output h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -23,12 +25,35 @@ from ropewalk.models.targets import special, text_part
 METHOD = "ropewalk"
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every weight that a process will keep, by models/sharded.py: of the others it need not hold what they hold."""
+
+    rank: int
+    size: int
+
+    def of(self, weight: Tensor) -> Tensor:
+        """A tensor of the same shape with the rows that are kept; the rest is memory that is never touched, and so never taken."""
+        dim = 0 if weight.shape[0] >= self.size else 1
+        if weight.dim() <= dim or weight.shape[dim] % self.size * dim:
+            return weight
+        rows = -(-weight.shape[dim] // self.size)
+        first = min(rows * self.rank, weight.shape[dim])
+        mine = slice(first, first + rows) if dim == 0 else (slice(None), slice(first, first + rows))
+        made = torch.empty_like(weight)
+        made[mine] = weight[mine]
+        return made
+
+
 class QuantisedLoading(QuantizationConfigMixin):  # type: ignore[misc]
     """Tells transformers to hand every tensor to us while it loads."""
 
-    def __init__(self, format: str = "nf4", computed_on: str | None = None, **unused: Any) -> None:
+    def __init__(
+        self, format: str | None = "nf4", computed_on: str | None = None, share: Share | None = None, **unused: Any
+    ) -> None:
         self.quant_method = METHOD
-        self.format = format
+        self.format = format  # None: weights stay what they are
+        self.share = share
         self.computed_on = computed_on  # the device that does the work, where it is not the one that the model comes to
 
 
@@ -43,7 +68,8 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
         return param_name in self.names
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(FORMATS[self.quantization_config.format], self.quantization_config.computed_on)
+        asked = self.quantization_config
+        return _Quantise(None if asked.format is None else FORMATS[asked.format], asked.computed_on, asked.share)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         # What transformers keeps of a quantiser concerns formats it can save; ours exists in memory only.
@@ -59,29 +85,40 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantise(ConversionOps):  # type: ignore[misc]
-    def __init__(self, made: Any, computed_on: str | None) -> None:
-        self.made, self.computed_on = made, computed_on
+    def __init__(self, made: Any, computed_on: str | None, share: Share | None) -> None:
+        self.made, self.computed_on, self.share = made, computed_on, share
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **unused: Any
     ) -> dict[str, Tensor]:
+        plain = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
+            if self.made is None:
+                plain[name] = tensor if self.share is None else self.share.of(tensor)
+                continue
             there = tensor if self.computed_on is None else tensor.to(self.computed_on)
-            replace(model, name, self.made.of(there).to(tensor.device))
+            made = self.made.of(there).to(tensor.device)
+            if self.share is not None:
+                for part, codes in list(made.named_buffers(recurse=False)):
+                    setattr(made, part, self.share.of(codes))
+            replace(model, name, made)
             if missing_keys is not None:
                 missing_keys.discard(name)
-        return {}
+        return plain
 
 
-def quantization(format: str, computed_on: str | None = None) -> QuantisedLoading:
-    """What `from_pretrained(quantization_config=...)` needs to quantise to this format, each tensor on the device `computed_on`."""
-    if format not in FORMATS:
+def quantization(format: str | None, computed_on: str | None = None, share: Share | None = None) -> QuantisedLoading:
+    """What `from_pretrained(quantization_config=...)` needs to quantise to this format, each tensor on the device `computed_on`.
+
+    With a `share` only that of each weight is kept; without a format it is kept as it is.
+    """
+    if format is not None and format not in FORMATS:
         raise ConfigError(f"quantize '{format}' is unknown; one of {', '.join(FORMATS)}")
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(QuantisedLoading)
         register_quantizer(METHOD)(_Loader)
-    return QuantisedLoading(format, computed_on)
+    return QuantisedLoading(format, computed_on, share)
 
 
 def to_quantise(model: PreTrainedModel) -> list[str]:
