@@ -93,6 +93,9 @@ def test_chunks_of_experts_make_no_difference(made, monkeypatch):
     w = weight(5, 24, 32)
     whole = made.of(w).dequantize(torch.bfloat16)
     monkeypatch.setattr("ropewalk.kernels.quant.AT_ONCE", 24 * 32 * 2)
+    for most in (24 * 32 * 2, 24 * 32 - 1, 65):
+        monkeypatch.setattr("ropewalk.kernels.quant.READ_AT_ONCE", most)
+        assert torch.equal(made.of(w).dequantize(torch.bfloat16), whole)
     assert torch.equal(made.of(w).dequantize(torch.bfloat16), whole)
 
 

@@ -11,7 +11,7 @@ Legend: E experts (1 for a linear layer), n values of one expert or matrix, b bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 64
 MAXIMA = 256  # block maxima that share one scale in double quantisation
-AT_ONCE = 2**24  # values in float32 at a time while quantising and dequantising
+AT_ONCE = 2**24  # values in float32 at a time while dequantising
+READ_AT_ONCE = 2**20  # and while quantising, which passes through several copies of them
 
 # QLoRA, Dettmers et al. 2023, appendix E.
 LEVELS = (
@@ -121,15 +122,16 @@ class FourBits(Quantised):
         codes = torch.empty((len(flat), count * block // 2), dtype=torch.uint8, device=weight.device)
         maxima = torch.empty((len(flat), count), dtype=torch.float32, device=weight.device)
         nearest = _nearest(cls.levels, weight.device)
-        step = max(1, AT_ONCE // max(1, flat.shape[1]))
-        for start in range(0, len(flat), step):
-            part = slice(start, start + step)
-            blocks = _padded(flat[part].float(), count * block).view(-1, count, block)
-            maxima[part] = largest = cls._largest(blocks)
+        for some, span in _pieces(len(flat), flat.shape[1], block):
+            values = flat[some, span].float()
+            blocks = _padded(values, -(-values.shape[1] // block) * block).view(len(values), -1, block)
+            first = span.start // block
+            own = slice(first, first + blocks.shape[1])
+            maxima[some, own] = largest = cls._largest(blocks)
             shares = blocks / largest.masked_fill(largest.abs() < 1e-30, 1e-30).unsqueeze(-1)
             bits = shares.to(torch.float16).view(torch.int16).to(torch.int32).add_(32768)
-            level = torch.index_select(nearest, 0, bits.flatten()).view(-1, count * block // 2, 2)
-            codes[part] = level[..., 0] << 4 | level[..., 1]
+            level = torch.index_select(nearest, 0, bits.flatten()).view(len(values), -1, 2)
+            codes[some, first * block // 2 : own.stop * block // 2] = level[..., 0] << 4 | level[..., 1]
         made.register_buffer("codes", codes)
         made._keep(maxima, double)
         return made
@@ -189,17 +191,18 @@ class Int8(Quantised):
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         made = cls(weight.shape, weight.dtype)
-        rows = weight.reshape(_experts_of(weight.shape), -1, weight.shape[-1])
+        rows = weight.reshape(-1, weight.shape[-1])
         codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(rows.shape[:2], dtype=torch.float32, device=weight.device)
-        step = max(1, AT_ONCE // max(1, rows[0].numel()))
+        scales = torch.empty(len(rows), dtype=torch.float32, device=weight.device)
+        step = max(1, READ_AT_ONCE // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             wide = rows[part].float()
             scales[part] = wide.abs().amax(dim=-1) / 127
             codes[part] = torch.round(wide / scales[part].clamp_min(1e-30).unsqueeze(-1)).to(torch.int8)
-        made.register_buffer("codes", codes)
-        made.register_buffer("scales", scales)
+        experts = _experts_of(weight.shape)
+        made.register_buffer("codes", codes.view(experts, -1, weight.shape[-1]))
+        made.register_buffer("scales", scales.view(experts, -1))
         return made
 
     def _values(self, experts: slice) -> Tensor:
@@ -237,6 +240,18 @@ class _MatmulQuantised(torch.autograd.Function):
 
 def _experts_of(shape: torch.Size) -> int:
     return shape[0] if len(shape) == 3 else 1
+
+
+def _pieces(experts: int, values: int, block: int) -> Iterator[tuple[slice, slice]]:
+    """Some experts with all of their values at a time, or some values of one, which begin a block."""
+    if values <= READ_AT_ONCE:
+        step = READ_AT_ONCE // max(1, values)
+        yield from ((slice(start, start + step), slice(0, values)) for start in range(0, experts, step))
+        return
+    width = READ_AT_ONCE // block * block
+    for expert in range(experts):
+        for first in range(0, values, width):
+            yield slice(expert, expert + 1), slice(first, min(first + width, values))
 
 
 def _padded(rows: Tensor, width: int, repeat: bool = False) -> Tensor:
