@@ -57,6 +57,20 @@ def test_in_16_bits_only_the_input_and_a_number_a_row_are_kept():
     assert all(t.dtype == torch.bfloat16 for t in kept if t.shape[-1] == 32)
 
 
+def test_where_nothing_compiles_the_plain_text_goes_on_and_is_told_once(monkeypatch, caplog):
+    def fails(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("ropewalk.kernels.rms_norm.usable", lambda device: True)
+    monkeypatch.setattr("ropewalk.kernels.rms_norm._compile", fails)
+    monkeypatch.setattr("ropewalk.kernels.rms_norm._refused", [])
+    x = torch.randn(3, 8).requires_grad_()
+    y = rms_norm(x, None, 1e-6, Form())
+    y.sum().backward()
+    assert torch.equal(y, plain(x, None, 1e-6, Form()))
+    assert [record.message for record in caplog.records] == ["norms are not compiled here: RuntimeError: no compiler"]
+
+
 class SomeRMSNorm(nn.Module):
     """Looks like a norm."""
 

@@ -10,6 +10,7 @@ Legend: n rows, H columns.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.kernels.triton_kernels import usable
+
+log = logging.getLogger("ropewalk.kernels")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float, form: Form) -> tuple[
     return (normed * wide_factor).to(x.dtype), rate
 
 
-def _backward(upstream: Tensor, x: Tensor, weight: Tensor | None, rate: Tensor, offset: float) -> Tensor:
+def _backward(x: Tensor, weight: Tensor | None, rate: Tensor, upstream: Tensor, offset: float) -> Tensor:
     normed = x.float() * rate
     d = upstream.float()
     if weight is not None:
@@ -69,7 +72,8 @@ def _backward(upstream: Tensor, x: Tensor, weight: Tensor | None, rate: Tensor, 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, form: Form) -> Tensor:
-        y, rate = _compiled(_forward, x)(x, weight, eps, form)
+        made: tuple[Tensor, Tensor] = _run(_forward, x, weight, eps, form)
+        y, rate = made
         ctx.save_for_backward(x, weight, rate)
         ctx.offset = form.offset
         return y
@@ -78,11 +82,24 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, rate = ctx.saved_tensors
-        return _compiled(_backward, x)(upstream, x, weight, rate, ctx.offset), None, None, None
+        slope: Tensor = _run(_backward, x, weight, rate, upstream, ctx.offset)
+        return slope, None, None, None
 
 
-def _compiled(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    return _compile(function) if usable(x.device) else function
+_refused: list[Exception] = []
+
+
+def _run(function: Callable[..., Any], x: Tensor, *given: Any) -> Any:
+    """Compiled on a GPU, until that fails once."""
+    if usable(x.device) and not _refused:
+        try:
+            return _compile(function)(x, *given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _refused.append(error)
+            log.warning("norms are not compiled here: %s: %s", type(error).__name__, str(error).strip()[:500])
+    return function(x, *given)
 
 
 @functools.cache
