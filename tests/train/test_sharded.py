@@ -1,4 +1,4 @@
-"""A model sharded over two processes trains as one process does, and what is saved of it is whole."""
+"""Two processes train as one does, with the whole model in each or with a part of it, and what is saved is whole."""
 
 import json
 import multiprocessing
@@ -78,7 +78,7 @@ def both(config, tmp_path):
     def run(**keys):
         keys = KEYS | keys
         alone(config(output_dir=str(tmp_path / "one"), gradient_accumulation_steps=2, **keys))
-        codes = together(config(output_dir=str(tmp_path / "two"), fsdp_version=2, ddp_timeout=60, **keys), tmp_path)
+        codes = together(config(**{"output_dir": str(tmp_path / "two"), "fsdp_version": 2, "ddp_timeout": 60} | keys), tmp_path)
         assert codes == ([0, 0], ["", ""])
         return tmp_path / "one", tmp_path / "two"
 
@@ -127,6 +127,13 @@ def test_two_processes_train_a_mixture_as_one_does_and_save_the_whole_adapter(bo
         for folder in (one, two)
     ]
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_that_hold_everything_train_as_one_does(both):
+    one, two = both(fsdp_version=None)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(two, "eval") == pytest.approx(losses(one, "eval"), rel=1e-5)
+    same(one, two, rtol=1e-3, atol=1e-5)
 
 
 def test_a_sharded_run_goes_on_with_another_number_of_processes(both, config, tmp_path):

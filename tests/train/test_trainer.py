@@ -263,18 +263,6 @@ def test_asked_to_stop_a_run_saves_and_goes_on_later(config, tmp_path):
     assert f"stopped at step {done}" in said
 
 
-def test_two_processes_give_the_loss_curve_of_one_with_the_same_global_batch(config, tmp_path):
-    keys = {"max_steps": 6, "sample_packing": False, "val_set_size": 4, "eval_steps": 3}
-    one = fresh(config, tmp_path, "one", gradient_accumulation_steps=2, **keys)
-    path = config(output_dir=str(tmp_path / "two"), **keys)
-    subprocess.run([sys.executable, "-m", "ropewalk", "train", str(path), "--processes", "2"], check=True, capture_output=True)
-    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
-    evaluations = [
-        [e["loss"] for e in read_events(tmp_path / n / "events.jsonl") if e["event"] == "eval"] for n in ("one", "two")
-    ]
-    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
-
-
 def test_the_result_is_uploaded_where_the_configuration_says(config, monkeypatch):
     calls = []
 
