@@ -43,6 +43,7 @@ async def trained(runner, id, upto):
         for n, loss in enumerate(LOSSES[:upto], 1)
     ]
     assert await ledger.tell(job, told, step=upto)
+    await ledger.keep_log(job, "step 1/4  loss 3.0000\n")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -50,9 +51,6 @@ def test_a_job_is_followed_and_cancelled_in_the_browser(asked, waiting, browser,
     key, id = waiting
     runner = asked.app.state.jobs
     asked.run(trained(runner, id, 2))
-    folder = runner.folder_of(id)
-    folder.path.mkdir(parents=True)
-    folder.log.write_text("step 1/4  loss 3.0000\n")
     with visit(browser, asked.url, viewport={"width": 360, "height": 740}, color_scheme=scheme) as seen:
         page = seen.page
         page.goto(asked.url + "/jobs")

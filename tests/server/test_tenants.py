@@ -391,6 +391,7 @@ WITHOUT_IDS = {
     ("GET", "/method"): "public",
     ("GET", "/badge/{id}.svg"): "public to who was given its address; tested in test_comparisons",
     ("GET", "/digest"): "of the caller's own; tested below",
+    ("GET", "/models"): "of the caller's own; tested below",
     ("POST", "/digest/subscribe"): "an address of the caller's own",
     ("POST", "/v1/candidates"): "takes a served name or a page's text; makes candidates of the caller's own",
     ("GET", "/compare/new"): "offers what is the caller's own; tested below",
@@ -635,6 +636,8 @@ def test_jobs_answer_alike_for_what_is_anothers_and_for_what_never_was(training,
 
 def test_pages_of_jobs_answer_alike_for_what_is_anothers_and_for_what_never_was(training):
     asker, owner = training
+    assert owner.things.job in owner.browser.get("/models").text
+    assert owner.things.job not in asker.browser.get("/models").text
     for probes in JOB_PAGES.values():
         for probe, theirs, others in probes:
             check(asker.browser, owner.browser, asker.token, owner.token, owner.things, probe, theirs, others)
@@ -691,7 +694,7 @@ def test_facts_home_and_forms_hold_only_what_is_the_callers(comparing):
     theirs = {getattr(owner.things, name) for name in COMPARED}
     for told in (
         asker.api.get("/facts.json").text,
-        *(asker.browser.get(path).text for path in ("/", "/compare", "/compare/new", "/digest", "/facts.json")),
+        *(asker.browser.get(path).text for path in ("/", "/models", "/compare", "/compare/new", "/digest", "/facts.json")),
     ):
         assert not [id for id in theirs if id in told]
     assert owner.things.comparison in owner.api.get("/facts.json").text
