@@ -15,6 +15,7 @@ import mmap
 import os
 import secrets
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from ropewalk.engine.request import Keep
 from ropewalk.errors import DamagedContent
 from ropewalk.vault import CHUNK, TAG, Opener, Sealer
 
-VERSION = "ropewalk segment 1"
+VERSION = "ropewalk segment 2"
 SALT = 16
 NAMES = 50_000  # of prompts' beginnings that are remembered before they are looked through
 GIVE_BACK = 64 << 20  # bytes let go after which the allocator is asked to give memory back
@@ -90,9 +91,9 @@ class Prefixes:
 
     def key(self, parent: str, adapter: str, scope: str, ids: Sequence[int], picture: str = "") -> str:
         """The name of the segment of these ids, or of the picture they stand for, after `parent` ('' at a prompt's beginning)."""
-        parts = [VERSION, self.context, adapter, scope, parent, list(ids), *([picture] if picture else [])]
-        text = json.dumps(parts, separators=(",", ":"))
-        key = hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([VERSION, self.context, adapter, scope, parent, picture]).encode())
+        digest.update(array("q", ids).tobytes())  # what is before it ends with its last bracket
+        key = digest.hexdigest()
         if len(self._parents) >= self._crowded:
             self._forget_ends()
         self._parents.pop(key, None)
