@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,11 +19,17 @@ from jobs.test_jobs import OPEN, SECRET, child, quick, whole, yard  # noqa: F401
 from ropewalk.cli import main
 from ropewalk.config.cluster import RayCluster
 from ropewalk.config.run import parse_run
-from ropewalk.config.serving import read_serving
-from ropewalk.errors import ConfigError
-from ropewalk.jobs.ray_worker import Errand, Worker
+from ropewalk.config.serving import Serving, read_serving
+from ropewalk.errors import ConfigError, MissingExtra, TrainingStopped
+from ropewalk.jobs.cluster import _Driver
+from ropewalk.jobs.launch import Launch
+from ropewalk.jobs.ray_worker import Errand, Seen, Worker
 from ropewalk.jobs.recipe import Asked
+from ropewalk.jobs.run_mirror import Mirror
+from ropewalk.jobs.worker_group import Lost
 from ropewalk.quickstart import facts
+from ropewalk.server.fine_tuning import runner_of
+from ropewalk.server.settings import ServerSettings
 from ropewalk.train.trainer import train
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_train_on_ray.py"))
@@ -41,10 +48,6 @@ def cluster():
 def patient(monkeypatch):
     """On a busy machine a Python process takes a quarter of a minute to begin."""
     monkeypatch.setattr("jobs.test_jobs.PATIENCE", 240)
-
-
-def on(cluster, workers=1):
-    return RayCluster(cluster.address, workers)
 
 
 def pids(word, parent=None):
@@ -86,7 +89,7 @@ async def until(true):
 def test_a_worker_is_killed_and_the_run_goes_on_to_the_losses_of_one_process(tmp_path, cluster, monkeypatch):
     made = facts.questions(facts.split()[0], 6)[:60]
     rows = [{"messages": [{"role": "user", "content": o.prompt}, {"role": "assistant", "content": o.answer}]} for o in made]
-    keys = {"sequence_len": 256, "lora_r": 2, "num_threads": 1, "bf16": False, "save_steps": 4, "max_steps": 24}
+    keys = {"sequence_len": 256, "lora_r": 2, "num_threads": 1, "bf16": False, "save_steps": 3, "max_steps": 12}
 
     async def body():
         async with yard(tmp_path / "data") as (here, me):
@@ -94,24 +97,24 @@ def test_a_worker_is_killed_and_the_run_goes_on_to_the_losses_of_one_process(tmp
             ledger = here.ledger()
             content = "".join(json.dumps(row) + "\n" for row in rows)
             file = (await here.store.put(me, content.encode(), "rows.jsonl")).id
-            options = {"command": (sys.executable, "-m", "ropewalk", "train"), "cluster": on(cluster, 2)}
+            options = {"command": (sys.executable, "-m", "ropewalk", "train"), "cluster": RayCluster(cluster.address, 2)}
             async with here.running(ledger, **options) as runner:
                 asked = {**keys, "gradient_accumulation_steps": 4, "sample_packing": False}
                 job = await ledger.submit(me, Asked("base", file, keys=asked, seed=1))
                 runner.look()
-                await here.at(me, ledger, job, lambda found: found.step >= 4)
+                await here.at(me, ledger, job, lambda found: found.step >= 3)
                 folder = runner.folder_of(job.id)
                 await until(lambda: list((folder.run / "checkpoints").glob("step-*")))
                 trained = workers_of(cluster)
                 assert len(trained) == 2
                 os.kill(sorted(trained)[-1], signal.SIGKILL)
                 done = await here.ended(me, ledger, job)
-            assert (done.state, done.tries, done.step) == ("succeeded", 1, 24), await ledger.error(done)
+            assert (done.state, done.tries, done.step) == ("succeeded", 1, 12), await ledger.error(done)
             told = [event.message for event in await ledger.since(job.id, 0)]
             assert [text for text in told if "was lost" in text and "goes on from step" in text]
             assert not [text for text in told if "goes on from step 0" in text]
             curve = await here.losses(ledger, job)
-            assert sorted(curve) == list(range(1, 25))
+            assert sorted(curve) == list(range(1, 13))
             assert [one for one in folder.run.iterdir() if one.name.startswith(".copy")] == []
             assert (folder.run / "adapter" / "adapter_config.json").exists()
             assert here.registry.resolve(done.name).base == "base"
@@ -130,24 +133,36 @@ def test_a_worker_is_killed_and_the_run_goes_on_to_the_losses_of_one_process(tmp
     assert curve == pytest.approx({one["step"]: one["loss"] for one in lines if one["event"] == "step"}, rel=1e-4)
 
 
-def test_a_run_on_ray_is_paused_goes_on_and_is_cancelled_and_no_node_keeps_a_word_of_it(tmp_path, cluster):
+def test_a_run_on_ray_is_paused_and_its_driver_killed_and_no_node_keeps_a_word_of_it(tmp_path, cluster):
     async def body():
         async with yard(tmp_path / "data") as (here, me):
             ledger = here.ledger()
-            async with here.running(ledger, command=FAKE, cluster=on(cluster, 2)) as runner:
+            async with here.running(ledger, command=FAKE, cluster=RayCluster(cluster.address)) as runner:
                 job = await here.ask(me, ledger, await here.put(me), steps=2000)
                 runner.look()
                 await here.at(me, ledger, job, lambda found: found.step >= 3)
-                words = [path for folder in left(cluster) for path in folder.rglob("*.bin")]
-                assert words
+                assert [path for folder in left(cluster) for path in folder.rglob("*.bin")]  # words of the file
                 await ledger.want(me, job.id, "pause")
                 paused = await here.at(me, ledger, job, lambda found: found.state == "paused")
-                assert left(cluster) == []
+                assert (left(cluster), workers_of(cluster)) == ([], {})
                 last = max(runner.folder_of(job.id).checkpoints())
                 assert last == paused.step  # it was written when the run was asked to stop
+                assert last in await runner.archive.steps(job.id)  # and lies in the blob store
                 await ledger.resume(me, job.id)
                 runner.look()
                 await here.at(me, ledger, job, lambda found: found.step > last)
+                before = set(workers_of(cluster).values())
+                assert len(before) == 1
+                os.kill(child(runner.folder_of(job.id)), signal.SIGKILL)
+                seen = [before]
+                while (found := await ledger.show(me, job.id)).tries < 3 or not seen[-1] - before:
+                    assert found.state in OPEN
+                    seen.append(set(workers_of(cluster).values()))
+                    await asyncio.sleep(0.05)
+                assert max(map(len, seen)) == 1  # never were two at work
+                await here.at(me, ledger, job, lambda found: found.step > last + 5)
+                curve = await here.losses(ledger, job)
+                assert curve == whole(max(curve))
                 assert "lost" not in " ".join(event.message for event in await ledger.since(job.id, 0))
                 await ledger.want(me, job.id, "cancel")
                 assert (await here.ended(me, ledger, job)).state == "cancelled"
@@ -155,54 +170,90 @@ def test_a_run_on_ray_is_paused_goes_on_and_is_cancelled_and_no_node_keeps_a_wor
             assert here.words() == []
 
     asyncio.run(body())
-    assert left(cluster) == []
-    assert workers_of(cluster) == {}
+    assert (left(cluster), workers_of(cluster)) == ([], {})
 
 
-def test_a_driver_that_is_killed_takes_its_workers_along_and_the_next_goes_on(tmp_path, cluster):
-    async def body():
-        async with yard(tmp_path / "data") as (here, me):
-            ledger = here.ledger()
-            async with here.running(ledger, command=FAKE, cluster=on(cluster)) as runner:
-                job = await here.ask(me, ledger, await here.put(me), steps=100)
-                runner.look()
-                await here.at(me, ledger, job, lambda found: found.step >= 6)
-                driver = child(runner.folder_of(job.id))
-                before = set(workers_of(cluster).values())
-                assert len(before) == 1
-                os.kill(driver, signal.SIGKILL)
-                seen = [before]
-                while (found := await ledger.show(me, job.id)).state in OPEN:
-                    seen.append(set(workers_of(cluster).values()))
-                    await asyncio.sleep(0.05)
-                assert (found.state, found.tries, found.failures) == ("succeeded", 2, 1), await ledger.error(found)
-                assert max(map(len, seen)) == 1  # never were two at work
-                assert not seen[-1] & before
-                assert await here.losses(ledger, job) == whole(100)
+class Scripted:
+    """A group of workers that tells what a test has written down: looks one after another, or how it is lost."""
 
-    asyncio.run(body())
-    assert left(cluster) == []
+    def __init__(self, looks):
+        self.looks, self.ready, self.stopped = list(looks), True, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def begin(self, mirror):
+        pass
+
+    def stop(self):
+        self.stopped += 1
+
+    def files(self, folder):
+        return [(f"{folder}/adapter_config.json", 2)] if folder != "run.json" else [("run.json", 21)]
+
+    def get(self, path, start):
+        return (b'{"state": "finished"}' if path == "run.json" else b"{}")[start:]
+
+    def look(self):
+        found = self.looks.pop(0)
+        if isinstance(found, str):
+            raise Lost(found)
+        return found
 
 
-def test_a_run_on_ray_says_why_it_fails_or_that_it_is_lost_again_and_again(tmp_path, cluster):
-    async def body():
-        async with yard(tmp_path / "data") as (here, me):
-            ledger = here.ledger()
-            wrong, crashing = await here.put(me, {"do": "fail"}), await here.put(me, {"do": "crash"})
-            async with here.running(ledger, command=FAKE, cluster=on(cluster)) as runner:
-                job = await here.ask(me, ledger, wrong)
-                runner.look()
-                failed = await here.ended(me, ledger, job)
-                assert (failed.state, failed.error_code) == ("failed", "invalid_training_file")
-                assert (await ledger.error(failed)).startswith("rows.jsonl:1: key 'messages': is missing")
-                job = await here.ask(me, ledger, crashing)
-                runner.look()
-                failed = await here.ended(me, ledger, job)
-            assert (failed.state, failed.error_code, failed.tries) == ("failed", "training_failed", 1)
-            assert "3 times in a row a worker was lost; the last time: worker" in await ledger.error(failed)
-            assert "signal 9" in await ledger.error(failed)
+def told(code=None, said=b"", checkpoints=(), events=b"", anew=False):
+    return Seen(code, said, events, anew, (0, 0, 0), b'{"state": "training"}', tuple(checkpoints))
 
-    asyncio.run(body())
+
+@pytest.fixture
+def driven(tmp_path, monkeypatch):
+    """Runs a driver over scripted groups, one for each try."""
+    monkeypatch.setattr("ropewalk.jobs.cluster.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("ropewalk.jobs.cluster.OTHERS_SECONDS", 0.05)
+
+    def run(*tries, workers=2, asked=lambda: False):
+        groups = [Scripted(looks) for looks in tries]
+        left = iter(groups)
+        monkeypatch.setattr("ropewalk.jobs.cluster.Group", lambda *_: next(left))
+        launch = Launch("run-x", workers, None, (), tmp_path / "run", config="x")
+        launch.run.mkdir(exist_ok=True)
+        return _Driver(None, launch, Mirror(launch), asked).run(), groups
+
+    return run
+
+
+def test_a_run_that_says_why_it_fails_is_not_tried_again_whoever_says_it(driven, tmp_path, capsys):
+    lost = told(1, b"Traceback\nropewalk: process 0 of 2 lost another one, or waited\n")
+    code, _ = driven(
+        [[told(), told(said=b"[half")], [told(), told(2, b" a line]\nropewalk: rows.jsonl:1: wrong")], [lost, told(2)]]
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert (code, said[-1], said[0]) == (2, "ropewalk: rows.jsonl:1: wrong", "[1] [half a line]")
+
+
+def test_a_run_that_is_lost_is_tried_again_as_long_as_it_comes_further(driven, tmp_path):
+    steps = ["step-00000002", "step-00000004"]
+    lost = told(1, b"ropewalk: process 1 of 2 lost another one\n", steps)
+    killed = [told(-9, checkpoints=steps), lost]
+    event = b'{"event": "step", "step": 2}\n'
+    first = [[told(events=event, anew=True, checkpoints=steps[:1]), told()], "worker 1 is gone"]
+    second = [[told(events=event, anew=True, checkpoints=steps), told()], killed, killed]
+    done = [told(0, checkpoints=steps), told(0)]
+    code, _ = driven(first, second, first[1:], [done])
+    run = tmp_path / "run"
+    assert code == 0
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "checkpoints", "events.jsonl", "plots", "run.json"]
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(one["event"], one["step"]) for one in lines[:2]] == [("step", 2), ("restart", 2)]
+    with pytest.raises(TrainingStopped, match="3 times in a row a worker was lost; the last time: worker 0 ended by signal 9"):
+        driven(["worker 1 is gone"], ["worker 0 is gone"], [killed] * 2)
+    asked = iter([False, True, True, True])
+    with pytest.raises(TrainingStopped, match="while a worker was lost"):
+        driven([[told(), told()], [told(), told()], "gone"], asked=lambda: next(asked))
 
 
 def test_a_configuration_says_where_jobs_are_trained(tmp_path):
@@ -240,7 +291,7 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch, capsys):
     path = tmp_path / "run.yml"
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
-    keys = f"base_model: {tmp_path}\nadapter: lora\noutput_dir: {tmp_path / 'run'}\ndatasets: [{{path: {rows}, type: chat_template}}]\n"
+    keys = f"base_model: {tmp_path}\nadapter: lora\nlearning_rate: 1e-4\noutput_dir: {tmp_path / 'run'}\ndatasets: [{{path: {rows}, type: chat_template}}]\n"
     path.write_text(keys + "use_ray: true\n")
     assert main(["train", str(path)]) == 2
     assert "a run on Ray needs the package 'ray'" in (said := capsys.readouterr().err)
@@ -249,6 +300,14 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch, capsys):
     assert "ray_num_workers" in capsys.readouterr().err
     assert main(["train", str(path), "datasets.0.path=file_0123456789abcdefghijklmn"]) == 2
     assert "train it as a job of a server with `jobs: ray`" in capsys.readouterr().err
+
+
+def test_a_server_that_is_to_use_ray_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("ropewalk.server.fine_tuning.find_spec", lambda name: None)
+    store = SimpleNamespace(settings=SimpleNamespace(data=tmp_path))
+    app = SimpleNamespace(state=SimpleNamespace(settings=ServerSettings(serving=Serving(jobs=RayCluster())), store=store))
+    with pytest.raises(MissingExtra, match=r"`jobs: ray` needs the package 'ray', .*'ropewalk\[cluster\]'"):
+        runner_of(app)
 
 
 def test_a_worker_gives_what_its_process_writes_and_leaves_nothing(tmp_path):
