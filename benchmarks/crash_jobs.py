@@ -40,7 +40,10 @@ from measure import machine, table, write_json
 from peers.file_servers import KEY, ROOT_KEY, Server, _with_a_key, running
 from peers.lean_http import free_port, wait_for
 
-FAILPOINTS = ("job.submitted", "job.claimed", "job.started", "job.trained", "job.published", "job.ending", "job.ended")
+FAILPOINTS = (
+    *("job.submitted", "job.claimed", "job.started", "archive.published", "job.trained", "job.kept", "job.published"),
+    *("archive.dropped", "job.ending", "job.ended"),
+)
 STEPS, SAVES = 24, 4
 AT_MOST = 4  # kills of one job
 WHILE_TRAINED = (1.0, 9.0)  # seconds after a job was sent, or its server started anew

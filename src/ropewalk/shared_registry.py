@@ -7,6 +7,7 @@ any other folder has to lie at the same place on every machine.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -48,13 +49,16 @@ class SharedRegistry(Registry):
         self._opening = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._database: Database | None = None
+        self._thread: threading.Thread | None = None
 
     def close(self) -> None:
         with self._opening:
-            if self._loop is not None and self._database is not None:
-                asyncio.run_coroutine_threadsafe(self._database.close(), self._loop).result()
+            if self._loop is not None and self._database is not None and self._thread is not None:
+                _in(self._loop, self._database.close())
                 self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop = self._database = None
+                self._thread.join()
+                atexit.unregister(self.close)
+            self._loop = self._database = self._thread = None
 
     def _read(self) -> dict[str, Any]:
         async def read(database: Database) -> dict[str, Any]:
@@ -92,13 +96,15 @@ class SharedRegistry(Registry):
         with self._opening:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(loop,), name="registry", daemon=True).start()
+                self._thread = threading.Thread(target=_run, args=(loop,), name="registry", daemon=True)
+                self._thread.start()
                 try:
                     self._database = _in(loop, self._open())
                 except BaseException:
                     loop.call_soon_threadsafe(loop.stop)
                     raise
                 self._loop = loop
+                atexit.register(self.close)  # a command ends without a word to it
             return self._loop
 
     async def _open(self) -> Database:
