@@ -1,6 +1,7 @@
 """Jobs of servers that share a database and a bucket, each with a data folder of its own; and what is kept of runs in any case."""
 
 import asyncio
+import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -189,5 +190,27 @@ def test_a_workspace_takes_its_jobs_and_their_models_along(tmp_path):
                 await runner._tidy()
                 assert not runner.folder_of(theirs.id).path.exists()
                 assert runner.folder_of(mine.id).finished
+
+    asyncio.run(body())
+
+
+def test_after_a_restore_the_models_of_jobs_are_published_again(tmp_path):
+    async def body():
+        async with yard(tmp_path / "data") as (here, me):
+            ledger = here.ledger()
+            async with here.running(ledger):
+                job = await here.ask(me, ledger, await here.put(me))
+                await here.ended(me, ledger, job)
+            before = here.registry.entries()
+            here.registry.withdraw("workspace", me.workspace_id)  # a backup has neither this nor folders of runs
+            shutil.rmtree(here.data / "jobs")
+            async with here.running(ledger, at_once=0):
+                async with asyncio.timeout(20):
+                    while len(here.registry.entries()) < len(before):
+                        await asyncio.sleep(0.05)
+            again = here.registry.entries()
+            for old, new in zip(before, again, strict=True):
+                assert (old.name, old.path, old.lineage) == (new.name, new.path, new.lineage)
+                assert old.kind == "base" or Path(new.path, "adapter_config.json").exists()
 
     asyncio.run(body())
