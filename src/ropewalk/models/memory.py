@@ -48,7 +48,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The most that lives on the device at once."""
-        return sum(asdict(self).values()) - self.host
+        return int(sum(asdict(self).values())) - self.host
 
     def as_dict(self) -> dict[str, int]:
         """By name, with the total."""

@@ -32,7 +32,7 @@ class Ring:
         self.copies = 0  # how many blocks have come
         self._held: dict[int, int] = {}  # block -> its slot, that used longest ago first
         self._free = [*range(slots)]  # that given back longest ago first
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._coming: dict[int, torch.cuda.Event] = {}  # slot -> when its block is there
 
     @property

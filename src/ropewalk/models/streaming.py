@@ -74,7 +74,7 @@ class Streamed:
         self._buffers = {buffer.untyped_storage().data_ptr() for buffer in self.ring.buffers}
         self._at: int | None = None  # whose turn it is
         for number, (layer, _) in enumerate(layers):
-            layer.forward = partial(self._forward, number, layer)  # type: ignore[method-assign]
+            layer.forward = partial(self._forward, number, layer)
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self  # a second tree over the same tensors shares their ring
@@ -85,7 +85,7 @@ class Streamed:
         return sum(block.nbytes for block in self.ring.host)
 
     def _forward(self, number: int, layer: Any, *args: Any, **kwargs: Any) -> Any:
-        backwards = torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]  # a layer that is computed again
+        backwards = torch._C._current_graph_task_id() != -1  # a layer that is computed again
         learns = torch.is_grad_enabled()
         self._visit(number, self._behind(number) if backwards else self._ahead(number, learns))
         # A layer that will be computed again keeps nothing, and its own hooks see to that.
@@ -138,7 +138,7 @@ class Streamed:
     def _pack(self, number: int, tensor: Tensor) -> Tensor | _Kept:
         if tensor.untyped_storage().data_ptr() not in self._buffers:
             return tensor.detach()
-        return _Kept(number, tensor.storage_offset() * tensor.itemsize, tensor.dtype, tensor.shape, tensor.stride())
+        return _Kept(number, int(tensor.storage_offset()) * tensor.itemsize, tensor.dtype, tensor.shape, tensor.stride())
 
     def _unpack(self, kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
