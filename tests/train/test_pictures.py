@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,7 +19,9 @@ from engine.seeing import SEEING, make
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run, load_run
 from ropewalk.data.packing import batches
-from ropewalk.errors import ConfigError, DataError, ModelError
+from ropewalk.errors import BadInput, ConfigError, DataError, ModelError
+from ropewalk.files.catalog import File
+from ropewalk.jobs.recipe import Asked, make_recipe
 from ropewalk.models.seeing import load_processor
 from ropewalk.train.objective import Likelihood
 from ropewalk.train.plan import check
@@ -139,8 +142,12 @@ def test_the_loss_is_that_of_the_whole_model_over_each_row_alone_and_only_the_ad
     assert sighted.frozen >= sum(p.numel() for p in tower.parameters())
 
 
-@pytest.mark.parametrize("keys", [{"gradient_checkpointing": True}, {"adapter": "qlora"}], ids=["recomputed", "4 bit"])
-def test_layers_are_recomputed_and_the_text_part_alone_is_held_in_4_bit(
+@pytest.mark.parametrize(
+    "keys",
+    [{"gradient_checkpointing": True}, {"layer_offloading": True}, {"adapter": "qlora"}],
+    ids=["recomputed", "streamed", "4 bit"],
+)
+def test_layers_are_recomputed_or_streamed_and_the_text_part_alone_is_held_in_4_bit(
     keys: dict[str, Any], config: Any, tmp_path: Path
 ) -> None:
     def gradients(**more: Any) -> tuple[float, list[torch.Tensor], Pupil]:
@@ -218,6 +225,7 @@ def test_a_picture_that_is_gone_while_training_names_its_row(config: Any, tmp_pa
         ({"rl": "dpo"}, "supervised fine-tuning alone"),
         ({"streaming": True}, "remove streaming"),
         ({"alora_invocation_tokens": [5]}, "remove alora_invocation_tokens"),
+        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "remove the keys of fsdp"),
         ({"processor_kwargs": {"size": 1}}, "as the base's own processor shows them"),
         ({"processor_type": "AutoProcesor"}, "not one of AutoProcessor|is not AutoProcessor"),
     ],
@@ -225,6 +233,16 @@ def test_a_picture_that_is_gone_while_training_names_its_row(config: Any, tmp_pa
 def test_what_pictures_cannot_go_together_with_is_said(keys: dict[str, Any], reason: str, config: Any) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_run(config("gemma4", **keys))
+
+
+def test_a_job_may_learn_from_pictures_by_supervised_fine_tuning_alone() -> None:
+    file = File("file_a", "w", None, None, None, "rows.jsonl", "text/plain", 100, "0" * 64, (), 0, None, None, True)
+    asked = Asked("base", "file_a", keys={"processor_type": "AutoProcessor"})
+    assert make_recipe(asked, 1, file, None).config["processor_type"] == "AutoProcessor"
+    with pytest.raises(BadInput, match="processor_type: a job may not set this key"):
+        make_recipe(replace(asked, method="dpo"), 1, file, None)
+    with pytest.raises(BadInput, match=r"is not AutoProcessor|not one of AutoProcessor"):
+        make_recipe(replace(asked, keys={"processor_type": "mine.Processor"}), 1, file, None)
 
 
 def test_a_check_counts_the_tower_and_shows_the_rows(config: Any) -> None:
