@@ -1,4 +1,4 @@
-"""Memory of the host that a training frees and wants again in the next step: kept, where the C library can be told to.
+"""Memory of the host that is freed: kept where a training wants it again in the next step, given back where it will not be.
 
 A step on a CPU takes and returns hundreds of megabytes in large blocks. glibc gives each back to the system at once, which hands out new
 pages, one fault and one filling with zeros after another: up to a tenth of a step. Kept, they are there again. No torch.
@@ -19,3 +19,9 @@ def keep_freed() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(MMAP_THRESHOLD, LARGE) or mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))
+
+
+def give_back() -> None:
+    """Returns to the system what was freed in between: glibc keeps it, and many tensors of a few megabytes leave it full of holes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
