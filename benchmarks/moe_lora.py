@@ -1,6 +1,7 @@
 """Fine-tuning a mixture of experts with LoRA: single expert layers and whole models, ours beside its peers.
 
-    python benchmarks/moe_lora.py [--device cpu|cuda] [--quick | --dry-run] [--json FILE] [--plot FILE] [--layers-only | --models-only]
+    python benchmarks/moe_lora.py [--device cpu|cuda] [--quick | --dry-run] [--json FILE [--add]] [--plot FILE] [--layers-only | --models-only]
+                                  [--shapes NAME ...] [--dtypes NAME ...] [--rounds N] [--without CONTENDER ...]
 
 Contenders and what each may keep for the backward pass are those of src/ropewalk/bench/contenders.py; a peer takes part where it is
 installed. The same weights, factors, routing and upstream gradient for everybody; a layer is compared with the plain one in float32 in
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from measure import table, write_json
-from ropewalk.bench.moe import Result, compare, plan
+from ropewalk.bench.moe import Result, compare, plan, races
 from ropewalk.bench.report import plot, show
 
 
@@ -33,6 +36,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="an SVG")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--add", action="store_true", help="what FILE has of other races stays in it")
     parser.add_argument("--without", nargs="+", default=[], metavar="CONTENDER", help="leave these out")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--layers-only", action="store_true")
@@ -48,12 +54,14 @@ def main() -> int:
     chosen = dataclasses.replace(
         chosen,
         rounds=given.rounds or chosen.rounds,
-        layers=() if given.models_only else chosen.layers,
-        models=() if given.layers_only else chosen.models,
+        layers=tuple(r for r in chosen.layers if not given.models_only and wanted(r[0].name, r[2], given)),
+        models=tuple(r for r in chosen.models if not given.layers_only and wanted(r[0].name, r[1], given)),
         without=tuple(given.without),
     )
+    before = json.loads(given.json.read_text(encoding="utf-8"))["rows"] if given.add and given.json.exists() else []
     result: Result | None = None
-    for result in compare(chosen, lambda line: print(line, file=sys.stderr, flush=True)):
+    for found in compare(chosen, lambda line: print(line, file=sys.stderr, flush=True)):
+        result = dataclasses.replace(found, rows=[*others(before, found.rows), *found.rows])
         write_json(given.json, {"quick": given.quick, "dry_run": given.dry_run, **result.as_json()})
     assert result is not None
     console = Console(highlight=False, soft_wrap=True)
@@ -67,6 +75,15 @@ def main() -> int:
     if not result.right:
         print("ours is wrong", file=sys.stderr)
     return 0 if result.right else 1
+
+
+def wanted(shape: str, dtype: str, given: argparse.Namespace) -> bool:
+    return shape in (given.shapes or [shape]) and dtype in (given.dtypes or [dtype])
+
+
+def others(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of races that are not run again."""
+    return [row for name, rows_of in races(rows).items() if name not in races(new) for row in rows_of]
 
 
 if __name__ == "__main__":
