@@ -157,8 +157,8 @@ def _page(rows: list[Row], summary: dict[str, Any], version: str) -> str:
             f"Answered, accepted or with a reason: {summary['answered']} of {summary['total']}.",
             "",
             "Accepted means what can be known without the base and the data, which are not fetched: every key has its effect or is "
-            "listed. Configurations that shard a model over devices are accepted with that listed; here every process holds the whole "
-            "model, and `ropewalk check` without `--offline` estimates the memory that takes.",
+            "listed. Configurations that shard a model over devices, by FSDP, DeepSpeed or expert parallelism, are sharded by FSDP2; those "
+            "that split rows or layers are refused with another way ([several processes](scale.md)).",
             "",
             "Made by `python benchmarks/axolotl_configs.py axolotl/examples --write-docs`.",
             "",

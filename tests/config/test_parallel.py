@@ -20,6 +20,9 @@ def run_of(more: str) -> Run:
         "fsdp: [full_shard, auto_wrap]\n",
         "fsdp: full_shard auto_wrap\n",
         "dp_shard_size: 2\n",
+        "deepspeed: deepspeed_configs/zero3.json\n",
+        "deepspeed: {zero_optimization: {stage: 1}}\n",
+        "expert_parallel_size: 4\n",
         "fsdp_config: {fsdp_version: 2}\n",
         "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, offload_params: false}\n",
     ],
@@ -29,7 +32,8 @@ def test_any_of_axolotls_switches_shards(more: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", ["", "fsdp_version:\n", "fsdp: []\n", "fsdp_config: {}\n", "dp_shard_size: 1\n", "ddp: true\n"]
+    "more",
+    ["", "fsdp_version:\n", "fsdp: []\n", "fsdp_config: {}\n", "dp_shard_size: 1\n", "deepspeed: false\n", "ddp: true\n"],
 )
 def test_what_is_switched_off_shards_nothing(more: str) -> None:
     assert not run_of(more).sharded
@@ -51,6 +55,15 @@ def test_keys_of_the_block_that_are_not_needed_are_told() -> None:
     assert "FSDP2 does what they ask for" in told["fsdp_version"]
 
 
+def test_adamw_of_few_bits_keeps_32_over_sharded_weights_and_says_so() -> None:
+    run = run_of("fsdp_version: 2\noptimizer: adamw_bnb_8bit\n")
+    assert run.moved_by == "adamw_torch_fused"
+    assert "32 bits" in ignored_keys(run)["optimizer"]
+    alone = run_of("optimizer: adamw_bnb_8bit\n")
+    assert alone.moved_by == "adamw_bnb_8bit"
+    assert "optimizer" not in ignored_keys(alone)
+
+
 def test_a_misspelt_key_of_the_block_is_found() -> None:
     with pytest.raises(ConfigError, match="unknown key 'reshard_after_forwad'; did you mean 'reshard_after_forward'"):
         run_of("fsdp_config: {reshard_after_forwad: true}\n")
@@ -62,8 +75,7 @@ def test_a_misspelt_key_of_the_block_is_found() -> None:
         ("context_parallel_size: 2\n", "gradient_checkpointing: offload"),
         ("sequence_parallel_degree: 4\n", "or fsdp_version: 2"),
         ("tensor_parallel_size: 2\n", "fsdp_version: 2 shards the same weights"),
-        ("expert_parallel_size: 2\n", "fsdp_version: 2 shards them"),
-        ("deepspeed: zero3.json\n", "write fsdp_version: 2 for its stages"),
+        ("deepspeed: zero3.json\noptimizer: muon\n", "deepspeed gives each process a part"),
         ("kd_trainer: true\n", "train on text that the teacher wrote"),
         ("plugins: [axolotl.integrations.kd.KDPlugin]\n", "train on text that the teacher wrote"),
         ("fsdp_version: 2\ndp_replicate_size: 2\n", "shard over all of them"),

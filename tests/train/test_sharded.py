@@ -149,8 +149,9 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(both, config, tm
     same(one, two, rtol=1e-3, atol=1e-5)
 
 
-def test_every_weight_of_a_dense_model_is_trained_in_parts_and_saved_whole(both, dense):
-    one, two = both(base_model=str(dense), adapter=None, lora_r=None, learning_rate=1e-3, weight_decay=0.1, save_steps=2)
+@pytest.mark.parametrize("more", [{"save_steps": 2}, {"qat": {"weight_dtype": "int8", "group_size": 16}}], ids=["plain", "qat"])
+def test_every_weight_of_a_dense_model_is_trained_in_parts_and_saved_whole(both, dense, more):
+    one, two = both(base_model=str(dense), adapter=None, lora_r=None, learning_rate=1e-3, weight_decay=0.1, **more)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     same(one, two, "model/model.safetensors", rtol=1e-3, atol=1e-5)
     assert json.loads((two / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

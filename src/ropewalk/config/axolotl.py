@@ -47,7 +47,7 @@ _IGNORED = {
     "tied weights stay tied": "peft_ensure_weight_tying",
     "embeddings grow by exactly the tokens that are added": "resize_token_embeddings_to_32x mean_resizing_embeddings",
     "the model runs uncompiled, with the same result": """
-        torch_compile torch_compile_backend torch_compile_mode torch_compile_options
+        deepcompile torch_compile torch_compile_backend torch_compile_mode torch_compile_options
     """,
     "found from the layer": "lora_fan_in_fan_out",
     "adapters are merged afterwards, by `ropewalk merge`": "merge_lora merge_method lora_on_cpu",
@@ -148,12 +148,6 @@ _REFUSED = {
     (
         "layers are not split over devices (tensor parallelism); fsdp_version: 2 shards the same weights, and vLLM splits what is served"
     ): "tensor_parallel_size",
-    "experts are not split over devices (expert parallelism); fsdp_version: 2 shards them with everything else": """
-        expert_parallel_size
-    """,
-    "DeepSpeed is not used; write fsdp_version: 2 for its stages, fsdp_config: {offload_params: true} for its offloading": """
-        deepspeed deepcompile
-    """,
     "training through a remote service is not supported": "hatchery",
     "NeMo Gym is not supported": """
         nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port nemo_gym_server_timeout
@@ -303,7 +297,6 @@ _SIZES = frozenset(
         "context_parallel_size",
         "sequence_parallel_degree",
         "tensor_parallel_size",
-        "expert_parallel_size",
     ]
 )
 

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from ropewalk.config.run import Run
 
 WAIT_SECONDS = 1800  # for another process, where nothing is said
-ELEMENTWISE = frozenset(
-    "adamw_torch_fused adamw_torch adamw_hf paged_adamw_32bit sgd".split()
-)  # optimizers that move every number by itself, so that a part of a tensor is enough
+# AdamW with a state of few bits, for which 32 are kept over sharded weights.
+FEW_BITS = frozenset("adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit adamw_torch_4bit".split())
+WHOLE = frozenset(("muon", "adafactor"))  # optimizers that look at a whole tensor
 
 
 def _strategy(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
+
+
+def _asked(value: Any) -> Any:
+    return value or None
 
 
 def _switches(value: Any) -> Any:
@@ -51,6 +55,12 @@ class ParallelKeys(Group):
     )
     fsdp_config: FsdpKeys | None = key("How; naming it switches sharding on. See below.")
     fsdp: Annotated[Texts | None, BeforeValidator(_switches)] = key("The older switch, such as [full_shard, auto_wrap].")
+    deepspeed: Annotated[str | dict[str, Any] | None, BeforeValidator(_asked)] = key(
+        "DeepSpeed's configuration: any of its stages is fsdp_version: 2 here, and nothing else in it is read."
+    )
+    expert_parallel_size: Positive | None = key(
+        "Above 1 it switches sharding on, of experts as of everything else: the processes learn from as many rows."
+    )
     dp_shard_size: Positive | None = key(
         "The processes to shard over, which must be all of them; above 1 it switches sharding on."
     )
@@ -62,7 +72,8 @@ class ParallelKeys(Group):
         """Whether weights are to be sharded over the processes."""
         if self.fsdp_config is not None and self.fsdp_config.sharding_strategy == "NO_SHARD":
             return False
-        return bool(self.fsdp_version or self.fsdp_config or self.fsdp or (self.dp_shard_size or 1) > 1)
+        above = max(self.dp_shard_size or 1, self.expert_parallel_size or 1) > 1
+        return bool(self.fsdp_version or self.fsdp_config or self.fsdp or self.deepspeed or above)
 
     @property
     def reshards(self) -> bool:
@@ -79,7 +90,9 @@ def conflicts_of_parallel(run: Run) -> Iterator[tuple[Place, str]]:
     """Where the keys of this page contradict each other or the rest."""
     if not run.sharded:
         return
-    switch = next(n for n in ("fsdp_version", "fsdp_config", "fsdp", "dp_shard_size") if getattr(run, n))
+    switches = ("fsdp_version", "fsdp_config", "fsdp", "deepspeed", "dp_shard_size", "expert_parallel_size")
+    asked = {name: getattr(run, name) for name in switches}
+    switch = next(name for name, value in asked.items() if value and (value != 1 or name == "fsdp_version"))
     if (run.dp_replicate_size or 1) > 1 or (run.fsdp_config and "HYBRID" in (run.fsdp_config.sharding_strategy or "")):
         place: Place = ("dp_replicate_size",) if run.dp_replicate_size else ("fsdp_config", "sharding_strategy")
         yield (
@@ -97,14 +110,12 @@ def conflicts_of_parallel(run: Run) -> Iterator[tuple[Place, str]]:
             (switch,),
             f"a model that sees is not sharded; remove {switch}, and every process holds it whole, or processor_type",
         )
-    if run.adapter is None and (run.qat or run.use_onebitllms):
-        yield (switch,), f"{'qat' if run.qat else 'use_onebitllms'} rounds whole weights; remove {switch}"
     if run.lisa_n_layers and run.adapter is None:
         yield (
             ("lisa_n_layers",),
             f"LISA and {switch} exclude each other; name unfrozen_parameters instead, or remove {switch}",
         )
-    if run.optimizer not in ELEMENTWISE:
+    if run.optimizer in WHOLE:
         yield (
             ("optimizer",),
             f"key 'optimizer': {run.optimizer} needs whole tensors, and {switch} gives each process a part of them; write "

@@ -21,7 +21,7 @@ from ropewalk.config.document import Document, dump, parse_document, read_docume
 from ropewalk.config.faults import names_of, sort_keys, told, wrong_values
 from ropewalk.config.keys import AdapterKeys, DataKeys, DataSource, ModelKeys, OutputKeys, PromptFormat, TrainingKeys
 from ropewalk.config.memory import MemoryKeys
-from ropewalk.config.parallel import ParallelKeys
+from ropewalk.config.parallel import FEW_BITS, ParallelKeys
 from ropewalk.config.preference import PreferenceKeys
 from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rounding import RoundingKeys
@@ -163,6 +163,11 @@ class Run(
         return self.streaming or self.pretraining_dataset is not None
 
     @property
+    def moved_by(self) -> str:
+        """The optimizer; over sharded weights AdamW keeps its state in 32 bits, of which each process has a part."""
+        return "adamw_torch_fused" if self.sharded and self.optimizer in FEW_BITS else self.optimizer
+
+    @property
     def schedule(self) -> str:
         """The schedule under its full name."""
         return "warmup_stable_decay" if self.lr_scheduler == "wsd" else self.lr_scheduler
@@ -293,6 +298,8 @@ def ignored_keys(run: Run) -> dict[str, str]:
     if run.trl is not None and not run.by_rewards:
         ignored["trl"] = "no method that reads it is switched on; rl: grpo is one"
     ignored |= told_of_vllm(run)
+    if run.moved_by != run.optimizer:
+        ignored["optimizer"] = "over sharded weights AdamW keeps its state in 32 bits, divided by the number of processes"
     if run.fsdp_version == 1:
         ignored["fsdp_version"] = "FSDP1's keys are read, and FSDP2 does what they ask for"
     if run.sees:

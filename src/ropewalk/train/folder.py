@@ -31,7 +31,7 @@ NEUTRAL = frozenset(
     "mlflow_experiment_name mlflow_run_name hub_model_id hub_revision resume resume_from_checkpoint auto_resume_from_checkpoints "
     "dataset_prepared_path dataset_num_proc loss_watchdog_threshold loss_watchdog_patience ddp_timeout fsdp fsdp_version fsdp_config "
     "use_ray resources_per_worker "
-    "dp_shard_size dp_replicate_size".split()
+    "deepspeed expert_parallel_size dp_shard_size dp_replicate_size".split()
 )
 NEEDED_BYTES = 64 << 20
 

@@ -214,7 +214,7 @@ def _steps(run: Run) -> dict[str, Any]:
         "length": f"{run.max_steps} steps"
         if run.max_steps
         else f"{run.num_epochs:g} epoch{'' if run.num_epochs == 1 else 's'}",
-        "optimizer": run.optimizer,
+        "optimizer": run.moved_by,
         "schedule": run.schedule,
         "learning_rate": run.learning_rate,
     }

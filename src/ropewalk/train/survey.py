@@ -128,7 +128,7 @@ def _memory(
         dtype=_computed(run, room),
         quantize=run.quantization,
         adapter=None if adapter is None else list(adapter.parameters()),
-        optimizer=run.optimizer,
+        optimizer=run.moved_by,
         on_gpu=room.on_gpu,
         accumulates=run.accumulation > 1,
         master=run.float32_master,

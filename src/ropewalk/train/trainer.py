@@ -94,7 +94,7 @@ class Fit:
             self.screen.say(notice)
         self.shares = Shares(self.pupil.trainable(), world)
         self.optimizer = make_optimizer(
-            config.optimizer,
+            config.moved_by,
             self.shares.named,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -104,7 +104,7 @@ class Fit:
             embedding_lr=config.loraplus_lr_embedding,
             master=config.float32_master,
         )
-        for remark in remarks(config.optimizer, self.optimizer, master=config.float32_master):
+        for remark in remarks(config.moved_by, self.optimizer, master=config.float32_master):
             self.screen.say(remark)
         self.stepping = in_backward(config, self.optimizer, self.shares.parameters, world)
         if newest:
