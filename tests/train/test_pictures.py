@@ -225,7 +225,7 @@ def test_a_picture_that_is_gone_while_training_names_its_row(config: Any, tmp_pa
         ({"rl": "dpo"}, "supervised fine-tuning alone"),
         ({"streaming": True}, "remove streaming"),
         ({"alora_invocation_tokens": [5]}, "remove alora_invocation_tokens"),
-        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "remove the keys of fsdp"),
+        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "a model that sees is not sharded"),
         ({"processor_kwargs": {"size": 1}}, "as the base's own processor shows them"),
         ({"processor_type": "AutoProcesor"}, "not one of AutoProcessor|is not AutoProcessor"),
     ],

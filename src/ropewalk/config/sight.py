@@ -23,7 +23,5 @@ def conflicts_of_sight(run: Run) -> Iterator[tuple[Place, str]]:
         yield place, "pictures are trained on by supervised fine-tuning alone; remove processor_type, or rl and the reward model"
     if run.streams:
         yield place, "rows with pictures are looked through before training; remove streaming, and name them under datasets"
-    if run.sharded:
-        yield place, "the tower of a model is not sharded; remove the keys of fsdp, and every process holds the whole model"
     if run.alora_invocation_tokens:
         yield place, "an activated adapter reads no pictures; remove alora_invocation_tokens"

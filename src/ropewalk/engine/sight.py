@@ -10,9 +10,7 @@ What differs from model to model is asked of the model: its processor how many i
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -28,12 +26,11 @@ from ropewalk.engine.attention import running
 from ropewalk.engine.batch import Batch, Part
 from ropewalk.engine.cache import Kind, Reading
 from ropewalk.engine.request import Picture
-from ropewalk.errors import BadInput, ModelError
+from ropewalk.errors import ModelError
+from ropewalk.models.lens import TEXT, Lens, looks_at, shape_of
 from ropewalk.models.seeing import Seeing
 
 KINDS: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "sliding"}
-TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # of a processor's output
-REMEMBERED = 10_000  # sizes
 
 
 @dataclass(frozen=True)
@@ -50,39 +47,33 @@ class Sight:
     def __init__(self, seeing: Seeing) -> None:
         """ModelError for a model whose way of seeing is not known here."""
         self.whole: Any = seeing.whole
-        self.processor = seeing.processor
-        self.token = str(getattr(self.processor, "image_token", "") or "")
-        self._inputs = _names(self.whole, "get_image_features")
-        if not self.token or "mm_encoder_outputs" not in _names(self.whole, "forward") or not self._inputs:
-            raise ModelError(f"a {self.whole.config.model_type} takes pictures in a way that this engine does not know")
+        kind = self.whole.config.model_type
+        self.lens = Lens(seeing.processor, kind)
+        self.token = self.lens.token
+        self._inputs = looks_at(self.whole)
+        if "mm_encoder_outputs" not in inspect.signature(self.whole.forward).parameters or not self._inputs:
+            raise ModelError(f"a {kind} takes pictures in a way that this engine does not know")
         self._index = getattr(getattr(self.whole, self.whole.base_model_prefix), "get_rope_index", None)
         self._mutual = _mutual_kinds(self.whole)
-        self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
 
     @property
     def digest(self) -> str:
         """Changes when the processor does."""
-        said = json.dumps(self.processor.image_processor.to_dict(), sort_keys=True, default=str)
-        return hashlib.sha256(f"{type(self.processor).__name__} {said}".encode()).hexdigest()
+        return self.lens.digest
 
     def ids(self, width: int, height: int) -> tuple[int, ...]:
         """What stands for a picture of this size; BadInput where the model takes none of that shape."""
-        if (width, height) not in self._sizes:
-            if len(self._sizes) >= REMEMBERED:
-                self._sizes.clear()
-            ids = self._processed(Image.new("RGB", (width, height)))["input_ids"][0]
-            self._sizes[width, height] = tuple(int(id) for id in ids)
-        return self._sizes[width, height]
+        return self.lens.ids(width, height)
 
     @torch.inference_mode()
     def look(self, picture: Picture) -> Seen:
         """What the vision tower makes of it."""
         assert picture.pixels is not None
         pixels = np.frombuffer(picture.pixels, np.uint8).reshape(picture.height, picture.width, 3)
-        found = self._processed(Image.fromarray(pixels))
+        found = self.lens.processed([Image.fromarray(pixels)])
         inputs = {name: value.to(self.whole.device) for name, value in found.items() if name in self._inputs}
         inputs = {name: value.to(self.whole.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        with _shape(picture.width, picture.height):
+        with shape_of((picture.width, picture.height)):
             return Seen(self.whole.get_image_features(**inputs, return_dict=True), dict(found))
 
     @property
@@ -93,7 +84,7 @@ class Sight:
     @torch.inference_mode()
     def read(self, reading: Reading, seen: Seen, begin: int, end: int) -> None:
         """Reads the ids [begin, end) of a picture on a reading's end."""
-        ids, types = seen.layout["input_ids"], self._types(seen)
+        ids, types = seen.layout["input_ids"], self.lens.types(seen.layout["input_ids"])
         assert (begin, end) == (0, ids.shape[1]) or not self.at_once
         part = Part(reading, 0, end - begin, self._sees(types[0]))
         places, shift = self._places(seen, types)
@@ -112,10 +103,6 @@ class Sight:
         reading.position += end - begin
         reading.shift += shift if end == ids.shape[1] else 0
 
-    def _processed(self, image: Image.Image) -> Any:
-        with _shape(image.width, image.height):
-            return self.processor(images=[image], text=[self.token], add_special_tokens=False, return_tensors="pt")
-
     def _places(self, seen: Seen, types: Tensor) -> tuple[Tensor, int]:
         """Where the ids lie from the reading's end on, and how far what follows is from their count."""
         count = types.shape[1]
@@ -125,13 +112,6 @@ class Sight:
         grids = {name: value for name, value in seen.layout.items() if name in known and name not in TEXT}
         places, delta = self._index(seen.layout["input_ids"], mm_token_type_ids=types, **grids)
         return places, int(delta)
-
-    def _types(self, seen: Seen) -> Tensor:
-        """1 where an id stands for a part of the picture, 0 where it frames it."""
-        told = [seen.layout[name] for name in ("mm_token_type_ids", "token_type_ids") if name in seen.layout]
-        if told:
-            return (told[0] == 1).long()
-        return torch.isin(seen.layout["input_ids"], torch.tensor(self.processor.image_token_ids)).long()
 
     def _sees(self, types: Tensor) -> dict[Kind, Tensor]:
         if not self._mutual:
@@ -156,11 +136,6 @@ def _part(features: Any, begin: int, end: int) -> Any:
         if getattr(features, name, None) is not None:
             setattr(found, name, cut(getattr(features, name)))
     return found
-
-
-def _names(model: Any, method: str) -> set[str]:
-    """The parameters of a model's method."""
-    return set(inspect.signature(getattr(model, method)).parameters) - {"kwargs"}
 
 
 def _mutual_kinds(model: Any) -> tuple[Kind, ...]:
@@ -198,14 +173,3 @@ def _eager(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-@contextmanager
-def _shape(width: int, height: int) -> Iterator[None]:
-    """Whatever a model's own code raises over a picture is for the picture's shape: its pixels are only numbers."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise BadInput(f"image: a picture of {width} by {height} pixels cannot be shown to this model: {error}") from error

@@ -29,43 +29,48 @@ TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  #
 
 
 class Lens:
-    """How the model in a folder is shown pictures; it is sent to other processes as the folder's name."""
+    """How a model is shown pictures; one of a folder is sent to other processes as the folder's name."""
 
-    def __init__(self, folder: Path) -> None:
-        """ModelError for a model that sees no pictures, or in a way that is not known here."""
-        self.folder = folder
-        kind = read_config(folder).get("model_type")
-        if not read_config(folder).get("vision_config"):
-            raise ModelError(
-                f"{folder}: a {kind} sees no pictures; name a base that does in base_model, or remove processor_type to train on text"
-            )
-        self.processor = load_processor(folder)
-        self.token = str(getattr(self.processor, "image_token", "") or "")
-        encoded = self.processor.tokenizer.encode(self.token, add_special_tokens=False) if self.token else []
+    def __init__(self, processor: Any, kind: str, folder: Path | None = None) -> None:
+        """`kind` is what to call the model; ModelError for one that takes pictures in a way that is not known here."""
+        self.processor, self.folder = processor, folder
+        self.token = str(getattr(processor, "image_token", "") or "")
+        encoded = processor.tokenizer.encode(self.token, add_special_tokens=False) if self.token else []
         if len(encoded) != 1:
-            raise ModelError(f"{folder}: a {kind} takes pictures in a way that is not known here; train it on text alone")
+            raise ModelError(f"a {kind} takes pictures in a way that is not known here; use it for text alone")
         self.token_id = int(encoded[0])
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
 
+    @classmethod
+    def of(cls, folder: Path) -> Lens:
+        """The lens of the model in a folder; ModelError for one that sees no pictures."""
+        config = read_config(folder)
+        kind = str(config.get("model_type"))
+        if not config.get("vision_config"):
+            raise ModelError(
+                f"{folder}: a {kind} sees no pictures; name a base that does in base_model, or remove processor_type to train on text"
+            )
+        return cls(load_processor(folder), kind, folder)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Lens, (self.folder,)
+        return Lens.of, (self.folder,)
 
     @property
     def digest(self) -> str:
         """Changes when the processor does."""
         said = json.dumps(self.processor.image_processor.to_dict(), sort_keys=True, default=str)
-        return hashlib.sha256(f"{type(self.processor).__name__} {self.token} {said}".encode()).hexdigest()
+        return hashlib.sha256(f"{type(self.processor).__name__} {said}".encode()).hexdigest()
 
     @cached_property
     def feature_id(self) -> int:
         """The id that stands for a part of a picture; others may frame it."""
-        found = self._processed([Image.new("RGB", PROBE)])
+        found = self.processed([Image.new("RGB", PROBE)])
         told = next((found[name] for name in ("mm_token_type_ids", "token_type_ids") if name in found), None)
         if told is None:
             told = torch.isin(found["input_ids"], torch.tensor(self.processor.image_token_ids))
         ids = set(found["input_ids"][told == 1].tolist())
         if len(ids) != 1:
-            raise ModelError(f"{self.folder}: {len(ids)} ids stand for the parts of a picture, and one is expected")
+            raise ModelError(f"{len(ids)} ids stand for the parts of a picture of this model, and one is expected")
         return int(ids.pop())
 
     def ids(self, width: int, height: int) -> tuple[int, ...]:
@@ -73,7 +78,7 @@ class Lens:
         if (width, height) not in self._sizes:
             if len(self._sizes) >= REMEMBERED:
                 self._sizes.clear()
-            found = self._processed([Image.new("RGB", (width, height))])["input_ids"][0]
+            found = self.processed([Image.new("RGB", (width, height))])["input_ids"][0]
             self._sizes[width, height] = tuple(found.tolist())
         return self._sizes[width, height]
 
@@ -81,14 +86,15 @@ class Lens:
         """What the model's tower is given of pictures that stand in this order."""
         if not pictures:
             return {}
-        return {name: value for name, value in self._processed(pictures).items() if name not in TEXT}
+        return {name: value for name, value in self.processed(pictures).items() if name not in TEXT}
 
     def types(self, ids: Tensor) -> Tensor:
         """1 where an id stands for a part of a picture, else 0; shaped as ids."""
         return (ids == self.feature_id).long()
 
-    def _processed(self, pictures: Sequence[Image.Image]) -> Mapping[str, Tensor]:
-        with shape_of(pictures):
+    def processed(self, pictures: Sequence[Image.Image]) -> Mapping[str, Tensor]:
+        """What the processor makes of nothing but these pictures, one behind the other; BadInput for shapes that it takes none of."""
+        with shape_of(*(picture.size for picture in pictures)):
             made = self.processor(
                 images=[list(pictures)], text=[self.token * len(pictures)], add_special_tokens=False, return_tensors="pt"
             )
@@ -102,12 +108,12 @@ def looks_at(whole: Any) -> set[str]:
 
 
 @contextmanager
-def shape_of(pictures: Sequence[Image.Image]) -> Iterator[None]:
+def shape_of(*sizes: tuple[int, int]) -> Iterator[None]:
     """Whatever a model's own code raises over pictures is for their shapes: their pixels are only numbers."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:
-        sizes = ", ".join(f"{picture.width} by {picture.height}" for picture in pictures)
-        raise BadInput(f"image: a picture of {sizes} pixels cannot be shown to this model: {error}") from error
+        told = ", ".join(f"{width} by {height}" for width, height in sizes)
+        raise BadInput(f"image: a picture of {told} pixels cannot be shown to this model: {error}") from error

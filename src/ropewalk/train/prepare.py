@@ -62,7 +62,7 @@ def open_lens(run: Run, base: Path) -> Lens | None:
         return None
     from ropewalk.models.lens import Lens  # only processors know how many ids a picture has, and they need torch
 
-    return Lens(base)
+    return Lens.of(base)
 
 
 def load_template(run: Run, base: Path) -> Template:
