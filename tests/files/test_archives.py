@@ -48,7 +48,7 @@ def test_a_folder_comes_back_by_a_ticket_alone_and_is_sealed_where_it_lies(opene
     async def body(store, me):
         ticket = await store.archives.begin(me, "job", "adapter")
         assert await store.archives.find("job") == {}
-        size = pack(Ticket.load(ticket.dump()), run, PATHS)
+        size = pack(ticket, run, PATHS)
         assert await store.archives.finish(ticket, size)
         assert list(await store.archives.find("job")) == ["adapter"]
         assert await used(store, me) == size

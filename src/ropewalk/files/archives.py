@@ -1,6 +1,6 @@
 """Folders kept sealed in the blob store, where every server can read them: the checkpoints of a job, and the adapter that it made.
 
-begin     a row with a key of its own and a lease, and a ticket with which packing.py writes, wherever the folder is
+begin     a row with a key of its own and a lease, and a ticket with which packing.py writes
 finish    counted under the quotas, instead of the older one of its name
 ticket    with which it is read
 drop      forgotten with its key, and then erased

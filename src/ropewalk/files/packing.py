@@ -1,15 +1,13 @@
-"""Files of a folder as one sealed stream in the blob store, a tar, and back: on any machine, with a ticket and without a database."""
+"""Files of a folder as one sealed stream in the blob store, a tar, and back; blocking, so for a thread."""
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
@@ -22,20 +20,12 @@ from ropewalk.vault import CHUNK, TAG, Opener, Sealer
 
 @dataclass(frozen=True)
 class Ticket:
-    """Leave to write one archive, or to read it, and nothing else. It holds a key: for a pipe, never for an argument or a log."""
+    """Leave to write one archive, or to read it, and nothing else."""
 
     blobs: str  # where they are
     id: str  # its name there
     key: bytes
     size: int | None = None  # plain bytes; None: yet to be written
-
-    def dump(self) -> str:
-        return json.dumps({**asdict(self), "key": base64.b64encode(self.key).decode()})
-
-    @classmethod
-    def load(cls, text: str) -> Ticket:
-        told = json.loads(text)
-        return cls(**{**told, "key": base64.b64decode(told["key"])})
 
 
 def pack(ticket: Ticket, folder: Path, paths: Sequence[str]) -> int:

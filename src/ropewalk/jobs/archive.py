@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.files.archives import Guard, Kept
-from ropewalk.files.packing import Ticket, unpack
+from ropewalk.files.packing import unpack
 from ropewalk.jobs.ledger import Job, Ledger
 
 KIND = "job_state"  # among what was made from a file
@@ -31,8 +31,6 @@ class JobArchive:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._archives = ledger, ledger.store.archives
-
-    # -- of a run on this machine
 
     async def keep_checkpoints(self, job: Job, run: Path) -> bool:
         """Keeps what is new among the checkpoints of a run's folder, and drops what it has dropped; False where it is held no more."""
@@ -62,8 +60,14 @@ class JobArchive:
         there = await asyncio.to_thread(newest_in, run)
         if ADAPTER in kept and not (run / ADAPTER).is_dir():
             names = [name for name in kept if not name.startswith(RESUME)]
-        elif newest_of(kept) > there:
-            names = [name for name in kept if name.startswith(CHECKPOINT)] + [resume_name(newest_of(kept))]
+        elif (newest := newest_of(kept)) > there:
+            names = [name for name in kept if name.startswith(CHECKPOINT) and name <= model_name(newest)] + [
+                resume_name(newest)
+            ]
+            # What was kept after it will be made again.
+            await self._archives.drop(
+                job.id, [name for name in kept if name.startswith(CHECKPOINT) and name > model_name(newest)]
+            )
         else:
             return False
         for name in names:
@@ -77,35 +81,6 @@ class JobArchive:
             return False
         await asyncio.to_thread(unpack, ticket, run)
         return True
-
-    # -- of a run on another machine, which packs and unpacks by itself
-
-    async def write_tickets(self, job: Job, step: int | None) -> dict[str, Ticket]:
-        """Leave to write a checkpoint, or the finished adapter (None), by the archives' names."""
-        if step is None:
-            return {ADAPTER: await self._archives.begin(job.owner, job.id, ADAPTER)}
-        return {
-            model_name(step): await self._archives.begin(job.owner, job.id, model_name(step)),
-            resume_name(step): await self._archives.begin(job.owner, job.id, resume_name(step), job.file_ids, KIND),
-        }
-
-    async def written(self, job: Job, tickets: Mapping[str, Ticket], sizes: Mapping[str, int]) -> bool:
-        """They are written, and count; False where the job is held no more."""
-        for name, ticket in tickets.items():
-            if not await self._archives.finish(ticket, sizes[name], self._guard(job)):
-                return False
-        await self._tidy(job, None)
-        return True
-
-    async def read_tickets(self, job: Job) -> dict[str, Ticket]:
-        """What the next try starts from; nothing where nothing is kept."""
-        found: dict[str, Ticket] = {}
-        for name in await self._archives.find(job.id):
-            if (ticket := await self._archives.ticket(job.id, name)) is not None:
-                found[name] = ticket
-        return found
-
-    # -- of either
 
     async def steps(self, job_id: str) -> list[int]:
         """The checkpoints that are kept."""
@@ -125,13 +100,12 @@ class JobArchive:
     async def _keep(self, job: Job, name: str, run: Path, paths: Sequence[str], of: Sequence[str] = ()) -> bool:
         return await self._archives.keep(job.owner, job.id, name, run, paths, of, KIND, self._guard(job))
 
-    async def _tidy(self, job: Job, steps: Sequence[int] | None) -> None:
+    async def _tidy(self, job: Job, steps: Sequence[int]) -> None:
         """Drops older states, and checkpoints that the run itself has removed."""
         kept = await self._archives.find(job.id)
         old = [name for name in kept if name.startswith(RESUME) and name != resume_name(newest_of(kept))]
-        if steps is not None:
-            there = {model_name(step) for step in steps}
-            old += [name for name in kept if name.startswith(CHECKPOINT) and name not in there]
+        there = {model_name(step) for step in steps}
+        old += [name for name in kept if name.startswith(CHECKPOINT) and name not in there]
         if old:
             await self._archives.drop(job.id, old)
 

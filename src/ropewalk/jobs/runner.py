@@ -147,15 +147,17 @@ class JobRunner:
         ids = [path.name for path in await asyncio.to_thread(lambda: list(self.folder.glob("ftjob_*")))]
         known = await self.ledger.states(ids)
         for id in ids:
-            folder, job = self.folder_of(id), known.get(id)
-            if id in self._working:
-                continue
-            if job is None:
-                await asyncio.to_thread(shutil.rmtree, folder.path, ignore_errors=True)
-            elif job.state == "succeeded" and (folder.settled or not await self.archive.has_adapter(id)):
-                continue  # it is served from here
-            elif job.state not in OPEN:
-                await asyncio.to_thread(folder.tidy, keep=False)
+            async with self._bringing.setdefault(id, asyncio.Lock()):
+                if id not in self._working:
+                    await self._tidy_one(self.folder_of(id), id, known.get(id))
+
+    async def _tidy_one(self, folder: JobFolder, id: str, job: Job | None) -> None:
+        if job is None:
+            await asyncio.to_thread(shutil.rmtree, folder.path, ignore_errors=True)
+        elif job.state == "succeeded" and (folder.settled or not await self.archive.has_adapter(id)):
+            return  # it is served from here
+        elif job.state not in OPEN:
+            await asyncio.to_thread(folder.tidy, keep=False)
 
     async def _publish_again(self) -> None:
         """Models that the registry does not know, though what they are lies in the store: after a restore it may be an empty one."""
