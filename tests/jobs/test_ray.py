@@ -20,8 +20,8 @@ from ropewalk.cli import main
 from ropewalk.config.cluster import RayCluster
 from ropewalk.config.run import parse_run
 from ropewalk.config.serving import Serving, read_serving
-from ropewalk.errors import ConfigError, MissingExtra, TrainingStopped
-from ropewalk.jobs.cluster import _Driver
+from ropewalk.errors import BadInput, ConfigError, MissingExtra, TrainingStopped
+from ropewalk.jobs.cluster import Driver
 from ropewalk.jobs.launch import Launch
 from ropewalk.jobs.ray_worker import Errand, Seen, Worker
 from ropewalk.jobs.recipe import Asked
@@ -220,18 +220,19 @@ def driven(tmp_path, monkeypatch):
         monkeypatch.setattr("ropewalk.jobs.cluster.Group", lambda *_: next(left))
         launch = Launch("run-x", workers, None, (), tmp_path / "run", config="x")
         launch.run.mkdir(exist_ok=True)
-        return _Driver(None, launch, Mirror(launch), asked).run(), groups
+        return Driver(None, launch, Mirror(launch), asked).run(), groups
 
     return run
 
 
-def test_a_run_that_says_why_it_fails_is_not_tried_again_whoever_says_it(driven, tmp_path, capsys):
+def test_a_run_that_says_why_it_fails_is_not_tried_again_whoever_says_it(driven, capsys):
     lost = told(1, b"Traceback\nropewalk: process 0 of 2 lost another one, or waited\n")
-    code, _ = driven(
-        [[told(), told(said=b"[half")], [told(), told(2, b" a line]\nropewalk: rows.jsonl:1: wrong")], [lost, told(2)]]
-    )
-    said = capsys.readouterr().err.splitlines()
-    assert (code, said[-1], said[0]) == (2, "ropewalk: rows.jsonl:1: wrong", "[1] [half a line]")
+    wrong = told(2, b" a line]\nropewalk: rows.jsonl:1: wrong")
+    with pytest.raises(BadInput, match=r"rows\.jsonl:1: wrong"):
+        driven([[told(), told(said=b"[half")], [told(), wrong], [lost, told(2)]])
+    assert capsys.readouterr().err.splitlines()[0] == "[1] [half a line]"
+    with pytest.raises(TrainingStopped, match="the loss is nan"):
+        driven([[told(1, b"ropewalk: step 3: the loss is nan\n"), told()], [told(1), told(1, b"Traceback")]])
 
 
 def test_a_run_that_is_lost_is_tried_again_as_long_as_it_comes_further(driven, tmp_path):

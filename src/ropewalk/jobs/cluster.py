@@ -15,16 +15,15 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ropewalk.errors import MissingExtra, OutputError, TrainingStopped, UpstreamFailed
+from ropewalk.errors import BadInput, MissingExtra, OutputError, TrainingStopped, UpstreamFailed
 from ropewalk.folders import make_folder
 from ropewalk.jobs.launch import Launch
-from ropewalk.jobs.run_mirror import SAID, Mirror, say
+from ropewalk.jobs.run_mirror import Mirror, say
 from ropewalk.jobs.worker_group import LOOK_SECONDS, Group, Lost
 
 SPACE = "ropewalk"  # of names on a cluster
@@ -34,19 +33,19 @@ MOST_LOSSES = 3  # in a row, without a new checkpoint in between
 
 
 def train_on_ray(launch: Launch) -> int:
-    """Trains it to its end: the exit code. The sentence of a run that fails is said last, as that of a run here is."""
+    """Trains it to its end: 0. The sentence of a run that fails is raised, so that it is said last, as that of a run here is."""
     with _held(launch) as mirror:
         if mirror.finished:  # before it could be said
             return 0
         ray = _connected(launch)
         try:
             with _asked_to_stop() as asked:
-                return _Driver(ray, launch, mirror, asked).run()
+                return Driver(ray, launch, mirror, asked).run()
         finally:
             ray.shutdown()
 
 
-class _Driver:
+class Driver:
     """One run under way."""
 
     def __init__(self, ray: Any, launch: Launch, mirror: Mirror, asked: Callable[[], bool]) -> None:
@@ -91,8 +90,7 @@ class _Driver:
         self.mirror.take_checkpoints(seen[0], group, wait=True)
         killed = any(code is not None and code < 0 for code in codes)  # and what the others say follows from that
         if (why := self.mirror.why()) and not killed:
-            print(f"{SAID}{why[1]}", file=sys.stderr, flush=True)
-            return codes[why[0]] or 1
+            raise (BadInput if codes[why[0]] == BadInput.exit_code else TrainingStopped)(why[1])
         if any(code != 0 for code in codes):
             rank = min(
                 range(len(codes)), key=lambda rank: 0 if codes[rank] is None else codes[rank] or 1
