@@ -10,6 +10,7 @@ import ctypes
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt(3)
+USUAL = 2**25  # bytes of a block that glibc gives back at once when it has seen many
 LARGE = 2**31 - 1  # bytes of a block that is still given back; an older glibc refuses so many and gives none back
 
 
@@ -21,7 +22,7 @@ def keep_freed() -> bool:
     return bool(mallopt(MMAP_THRESHOLD, LARGE) or mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))
 
 
-def give_back() -> None:
-    """Returns to the system what was freed in between: glibc keeps it, and many tensors of a few megabytes leave it full of holes."""
+def give_back(large: int = 2**20) -> None:
+    """From here on freed blocks of so many bytes go back to the system at once, where glibc else keeps them up to 32 MB, full of holes."""
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, large)

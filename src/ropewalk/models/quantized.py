@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ropewalk.errors import ConfigError
 from ropewalk.kernels.quant import FORMATS, QuantLinear
 from ropewalk.models.experts import expert_modules, projections
+from ropewalk.models.host_memory import USUAL, give_back
 from ropewalk.models.targets import special, text_part
 
 METHOD = "ropewalk"
@@ -74,6 +75,7 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         # What transformers keeps of a quantiser concerns formats it can save; ours exists in memory only.
         self.remove_quantization_config(model)
+        give_back(USUAL)
         return model
 
     @property
@@ -87,6 +89,7 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 class _Quantise(ConversionOps):  # type: ignore[misc]
     def __init__(self, made: Any, computed_on: str | None, share: Share | None) -> None:
         self.made, self.computed_on, self.share = made, computed_on, share
+        give_back()
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **unused: Any
