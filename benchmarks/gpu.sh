@@ -31,13 +31,11 @@ fi
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 device=cuda
-[ -n "$dry" ] && device=cpu && quick=--quick
-if ! "$python" $here/gpu_results.py begin --device $device --results "${RESULTS:-$here/results}" ${dry:+--dry-run} > .gpu-file; then
-    rm -f .gpu-file
-    exit 77
+results=${RESULTS:-$here/results}
+if [ -n "$dry" ]; then
+    device=cpu quick=--quick results=${RESULTS:-$(mktemp -d)}
 fi
-file=$(cat .gpu-file)
-rm -f .gpu-file
+file=$("$python" $here/gpu_results.py begin --device $device --results "$results" ${dry:+--dry-run}) || exit 77
 echo "== into $file"
 
 worst=0

@@ -146,8 +146,8 @@ def plan(device: str, *, quick: bool = False, dry: bool = False) -> Plan:
     """What `benchmarks/moe_lora.py` races: everything, or in under three minutes on two cores, or only whether it runs."""
     if dry:
         dtype = "bfloat16" if device == "cuda" else "float32"
-        layers = [(s, 64, dtype, f) for s in DRY_LAYERS for f in ("", "nf4")]
-        return Plan(device, tuple(layers), tuple((m, dtype, "") for m in DRY_MODELS), 1, True)
+        layers = [(DRY_LAYERS[0], 64, dtype, ""), (DRY_LAYERS[1], 64, dtype, "nf4")]
+        return Plan(device, tuple(layers), tuple((m, dtype, "") for m in DRY_MODELS), 1, False)
     if device == "cuda":
         tokens = (4096,) if quick else (4096, 16384)
         layers = [(s, t, "bfloat16", f) for f in ("", "nf4") for t in tokens for s in TRUE_LAYERS]
@@ -190,7 +190,7 @@ def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
         result.rows += race.layer_rows(shape, tokens, dtype, plan.device, entrants, plan.rounds, stored)
         yield result
     for model, dtype, stored in plan.models:
-        who = [n for n in names if n != ONCE or model.experts >= EAGER_FROM or plan.device != "cpu" or model.hidden < 128]
+        who = [n for n in names if n != ONCE or model.experts >= EAGER_FROM or plan.device != "cpu"]
         for group in groups(who, plan.device, lean=plan.lean):
             rows = race.model_rows(model, dtype, plan.device, group, plan.rounds, tell, stored)
             known = {(r["contender"], r["policy"]) for r in races(result.rows).get(next(iter(races(rows))), [])}
