@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from ropewalk.engine.sources import Sources
 from ropewalk.engine.thinking import bounded, budget_of
 from ropewalk.engine.token_engine import TokenEngine
 from ropewalk.errors import BadInput
+from ropewalk.files.receipts import id_digest
 from ropewalk.files.store import Store
 from ropewalk.ids import new_id
 from ropewalk.models.folder import sees
@@ -72,11 +73,14 @@ class Places:
                 self._registered.clear()
             self._registered.add((file_id, path))
 
-    async def let_go(self) -> list[str]:
-        """The paths of files that are no more, by whichever server they were deleted; they are remembered no longer."""
-        ids = sorted({file_id for file_id, _ in self._registered})
-        there = await self._store.existing(ids)
-        gone = {(file_id, path) for file_id, path in self._registered if file_id in ids and file_id not in there}
+    async def let_go(self, digests: Collection[str] | None = None) -> list[str]:
+        """The paths of the files whose ids have these digests, or (None) of all that are no more; they are remembered no longer."""
+        ids = {file_id for file_id, _ in self._registered}
+        if digests is None:
+            ids -= await self._store.existing(sorted(ids))
+        else:
+            ids = {id for id in ids if id_digest(id) in digests}
+        gone = {(file_id, path) for file_id, path in self._registered if file_id in ids}
         self._registered -= gone
         return [str(path) for _, path in gone]
 

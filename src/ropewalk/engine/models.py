@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -261,9 +261,9 @@ class Models:
             with suppress(EngineDied):
                 await base.client.forget(paths)
 
-    async def forget_gone(self) -> None:
-        """The same for files that another server has deleted."""
-        if paths := await self._places.let_go():
+    async def forget_gone(self, digests: Collection[str] | None = None) -> None:
+        """The same for files that another server has deleted, whose ids have these digests; None: for all that are no more."""
+        if paths := await self._places.let_go(digests):
             await self.forget(paths)
 
     async def flush(self) -> None:
