@@ -178,10 +178,10 @@ class Estimate:
         """
         order = [way for way in WAYS if self.possible(way)]
         for faster, leaner in pairwise(order):
+            if self.of(leaner, streaming).total > room:
+                continue  # and the faster is not even measured
             if self.of(faster, streaming).total <= room:
                 return (faster,) * self.layers
-            if self.of(leaner, streaming).total > room:
-                continue
             low, high = 0, self.layers - 1  # how many of the last layers keep more
             while low < high:
                 middle = (low + high + 1) // 2
