@@ -151,9 +151,9 @@ def test_batches_have_the_pictures_of_their_rows_in_order(tmp_path: Path, templa
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(png((number + 1, 1)))
     rows = opened(tmp_path, template, lens, *[said({"type": "image", "path": f"{n}.png"}, str(n)) for n in range(5)])
-    run = a_run("x", micro_batch_size=2, sample_packing=True)
+    run = a_run("x", micro_batch_size=2)
     found = list(batches(rows, run, seed=0, epoch=0))
-    assert [len(batch.pictures) for batch in found] == [2, 2, 1]
+    assert [batch.shown_by for batch in found] == [(1, 1), (1, 1), (1,)]
     for batch in found:
         assert [(row == 7).sum() for row in batch.ids] == [shown.width for shown in batch.pictures]
     assert sorted(shown.width for batch in found for shown in batch.pictures) == [1, 2, 3, 4, 5]

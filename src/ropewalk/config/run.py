@@ -27,7 +27,6 @@ from ropewalk.config.reinforcement import ReinforcementKeys
 from ropewalk.config.rounding import RoundingKeys
 from ropewalk.config.rules import conflicts
 from ropewalk.config.scoring import ScoringKeys
-from ropewalk.config.sight import PACKED
 from ropewalk.config.vllm import by_server, told_of_vllm
 
 __all__ = ["DataSource", "PromptFormat", "Run", "as_yaml", "ignored_keys", "load_run", "make_run", "parse_run"]
@@ -123,12 +122,12 @@ class Run(
     @property
     def packing(self) -> bool:
         """Whether rows of training are packed."""
-        return bool(self.sample_packing) and not self.sees
+        return bool(self.sample_packing)
 
     @property
     def eval_packing(self) -> bool:
         """Whether rows of evaluation are packed."""
-        return self.packing if self.eval_sample_packing is None else self.eval_sample_packing and not self.sees
+        return self.packing if self.eval_sample_packing is None else self.eval_sample_packing
 
     @property
     def pads_rows(self) -> bool:
@@ -302,8 +301,6 @@ def ignored_keys(run: Run) -> dict[str, str]:
         ignored["optimizer"] = "over sharded weights AdamW keeps its state in 32 bits, divided by the number of processes"
     if run.fsdp_version == 1:
         ignored["fsdp_version"] = "FSDP1's keys are read, and FSDP2 does what they ask for"
-    if run.sees:
-        ignored |= {name: PACKED for name in ("sample_packing", "eval_sample_packing") if getattr(run, name)}
     for name in ("num_labels", "center_rewards_coefficient"):
         if getattr(run, name) and not (run.reward_model or (run.process_reward_model and name == "num_labels")):
             ignored[name] = "no method that reads it is switched on; reward_model: true is one"

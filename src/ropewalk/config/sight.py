@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from ropewalk.config.document import Place
     from ropewalk.config.run import Run
 
-PACKED = "a row gets a line of its own, since what a model makes of pictures depends on where in a line they stand"
-
 
 def conflicts_of_sight(run: Run) -> Iterator[tuple[Place, str]]:
     """Every place where a run on pictures contradicts itself."""
@@ -20,7 +18,10 @@ def conflicts_of_sight(run: Run) -> Iterator[tuple[Place, str]]:
     if run.adapter is None:
         yield place, "pictures are trained on with an adapter over a model that stays as it is; add adapter: lora"
     if run.rl is not None or run.reward_model or run.process_reward_model:
-        yield place, "pictures are trained on by supervised fine-tuning alone; remove processor_type, or rl and the reward model"
+        yield (
+            place,
+            "pictures are trained on by supervised fine-tuning alone; remove processor_type, or rl and the reward model",
+        )
     if run.streams:
         yield place, "rows with pictures are looked through before training; remove streaming, and name them under datasets"
     if run.alora_invocation_tokens:

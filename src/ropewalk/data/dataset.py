@@ -80,6 +80,7 @@ class Batch:
     trained: int
     compared: Compared | None = None
     pictures: tuple[Shown, ...] = ()  # in the order in which their ids stand in the rows
+    shown_by: tuple[int, ...] = ()  # how many of them each sample has, of a run on pictures
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,9 @@ class Plan(Sequence[Batch]):
         batch = lay_out(lines, self._rows.pad, self._width, self._multiple)
         if not self._shows:
             return batch
-        pictures = [shown for line in self._batches[number] for row in line for shown in self._rows.pictures(int(row))]
-        return replace(batch, pictures=tuple(pictures))
+        of_samples = [self._rows.pictures(int(row)) for line in self._batches[number] for row in line]
+        shown = tuple(shown for pictures in of_samples for shown in pictures)
+        return replace(batch, pictures=shown, shown_by=tuple(map(len, of_samples)))
 
 
 def batches(

@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from torch import Tensor
-
 from ropewalk.data.dataset import Batch
 from ropewalk.models.lens import Lens
+from ropewalk.train.sighted import Looked
 
 AHEAD = 2  # micro-batches whose pictures are held at once, beside the one that is learnt from
 
@@ -21,7 +20,7 @@ class Looking:
         self._lens = lens
         self._pool = ThreadPoolExecutor(AHEAD, "pictures")
         self._coming: Iterator[Batch] = iter(())
-        self._waiting: deque[Future[dict[str, Tensor]]] = deque()
+        self._waiting: deque[Future[Looked]] = deque()
 
     def begin(self, batches: Iterable[Batch]) -> None:
         """These come next, in this order; what was left of others is forgotten."""
@@ -30,7 +29,7 @@ class Looking:
         self._coming, self._waiting = iter(batches), deque()
         self._fill()
 
-    def next(self) -> dict[str, Tensor]:
+    def next(self) -> Looked:
         """The tensors of the next micro-batch; DataError for a picture that is gone or broken."""
         found = self._waiting.popleft()
         self._fill()
@@ -38,7 +37,7 @@ class Looking:
 
     def _fill(self) -> None:
         while len(self._waiting) < AHEAD and (batch := next(self._coming, None)) is not None:
-            self._waiting.append(self._pool.submit(self._tensors, batch))
+            self._waiting.append(self._pool.submit(self._look, batch))
 
-    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
-        return self._lens.tensors([shown.decode() for shown in batch.pictures])
+    def _look(self, batch: Batch) -> Looked:
+        return Looked([self._lens.tensors([shown.decode()]) for shown in batch.pictures], batch.shown_by)

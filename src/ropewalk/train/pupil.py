@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ropewalk.train.branching import BranchingModel, kept
 from ropewalk.train.distributed import ALONE, World
 from ropewalk.train.policy_batches import PolicyBatch
 from ropewalk.train.prepare import Prepared
-from ropewalk.train.sighted import Sighted
+from ropewalk.train.sighted import Looked, Sighted
 
 # Where an expression over names of a model that also sees speaks of its text part, which is loaded here under plain names.
 TEXT_PART = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)\\?\.(?:model\\?\.)?")
@@ -176,11 +176,13 @@ class Pupil:
         self.sighted = sighted
         sighted.train(True)
         self.notices += (f"{sighted.frozen:,} parameters beside the text part, the tower that sees among them, stay frozen",)
+        if (self.config.packing or self.config.eval_packing) and not sighted.try_packing(self.head):
+            self.notices += ("this model does not keep packed rows with pictures apart, so every row gets a line of its own",)
 
-    def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor, seen: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]; `seen`: of pictures, see sighted.py."""
-        if self.sighted is not None:
-            return self.sighted.loss(self.head, ids, labels, seen or {})
+    def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor, looked: Looked | None = None) -> Tensor:
+        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
+        if self.sighted is not None and looked is not None:
+            return self.sighted.loss(self.head, ids, labels, position_ids, looked)
         ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
         with attending:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
