@@ -97,7 +97,7 @@ def join_world(device: torch.device, seconds: float = 1800) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except (dist.DistError, ValueError) as error:
         raise TrainingStopped(
-            f"process {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"process {rank} of {size} lost another one before they met at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
             f"({_first_line(error)}); start it with torchrun or --processes, which set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from error
     try:
