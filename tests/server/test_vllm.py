@@ -234,6 +234,22 @@ def test_a_server_that_was_started_anew_is_told_of_its_adapters_again(house, sdk
     assert sdk.messages.create(model="first", **HELLO).content[0].text == said
 
 
+def test_who_was_about_to_be_answered_by_an_adapter_that_is_let_go_of_still_is(house, sdk):
+    sdk.messages.create(model="second", **HELLO)
+    models = house.server.app.state.models
+    (base,) = models._bases.values()
+    name = completions(house)[-1]["model"]
+    asked = Request("r", (Span(tuple(base.template.encode("Hello"))),), (END,), 2, name, Sampling(0.0))
+
+    async def written():
+        await base.client.unload_adapter(name)
+        return [event async for event in base.client.generate(asked)]
+
+    assert sum(len(event.ids) for event in house.server.run(written())) == 2
+    assert adapters_told(house)[-3:] == [("unload", name), ("load", name), ("unload", name)]
+    base.adapters.clear()  # as Models does when it lets go of one
+
+
 def test_adapters_that_no_vllm_writes_with_are_refused(house, sdk):
     config = json.loads((house.folder / "first" / "adapter_config.json").read_text())
     folder = house.folder / "activated"
@@ -259,10 +275,11 @@ def test_pictures_cannot_be_shown_there(house, sdk):
 
 
 def test_what_is_wrong_there_is_said_here(house, sdk):
-    house.there.overloaded = 9
-    with pytest.raises(anthropic.InternalServerError, match="overloaded") as refused:
-        sdk.messages.create(model="tiny", **HELLO)
-    assert refused.value.status_code == 529
+    for house.there.overloaded_as in (429, 503):
+        house.there.overloaded = 9
+        with pytest.raises(anthropic.InternalServerError, match="overloaded") as refused:
+            sdk.messages.create(model="tiny", **HELLO)
+        assert refused.value.status_code == 529
     house.there.overloaded = 0
     with house.server.http() as http:
         assert http.get("/health").json() == {"status": "ok", "vllm": "well"}

@@ -25,7 +25,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.base, self.lora, self.processed, self.max_model_len = str(base), lora, processed, max_model_len
         self.key, self.folder = key, Path(base)
         self.adapters, self.asked, self.lock = [], [], threading.Lock()
-        self.overloaded = 0  # so many completions are answered 503
+        self.overloaded, self.overloaded_as = 0, 503  # so many completions are answered so
         self.held = threading.Event()  # completions wait for it
         self.held.set()
         self.well = True
@@ -206,7 +206,7 @@ class Answer(BaseHTTPRequestHandler):
     def complete(self, body):
         if self.server.overloaded:
             self.server.overloaded -= 1
-            return self.error(503, "the server is overloaded", "ServiceUnavailableError")
+            return self.error(self.server.overloaded_as, "the server is overloaded", "ServiceUnavailableError")
         if body["model"] not in (self.server.base, *self.server.adapters):
             return self.error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
         if len(body["prompt"]) + body["max_tokens"] > self.server.max_model_len:

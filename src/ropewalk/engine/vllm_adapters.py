@@ -34,6 +34,7 @@ class VllmAdapters:
     def __init__(self, options: Vllm, upstream: Upstream) -> None:
         self._options, self._upstream = options, upstream
         self._folders: dict[str, Path] = {}  # name there -> folder here
+        self._gone: dict[str, Path] = {}  # those that were let go of: who was about to be answered by one still is
         self._unwanted: set[str] = set()  # something is still written with them
         self._turn = asyncio.Lock()
 
@@ -46,12 +47,15 @@ class VllmAdapters:
                 self._folders[name] = folder
 
     async def restore(self, name: str) -> bool:
-        """Has a server that was started anew read it once more; whether it did."""
-        folder = self._folders.get(name)
-        if folder is None:
-            return False
+        """Has a server that does not know it any more read it once more; whether it did."""
         async with self._turn:
+            folder = self._folders.get(name) or self._gone.get(name)
+            if folder is None:
+                return False
             await self._load(name, folder)
+            if name not in self._folders:
+                self._folders[name] = folder
+                self._unwanted.add(name)
         return True
 
     async def unload(self, name: str, *, busy: bool) -> None:
@@ -89,7 +93,8 @@ class VllmAdapters:
             raise self._refused(config, path, str(refused)) from None
 
     async def _unload(self, name: str) -> None:
-        self._folders.pop(name, None)
+        if (folder := self._folders.pop(name, None)) is not None:
+            self._gone[name] = folder
         try:
             await self._upstream.tell("unload_lora_adapter", {"lora_name": name})
         except RopewalkError as error:  # one that is gone, or was started anew, holds it no more; else it is only memory there
