@@ -26,11 +26,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BUCKET = "ropewalk"
+RAY_TRIES = 3  # a node of Ray waits a quarter of a minute for its helpers, and gives up where the machine is too busy for them
 NOBODY = 65534  # PostgreSQL refuses to run as root
 
 
@@ -189,21 +191,31 @@ def _keep_ray() -> None:
         scratch.mkdir()
         os.environ |= {"TMPDIR": str(scratch), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         os.environ |= {"RAY_prestart_worker_first_driver": "0"}  # no worker before it is asked for
-        from ray._private.node import Node
-        from ray._private.parameter import RayParams
-
-        # What `ray start --head` starts, less what only people look at. Ports that are given need not be waited for: on a busy
-        # machine its helpers take longer to tell theirs than the node waits.
-        ports = {f"{name}_port": _free_port() for name in ("metrics_agent", "metrics_export", "runtime_env_agent")}
-        ports |= {"dashboard_agent_listen_port": _free_port(), "gcs_server_port": _free_port()}
-        size = {"num_cpus": int(sys.argv[2]), "num_gpus": 0, "object_store_memory": 100_000_000}
-        quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        node = Node(RayParams(temp_dir=folder, **size, **quiet, **ports), head=True, spawn_reaper=False)
+        for _ in range(RAY_TRIES - 1):
+            with suppress(Exception):
+                node = _ray_node(folder)
+                break
+        else:
+            node = _ray_node(folder)
         try:
             print(node.gcs_address, scratch, flush=True)
             sys.stdin.read()
         finally:
             node.kill_all_processes(check_alive=False, allow_graceful=True)
+
+
+def _ray_node(folder: str) -> Any:
+    """What `ray start --head` starts, less what only people look at."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    # Ports that are given need not be waited for: on a busy machine the node's helpers take longer to tell theirs than it waits.
+    ports = {f"{name}_port": _free_port() for name in ("metrics_agent", "metrics_export", "runtime_env_agent")}
+    size = {"num_cpus": int(sys.argv[2]), "num_gpus": 0, "object_store_memory": 100_000_000}
+    quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    return Node(
+        RayParams(temp_dir=folder, gcs_server_port=_free_port(), **size, **quiet, **ports), head=True, spawn_reaper=False
+    )
 
 
 def _reachable(binaries: Path, folder: Path, user: int | None) -> Path:
