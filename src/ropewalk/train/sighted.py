@@ -54,6 +54,7 @@ class Sighted:
         self.whole, self.lens = whole, lens
         self.text: PreTrainedModel = text_part(whole)
         self.packs = False  # whether samples with pictures are kept apart in one line
+        self.masks = False  # whether it takes masks made here to do so
         self._takes = looks_at(whole)
         self._asks = set(inspect.signature(whole.forward).parameters)
         self._index: Any = getattr(getattr(whole, whole.base_model_prefix), "get_rope_index", None)
@@ -86,14 +87,25 @@ class Sighted:
         losses = []
         for part, target, places, samples in self._laid(ids, labels, position_ids, len(looked.by_sample)):
             seen = looked.of(samples)
+            extra = self._extra(part, seen)
             if places is not None:
+                extra |= self._apart(part, places)
                 places = self._places(part, places, seen)
-            losses.append(head.loss(self.whole, part, target, places, **self._extra(part, seen))[0])
+            losses.append(head.loss(self.whole, part, target, places, **extra)[0])
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def try_packing(self, head: Head) -> bool:
-        """Finds out whether two samples with pictures read the same in one line as each alone."""
+        """Finds out whether two samples with pictures read the same in one line as each alone, by the model's masks or by ours."""
+        if head.isolation != "positions":
+            return False
+        self.packs = self._kept_apart(head)
+        if not self.packs and hasattr(type(self.whole), "create_masks_for_generate"):
+            self.masks = True
+            self.packs = self.masks = self._kept_apart(head)
+        return self.packs
+
+    def _kept_apart(self, head: Head) -> bool:
         noise = torch.Generator().manual_seed(0)
         looked = []
         for _ in range(2):
@@ -109,21 +121,27 @@ class Sighted:
         self.train(False)
         try:
             seen = _joined(looked)
-            packed = head.log_probs(self.whole, ids, labels, self._places(ids, places, seen), **self._extra(ids, seen))
+            extra = self._extra(ids, seen) | self._apart(ids, places)
+            packed = head.log_probs(self.whole, ids, labels, self._places(ids, places, seen), **extra)
             alone = []
             for row, one in zip(rows, looked):
                 line = torch.tensor([row], device=ids.device)
                 target = line.clone()
                 target[:, 0] = IGNORED
                 alone.append(head.log_probs(self.whole, line, target, None, **self._extra(line, one)))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # of a model that takes no such positions
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+            AttributeError,
+        ):  # of a model that takes no such positions, or masks
             return False
         finally:
             self.train(True)
         wanted = torch.cat(alone, dim=1).float()
         difference = (packed.float() - wanted).norm() / wanted.norm()
-        self.packs = head.isolation == "positions" and bool(difference <= NEAR.get(self.whole.dtype, NEAR_16))
-        return self.packs
+        return bool(difference <= NEAR.get(self.whole.dtype, NEAR_16))
 
     def _laid(
         self, ids: Tensor, labels: Tensor, position_ids: Tensor, samples: int
@@ -153,6 +171,24 @@ class Sighted:
         found, _ = self._index(rows, mm_token_type_ids=self.lens.types(rows), **grids)  # [3, S, L]
         flat = torch.cat([found[:, number, : end - start] for number, (start, end) in enumerate(spans)], dim=1)
         return torch.cat([position_ids[None], flat.view(-1, *position_ids.shape).to(position_ids.device)])
+
+    def _apart(self, ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """Masks [B, 1, T, T] for a model whose own, where pictures' ids see each other, do not end with a sample."""
+        if not self.masks:
+            return {}
+        text, types = self.whole.config.get_text_config(), self.lens.types(ids)
+        embeds = torch.zeros((), dtype=self.whole.dtype, device=ids.device).expand(*ids.shape, text.hidden_size)
+        line = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        before, maker = text._attn_implementation, type(self.whole).create_masks_for_generate
+        text._attn_implementation = "eager"  # or what need not be told would be left out
+        try:
+            made = maker(self.whole.config, embeds, None, None, line, **dict.fromkeys(TYPES, types), is_first_iteration=True)
+        finally:
+            text._attn_implementation = before
+        sample = (position_ids == 0).cumsum(1)
+        apart = (sample[:, :, None] != sample[:, None])[:, None]
+        lowest = torch.finfo(self.whole.dtype).min
+        return {"attention_mask": {kind: mask.masked_fill(apart, lowest) for kind, mask in made.items()}}
 
     def _extra(self, ids: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the model is given beside its ids."""
