@@ -8,8 +8,9 @@ allocator's peak beside the estimate. On a CPU the plan is that of the true shap
 tiny model of the same architecture, streamed and recomputed in the same way.
 
 `loss_band` is the largest difference of the losses of a tiny model trained with that plan from those of one that keeps everything on
-the device; streaming and recomputation change no bit, so the script ends with 1 where it is not 0. It also does where a shape that
-the plan lets in runs out of memory.
+the device. Streaming and recomputation change no bit, so the script ends with 1 where it is above `loss_band_of_plain`, the difference of
+two runs without them: 0, unless a kernel of the device adds up in another order each time. It also ends with 1 where a shape that the plan
+lets in runs out of memory.
 """
 
 from __future__ import annotations
@@ -165,20 +166,24 @@ def tiny_run(run: Run) -> Run:
     return run.model_copy(update={"lora_r": 4, "lora_alpha": 8.0, "lora_rank_pattern": None})
 
 
-def loss_band(
+def loss_bands(
     shape: str, run: Run, ways: tuple[Way, ...], streaming: Streaming | None, device: torch.device
-) -> tuple[float, Any]:
-    """The largest difference between the losses of a tiny model with this plan and without, and the run with it."""
-    attention = "eager" if getattr(tiny(shape), "_attn_implementation", "") == "eager" else "sdpa"
+) -> dict[str, float]:
+    """The largest difference between the losses of a tiny model with this plan and without, and that of two without."""
+    attention = pick_attention(tiny(shape), "auto", torch.device("cpu"), SHAPES / shape)
     found = []
-    for plan, waiting in ((("keep",), None), (ways, streaming)):
+    for plan, waiting in ((("keep",), None), (ways, streaming), (("keep",), None)):
         config = tiny(shape)
         layers = config.get_text_config().num_hidden_layers
         each = [plan[number * len(plan) // layers] for number in range(layers)]
         found.append(train(config, tiny_run(run), each, waiting, device, TINY_TOKENS, TINY_STEPS, attention))
-    plain, lean = found
-    assert not math.isnan(plain["losses"][-1])
-    return max(abs(a - b) for a, b in zip(plain["losses"], lean["losses"], strict=True)), lean
+    plain, lean, again = (each["losses"] for each in found)
+    assert not math.isnan(plain[-1])
+    return {
+        "loss_band": max(abs(a - b) for a, b in zip(plain, lean, strict=True)),
+        "loss_band_of_plain": max(abs(a - b) for a, b in zip(plain, again, strict=True)),
+        "tokens_per_s": found[1]["tokens_per_s"],
+    }
 
 
 def measured(shape: str, limit: float, device: torch.device, steps: int) -> dict[str, Any]:
@@ -195,10 +200,9 @@ def measured(shape: str, limit: float, device: torch.device, steps: int) -> dict
         "ways": {way: found.ways.count(way) for way in dict.fromkeys(found.ways)},
         "tokens": TOKENS,
     }
-    band, dry = loss_band(shape, run, found.ways, found.streaming, device)
-    told |= {"loss_band": band}
+    told |= loss_bands(shape, run, found.ways, found.streaming, device)
     if device.type != "cuda":
-        return told | {"fits": True, "dry_run": True, "tokens_per_s": dry["tokens_per_s"]}
+        return told | {"fits": True, "dry_run": True}
     share = limit * 2**30 / torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     gc.collect()
@@ -209,7 +213,7 @@ def measured(shape: str, limit: float, device: torch.device, steps: int) -> dict
     try:
         result = train(config, run, found.ways, found.streaming, device, TOKENS, steps, attention)
     except torch.OutOfMemoryError as error:
-        return told | {"fits": False, "out_of_memory": True, "why": str(error).splitlines()[0]}
+        return told | {"fits": False, "out_of_memory": True, "tokens_per_s": None, "why": str(error).splitlines()[0]}
     return told | {
         "fits": True,
         "tokens_per_s": result["tokens_per_s"],
@@ -247,7 +251,11 @@ def main() -> int:
             name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
             found = {"device": name, "torch": torch.__version__, "limit_gb": arguments.limit_gb, "shapes": shapes}
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    wrong = [shape for shape, row in shapes.items() if row.get("loss_band", 0.0) != 0.0 or row.get("out_of_memory")]
+    wrong = [
+        shape
+        for shape, row in shapes.items()
+        if row.get("loss_band", 0.0) > row.get("loss_band_of_plain", 0.0) or row.get("out_of_memory")
+    ]
     if wrong:
         print(f"other losses than without the plan, or out of memory: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -180,3 +181,41 @@ def test_the_ring_lets_go_of_what_was_used_longest_ago_and_not_of_what_is_in_use
     assert ring.buffers[1].tolist() == [255] * 7
     assert ring.slot(3) is None
     assert ring.slot(0) == 0
+
+
+class Stream:
+    """What the ring asks of a stream of a GPU, written down."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.told.append(f"{self.name} has copied")
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+
+def test_on_a_gpu_a_copy_waits_for_what_is_computed_and_a_layer_once_for_its_copy(monkeypatch):
+    told = []
+    compute = Stream("compute", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
+    ring = Ring([torch.full((4,), i, dtype=torch.uint8) for i in range(3)], 2, CPU)
+    ring._side = Stream("side", told)
+    ring.bring(0)
+    ring.bring(1)
+    assert told == ["side waits for compute", "side has copied"] * 2
+    for _ in range(2):
+        ring.wait(0)
+    assert told[4:] == ["compute waits for event of side"]
+    ring.bring(2, but=1)
+    assert told[5:] == ["side waits for compute", "side has copied"]
+    assert ring.buffers[0].tolist() == [2] * 4
+    ring.wait(2)
+    ring.wait(1)
+    assert told[7:] == ["compute waits for event of side"] * 2
