@@ -39,7 +39,7 @@ class Row:
     quick: bool = True
 
 
-FOUR_BITS, EIGHT_BITS, SIXTEEN = 0.05, 0.05, 0.05
+FOUR_BITS, EIGHT_BITS, SIXTEEN = 0.1, 0.05, 0.05
 UNIT = {"max_grad_norm": 0}
 NF4, INT4 = {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}
 ROWS = (
