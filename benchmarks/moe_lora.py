@@ -21,11 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from measure import table, write_json
 from ropewalk.bench.moe import Result, compare, plan, races
-from ropewalk.bench.report import plot, show
+from ropewalk.bench.report import plot, screen, show
 
 
 def main() -> int:
@@ -64,8 +62,7 @@ def main() -> int:
         result = dataclasses.replace(found, rows=[*others(before, found.rows), *found.rows])
         write_json(given.json, {"quick": given.quick, "dry_run": given.dry_run, **result.as_json()})
     assert result is not None
-    console = Console(highlight=False, soft_wrap=True)
-    show(result, console)
+    show(result, screen())
     if further := result.extrapolated():
         head = ["extrapolated, nobody ran it", "layers", "T", "contender", "policy", "ms a step", "tokens/s"]
         keys = ("shape", "layers", "tokens", "contender", "policy", "extrapolated_ms", "extrapolated_tokens_per_s")

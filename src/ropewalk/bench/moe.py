@@ -43,6 +43,7 @@ class Plan:
     rounds: int
     lean: bool  # with the policies that keep less
     gate: bool = True
+    lean_models: bool = True  # and models too
     without: tuple[str, ...] = ()  # contenders left out
 
 
@@ -168,7 +169,7 @@ def shown(device: str, *, quick: bool = False) -> Plan:
         )  # fmt: skip
     layers = ((SMALL_LAYERS[0], 1024, "float32", ""), (SMALL_LAYERS[0], 1024, "bfloat16", ""))
     models = () if quick else ((Model("64 experts", 2, 2, 512, 512, 256, 64, 8, vocab=1024), "float32", ""),)
-    return Plan(device, layers[: 1 if quick else 2], models, 3, not quick, gate=not quick)
+    return Plan(device, layers[: 1 if quick else 2], models, 3, not quick, gate=not quick, lean_models=False)
 
 
 def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
@@ -191,7 +192,7 @@ def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
         yield result
     for model, dtype, stored in plan.models:
         who = [n for n in names if n != ONCE or model.experts >= EAGER_FROM or plan.device != "cpu"]
-        for group in groups(who, plan.device, lean=plan.lean):
+        for group in groups(who, plan.device, lean=plan.lean and plan.lean_models):
             rows = race.model_rows(model, dtype, plan.device, group, plan.rounds, tell, stored)
             known = {(r["contender"], r["policy"]) for r in races(result.rows).get(next(iter(races(rows))), [])}
             result.rows += [row for row in rows if (row["contender"], row["policy"]) not in known]
@@ -201,7 +202,11 @@ def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
 def races_of(plan: Plan) -> int:
     """How many results `compare` gives."""
     names, _ = present(plan.device)
-    return int(plan.gate) + len(plan.layers) + len(plan.models) * len(groups(names, plan.device, lean=plan.lean))
+    return (
+        int(plan.gate)
+        + len(plan.layers)
+        + len(plan.models) * len(groups(names, plan.device, lean=plan.lean and plan.lean_models))
+    )
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -12,21 +12,24 @@ from ropewalk.bench.bars import Panel, dot_plot
 from ropewalk.bench.contenders import OURS, TITLES, Entrant
 from ropewalk.bench.moe import Result, races
 
-WIDTH = 28  # of a bar in characters
+WIDTH = 28  # of a bar in characters, at most
+BESIDE = 84  # what stands before it
+PIPED = 120  # columns where the output is no terminal's
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def show(result: Result, console: Console) -> None:
     """A table for each race, with a bar for the time of each contender, and what it comes to in a sentence."""
     unit = "CPU ms" if result.plan.device == "cpu" else "ms"
+    width = max(6, min(WIDTH, console.width - BESIDE))
     if result.errors:
         found = ", ".join(f"{TITLES[name]} {error:.0e}" for name, error in result.errors.items())
         console.print(f"gradients of a small model in float32, the largest relative difference from the plain model's: {found}")
     for name, rows in races(result.rows).items():
         table = Table(title=name, title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in (unit, "held MB", "peak MB", "of the ceiling", "error"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         table.add_column("time")
         most = max((row["ms"] for row in rows if row["ms"]), default=1.0)
         for row in rows:
@@ -36,7 +39,7 @@ def show(result: Result, console: Console) -> None:
                 _number(row["ms"], 1), _number(row["held_mb"], 1), _number(row["peak_mb"], 1),
                 "-" if not row["share_of_ceiling"] else f"{row['share_of_ceiling']:.0%}",
                 "-" if row.get("max_error") is None else f"{row['max_error']:.0e}",
-                Text(f"{bar((row['ms'] or 0) / most)} {row['note']}".rstrip(), style="cyan" if ours else ""),
+                Text(f"{bar((row['ms'] or 0) / most, width)} {row['note']}".rstrip(), style="cyan" if ours else ""),
             )  # fmt: skip
         console.print()
         console.print(table)
@@ -83,9 +86,15 @@ def plot(result: Result) -> str:
     return dot_plot("Mixture-of-experts LoRA, forward and backward", panels)
 
 
-def bar(share: float) -> str:
-    """A bar of at most WIDTH characters."""
-    eighths = round(min(1.0, max(0.0, share)) * WIDTH * 8)
+def screen() -> Console:
+    """Where the comparison is shown; wide where nobody's window limits it."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPED)
+
+
+def bar(share: float, width: int = WIDTH) -> str:
+    """A bar of at most so many characters."""
+    eighths = round(min(1.0, max(0.0, share)) * width * 8)
     return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
 
 

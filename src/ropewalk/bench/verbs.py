@@ -32,7 +32,7 @@ def _moe(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ropewalk.bench.moe import compare, races_of, shown
-    from ropewalk.bench.report import plot, show
+    from ropewalk.bench.report import plot, screen, show
     from ropewalk.errors import BadInput, OutputError, RopewalkError
 
     device = arguments.device
@@ -57,7 +57,7 @@ def _moe(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result.as_json() | {"plot": str(arguments.plot)}, indent=1))
     else:
-        console = Console(highlight=False)
+        console = screen()
         show(result, console)
         console.print(f"the plot is {arguments.plot}")
     if not result.right:
