@@ -159,7 +159,7 @@ def test_of_two_servers_one_runs_a_job_and_a_crash_of_it_loses_none(tmp_path, ur
             assert sorted(job.id for job in claimed) == sorted(job.id for job in asked)
             assert {job.tries for job in claimed} == {1}
             # Nobody renews these leases: both processes are as good as dead, and others take over when they run out.
-            async with here.running(here.ledger(lease=1.0, running=9), at_once=2), here.running(here.ledger(running=9)):
+            async with here.running(here.ledger(running=9), at_once=2), here.running(here.ledger(running=9)):
                 done = [await here.ended(me, first, job) for job in asked]
             assert {(job.state, job.tries) for job in done} == {("succeeded", 2)}
             for job in asked:
