@@ -38,14 +38,14 @@ def code(page):
 
 def command(line):
     """A line of a shell as the words of one command: without its prompt, what is said about it, and where its output goes."""
-    line = re.split(r"\s{3,}|\s#\s", line.strip().removeprefix("$ "))[0]
+    line = re.split(r"\s{3,}|\s#\s", re.sub(r"^\w+=\$\(", "", line.strip().removeprefix("$ ")))[0]
     words = shlex.split(line)
     return words[: next((at for at, word in enumerate(words) if word in ENDS), len(words))]
 
 
 def commands(page):
     lines = [line for text in code(page) for line in text.splitlines()]
-    return [line.strip() for line in lines if re.match(r"\s*(\$ )?ropewalk ", line)]
+    return [line.strip() for line in lines if re.match(r"\s*(\$ )?(\w+=\$\()?ropewalk ", line)]
 
 
 COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
