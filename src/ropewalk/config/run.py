@@ -186,6 +186,8 @@ class Run(
         """Which frozen weights wait on the host until their layer's turn; auto: those whose absence makes the run fit."""
         if self.adapter is None or self.sharded or (self.by_rewards and not by_server(self)):
             return "off"  # who writes while it is learnt from reads the same weights at other times
+        if self.peft_use_dora and self.stream_weights == "auto" and not self.layer_offloading:
+            return "off"  # DoRA measures the weights before any of them has been fetched
         return "layers" if self.layer_offloading else self.stream_weights
 
     @property
