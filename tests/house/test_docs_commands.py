@@ -92,6 +92,7 @@ def desk(house, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("ropewalk.server.serve.Server.serve", _looks_up)
+    monkeypatch.setattr("ropewalk.server.logs.configure", lambda: None)  # it is for a process of its own
     shutil.copytree(house.home, tmp_path / "home")
     registry = Registry(tmp_path / "home" / "registry")
     adapter = Path(registry.resolve("reader-house").path)
