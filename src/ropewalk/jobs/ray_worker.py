@@ -75,7 +75,7 @@ class Worker:
         self._run, self._log = self._folder / "run", self._folder / "log.txt"
         self._run.mkdir()
         self._process: subprocess.Popen[bytes] | None = None
-        self._heard = time.monotonic()
+        self._heard, self._closed = time.monotonic(), threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def place(self) -> Place:
@@ -165,6 +165,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, and leaves nothing."""
+        self._closed.set()
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -175,7 +176,8 @@ class Worker:
 
     def _watch(self) -> None:
         while time.monotonic() < self._heard + ALONE_SECONDS:
-            time.sleep(1)
+            if self._closed.wait(1):
+                return
         self.close()
         os._exit(1)
 
