@@ -166,10 +166,14 @@ class Worker:
     def close(self) -> None:
         """Ends the process, and leaves nothing."""
         self._closed.set()
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def _hear(self) -> None:
         self._heard = time.monotonic()
