@@ -35,6 +35,7 @@ ELSEWHERE = {
 }
 MORE = {  # what makes a long command short, and does without the hub
     "check": ["--offline"],
+    "bench moe": ["--quick"],
     "doctor": ["--no-self-test"],  # which tests/doctor runs
     "train": ["max_steps=1"],
     "compare selftest": ["--runs", "6"],
