@@ -13,6 +13,7 @@ from ropewalk.files import archives
 from ropewalk.files.closing import delete_workspace
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
+from ropewalk.jobs.archive import JobArchive
 from ropewalk.jobs.closing import forgetting
 from ropewalk.shared_registry import open_registry
 from ropewalk.tenants import quotas
@@ -212,5 +213,40 @@ def test_after_a_restore_the_models_of_jobs_are_published_again(tmp_path):
             for old, new in zip(before, again, strict=True):
                 assert (old.name, old.path, old.lineage) == (new.name, new.path, new.lineage)
                 assert old.kind == "base" or Path(new.path, "adapter_config.json").exists()
+
+    asyncio.run(body())
+
+
+def test_what_a_run_goes_on_from_is_kept_with_its_model_while_it_writes_and_removes_others(tmp_path, monkeypatch):
+    pack, run = archives.packing.pack, tmp_path / "run"
+
+    def checkpoint(step):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "optimizer.pt").write_text(str(step))
+
+    def meanwhile(ticket, folder, paths):
+        if not (run / "checkpoints" / "step-00000008").exists():
+            checkpoint(8)
+            shutil.rmtree(run / "checkpoints" / "step-00000002")
+        return pack(ticket, folder, paths)
+
+    monkeypatch.setattr(archives.packing, "pack", meanwhile)
+
+    async def body():
+        async with yard(tmp_path / "data") as (here, me):
+            ledger = here.ledger()
+            await here.ask(me, ledger, await here.put(me))
+            job = await ledger.claim()
+            for step in (2, 4, 6):
+                checkpoint(step)
+            archive = JobArchive(ledger)
+            assert await archive.keep_checkpoints(job, run)
+            assert await kept(here, job) == {"step-00000004", "step-00000006", "resume-00000006"}
+            assert await archive.bring(job, tmp_path / "elsewhere")
+            assert (tmp_path / "elsewhere" / "checkpoints" / "step-00000006" / "optimizer.pt").read_text() == "6"
+            assert await archive.keep_checkpoints(job, run)
+            assert await kept(here, job) == {"step-00000004", "step-00000006", "step-00000008", "resume-00000008"}
 
     asyncio.run(body())

@@ -132,7 +132,7 @@ def test_a_job_whose_server_is_killed_goes_on_with_the_other(asked: Pair):
     runner.options = replace(runner.options, at_once=0)
     with openai.OpenAI(base_url=f"{one.url}/v1", api_key=key, max_retries=0) as client:
         client.house, client.key = one, key
-        job = begin(client, put(client), suffix="both", ropewalk={"max_steps": 40, "save_steps": 5})
+        job = begin(client, put(client), suffix="both", ropewalk={"max_steps": 150, "save_steps": 5})
         kept = one.store.archives.find
         wait_until(lambda: any(name.startswith("resume") for name in one.run(kept(job.id))))
         asked.second.kill()
@@ -143,14 +143,14 @@ def test_a_job_whose_server_is_killed_goes_on_with_the_other(asked: Pair):
             assert time.monotonic() < late, (done, events(client, job.id))
             time.sleep(0.1)
         told = list(client.fine_tuning.jobs.list_events(job.id, limit=100))[::-1]
-        assert [event.data["step"] for event in told if event.type == "metrics"] == list(range(1, 41))
+        assert [event.data["step"] for event in told if event.type == "metrics"] == list(range(1, 151))
         assert [event.message for event in told].count("The job goes on") == 1
         kept_steps = [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
-        assert kept_steps == [40, 35, 30, 25]
+        assert kept_steps == [150, 145, 140, 135]
         with one.http(key) as http:
-            log = http.get(f"/v1/fine_tuning/jobs/{job.id}/log").text
-        assert "from step" in log
+            assert "in 150 steps" in http.get(f"/v1/fine_tuning/jobs/{job.id}/log").text
         folder = one.app.state.jobs.folder_of(job.id)
+        assert "from step" in folder.log.read_text()  # not begun anew by the one that took it over
         first = json.loads(folder.events.read_text().splitlines()[0])
         assert first["event"] == "start"  # written by the server that is dead
         with one.sdk(key) as mine:

@@ -35,16 +35,16 @@ class JobArchive:
     async def keep_checkpoints(self, job: Job, run: Path) -> bool:
         """Keeps what is new among the checkpoints of a run's folder, and drops what it has dropped; False where it is held no more."""
         steps = await asyncio.to_thread(steps_of, run)
+        newest = await asyncio.to_thread(newest_in, run, steps)
         kept = await self._archives.find(job.id)
-        with suppress(FileNotFoundError):  # the run has removed one meanwhile: it has newer ones, which come next
-            for step in steps:
+        for step in reversed(steps):  # the newest first: a fast run removes the old ones meanwhile
+            with suppress(FileNotFoundError):
                 if model_name(step) not in kept and not await self._keep(job, model_name(step), run, model_paths(run, step)):
                     return False
-            newest = await asyncio.to_thread(newest_in, run)
-            if newest > newest_of(kept) and not await self._keep(
-                job, resume_name(newest), run, resume_paths(run, newest), job.file_ids
-            ):
-                return False
+                if step == newest and newest > newest_of(kept):
+                    state = resume_paths(run, newest)
+                    if not await self._keep(job, resume_name(newest), run, state, job.file_ids):
+                        return False
         await self._tidy(job, steps)
         return True
 
@@ -57,7 +57,7 @@ class JobArchive:
     async def bring(self, job: Job, run: Path) -> bool:
         """Puts what is kept into a run's folder, if that is further than what lies there; whether it was."""
         kept = await self._archives.find(job.id)
-        there = await asyncio.to_thread(newest_in, run)
+        there = await asyncio.to_thread(lambda: newest_in(run, steps_of(run)))
         if ADAPTER in kept and not (run / ADAPTER).is_dir():
             names = [name for name in kept if not name.startswith(RESUME)]
         elif (newest := newest_of(kept)) > there:
@@ -132,15 +132,17 @@ def steps_of(run: Path) -> list[int]:
 
 
 def model_paths(run: Path, step: int) -> list[str]:
-    """What of a run's folder is a checkpoint without its optimizer."""
+    """What of a run's folder is a checkpoint without its optimizer; FileNotFoundError where the run has removed it."""
     folder = run / "checkpoints" / model_name(step)
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
     return sorted(str(path.relative_to(run)) for path in folder.rglob("*") if path.is_file() and path.name != STATE)
 
 
 def resume_paths(run: Path, step: int) -> list[str]:
     """What a run that goes on from a checkpoint needs besides."""
-    wanted = (f"checkpoints/{model_name(step)}/{STATE}", RECORD, "events.jsonl")
-    return [path for path in wanted if (run / path).exists()]
+    beside = [name for name in (RECORD, "events.jsonl") if (run / name).exists()]
+    return [f"checkpoints/{model_name(step)}/{STATE}", *beside]
 
 
 def newest_of(kept: Mapping[str, Kept]) -> int:
@@ -148,6 +150,6 @@ def newest_of(kept: Mapping[str, Kept]) -> int:
     return max((int(name.removeprefix(RESUME)) for name in kept if name.startswith(RESUME)), default=-1)
 
 
-def newest_in(run: Path) -> int:
-    """The step that a run's folder can be gone on from; -1 where there is none."""
-    return max((step for step in steps_of(run) if (run / "checkpoints" / model_name(step) / STATE).exists()), default=-1)
+def newest_in(run: Path, steps: Sequence[int]) -> int:
+    """The last of some checkpoints that a run's folder can be gone on from; -1 where there is none."""
+    return max((step for step in steps if (run / "checkpoints" / model_name(step) / STATE).exists()), default=-1)

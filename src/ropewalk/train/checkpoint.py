@@ -86,11 +86,13 @@ class Checkpoints:
             return
         for path in self.list()[:-keep]:
             if path.name != f"step-{but or 0:08d}":
-                shutil.rmtree(path)
+                doomed = path.with_name(f".removing-{path.name}")
+                path.rename(doomed)  # nobody sees, and no kill leaves, half a checkpoint
+                shutil.rmtree(doomed)
 
     def clear_unfinished(self) -> None:
-        """Removes what a kill left half written."""
-        for path in self.folder.glob(".writing-*"):
+        """Removes what a kill left half written, or half removed."""
+        for path in (*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")):
             shutil.rmtree(path)
 
 
