@@ -133,13 +133,27 @@ class Episode:
     error: str = ""  # of the environment, with its traceback
     routing: Tensor | None = None  # int16 [len(ids), layers, k], the experts of each id; -1 where they are not known
     ended: bool = False  # whether the last reply ended by itself
+    apart: tuple[Episode, ...] = ()  # what else was asked in it, whose ids do not go on from these
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what is told of it beside its reward
+
+    @property
+    def sequences(self) -> tuple[Episode, ...]:
+        """All that is learnt from, each from its own beginning."""
+        return (self, *self.apart)
+
+    @property
+    def sampled(self) -> int:
+        """How many ids were."""
+        return sum(sum(sequence.trained) for sequence in self.sequences)
 
 
 Playing = Generator["Sequence[int] | Future[Any]", Any, Episode]
 
 
 @dataclass
-class _Record:
+class Record:
+    """An episode while it grows: what was said and what was sampled, in turn."""
+
     ids: list[int]
     prompt: int
     trained: list[bool] = field(default_factory=list)
@@ -151,12 +165,14 @@ class _Record:
     ended: bool = False
 
     @classmethod
-    def of(cls, prompt: Sequence[int]) -> _Record:
+    def of(cls, prompt: Sequence[int]) -> Record:
+        """Begins with a prompt."""
         record = cls([], len(prompt))
         record.said(prompt)
         return record
 
     def sampled(self, generated: Generated, reply: str) -> None:
+        """The model's part, which is learnt from."""
         self._add(generated.ids, True, generated.logprobs, generated.versions)
         self.replies.append(reply)
         self.ended = generated.ended
@@ -164,6 +180,7 @@ class _Record:
             self._route(generated.routing)
 
     def said(self, ids: Sequence[int]) -> None:
+        """Anybody else's part."""
         self._add(ids, False, [0.0] * len(ids), [0] * len(ids))
 
     def _add(self, ids: Sequence[int], trained: bool, logprobs: Sequence[float], versions: Sequence[int]) -> None:
@@ -191,6 +208,7 @@ class _Record:
         return whole
 
     def end(self, end: End, error: str = "") -> Episode:
+        """What came of it."""
         routing = None if self.routing is None else self._routing_of(len(self.ids), like=self.routing)
         reward = 0.0 if error else self.reward
         return Episode(
@@ -210,7 +228,7 @@ class _Record:
 
 def single(prompt_ids: Sequence[int], generated: Generated, text: str) -> Episode:
     """A prompt and its completion, which reads as `text`: an episode of one turn, without an environment."""
-    record = _Record.of(prompt_ids)
+    record = Record.of(prompt_ids)
     record.sampled(generated, text)
     return record.end("done" if generated.ended else "tokens")
 
@@ -232,8 +250,8 @@ def _played(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Li
     first = yield from _answer(env.reset, row)
     begun = first if isinstance(first, Failed) else _trying(talk.begin, first)
     if isinstance(begun, Failed):
-        return _Record.of([]).end("failed", begun.error)
-    record = _Record.of(begun)
+        return Record.of([]).end("failed", begun.error)
+    record = Record.of(begun)
     if len(begun) >= limits.tokens:
         return record.end("tokens")
     while True:
@@ -251,7 +269,7 @@ def _played(env: Env | RemoteEnv, row: Mapping[str, Any], talk: Talk, limits: Li
         record.said(following)
 
 
-def _following(env: Any, record: _Record, talk: Talk, generated: Generated) -> Generator[Future[Any], Any, Any]:
+def _following(env: Any, record: Record, talk: Talk, generated: Generated) -> Generator[Future[Any], Any, Any]:
     """The ids behind a reply, what its calls gave or what the environment says; None where the episode is done."""
     last = generated.ids[-1] if generated.ids else None
     if calls := talk.calls(generated.ids):

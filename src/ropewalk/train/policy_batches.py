@@ -74,7 +74,7 @@ def lay_out(groups: Sequence[Sequence[Episode]], *, tokens: int, shared: bool, p
     pieces: list[_Laid] = []
     number = 0
     for group in groups:
-        numbered = [(number + at, episode) for at, episode in enumerate(group) if any(episode.trained)]
+        numbered = _numbered(group, number)
         number += len(group)
         pieces += _together(numbered, tokens) if shared and _is_shared(numbered) else _alone(numbered)
     return [_row([pieces[at] for at in row], pad, multiple) for row in _fitted([p.length for p in pieces], tokens)]
@@ -84,12 +84,17 @@ def sharing_pays(groups: Sequence[Sequence[Episode]]) -> bool:
     """Whether laying the prompts of these groups out once costs less than as often as there are answers."""
     saved = joined = 0
     for group in groups:
-        numbered = [(at, episode) for at, episode in enumerate(group) if any(episode.trained)]
+        numbered = _numbered(group)
         if _is_shared(numbered):
             prompt = numbered[0][1].prompt - 1
             saved += prompt * (len(numbered) - 1)
             joined += sum(len(episode.ids) - prompt for _, episode in numbered)
     return saved > JOINING * joined
+
+
+def _numbered(group: Sequence[Episode], first: int = 0) -> list[tuple[int, Episode]]:
+    """Every sequence that trains anything, with its episode's number."""
+    return [(at, one) for at, episode in enumerate(group, first) for one in episode.sequences if any(one.trained)]
 
 
 def _is_shared(numbered: Sequence[tuple[int, Episode]]) -> bool:

@@ -30,7 +30,8 @@ class Report:
         """Of the completions that are learnt from by the adapter of this version; advantage [S of all processes]."""
         mine = advantage[found.mine]
         teaching = [bool((mine[place] != 0).any()) for place in _places(groups)]
-        ages = [version - v for g in groups for e in g.episodes for v, sampled in zip(e.versions, e.trained) if sampled]
+        sequences = [one for group in groups for episode in group.episodes for one in episode.sequences]
+        ages = [version - v for one in sequences for v, sampled in zip(one.versions, one.trained) if sampled]
         varied, count, age, tokens = self.world.sum([sum(teaching), len(groups), sum(ages), len(ages)])
         return self.rewards(groups, found) | {
             "reward_std": found.std,
@@ -41,15 +42,18 @@ class Report:
 
     def rewards(self, groups: Sequence[Group], found: Standing) -> Measures:
         """What was reached, and how long it was."""
-        lengths = [sum(episode.trained) for group in groups for episode in group.episodes]
-        ended = [episode.ended for group in groups for episode in group.episodes]
-        total, whole, count = self.world.sum([sum(lengths), sum(ended), len(lengths)])
+        episodes = [episode for group in groups for episode in group.episodes]
+        lengths = [episode.sampled for episode in episodes]
+        ended = [all(one.ended for one in episode.sequences) for episode in episodes]
+        failed = [any(errors) for group in groups for errors in group.errors]
+        total, whole, lost, count = self.world.sum([sum(lengths), sum(ended), sum(failed), len(lengths)])
         return {
             "reward": found.mean,
             **{f"rewards/{name}": mean for name, mean in zip(self.names, found.means)},
             "length": total / max(1.0, count),
             "length_max": self._most(lengths),
             "ended": whole / max(1.0, count),
+            "failed": lost / max(1.0, count),
         }
 
     def samples(self, groups: Sequence[Group], found: Standing, advantage: Tensor) -> list[dict[str, Any]]:
