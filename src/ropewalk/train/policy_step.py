@@ -105,10 +105,13 @@ class PolicyStep:
 
     def _masked(self, episode: Episode) -> Episode:
         """The episode; where it was cut off and such are to teach nothing, without a trained token."""
-        return _silent(episode) if self.trl.mask_truncated_completions and not episode.ended else episode
+        if not self.trl.mask_truncated_completions:
+            return episode
+        first = episode if episode.ended else _silent(replace(episode, apart=()))
+        return replace(first, apart=tuple(map(self._masked, episode.apart)))
 
     def _totals(self, groups: Sequence[Sequence[Episode]]) -> Totals:
-        counts = [sum(episode.trained) for group in groups for episode in group]
+        counts = [sum(one.trained) for group in groups for episode in group for one in episode.sequences]
         samples, tokens = self.world.sum([sum(count > 0 for count in counts), sum(counts)])
         return Totals(int(samples), int(tokens), self.trl.max_completion_length)
 
@@ -208,4 +211,4 @@ def method_of(run: Run) -> Method:
 
 
 def _silent(episode: Episode) -> Episode:
-    return replace(episode, trained=[False] * len(episode.ids))
+    return replace(episode, trained=[False] * len(episode.ids), apart=tuple(map(_silent, episode.apart)))

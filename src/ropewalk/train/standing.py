@@ -75,7 +75,7 @@ def standings(groups: Sequence[Group], run: Run, weights: Array, world: World) -
     rows = []
     for group in groups:
         for episode, scores in zip(group.episodes, group.scores):
-            rows.append([float(group.number), float(sum(episode.trained)), *scores.tolist()])
+            rows.append([float(group.number), float(episode.sampled), *scores.tolist()])
     counts = world.gather([len(rows)])
     every = np.array(world.gather(rows), dtype=np.float64).reshape(sum(counts), -1)
     first = sum(counts[: world.rank])
