@@ -1,4 +1,4 @@
-"""Processes that run a user's code: one call at a time each, with a limit of time; one that hangs or dies is named and replaced.
+"""Processes that run a user's code: some calls at a time each, with a limit of time; one that hangs or dies is named and replaced.
 
     caller -- add(calls) --> waiting calls --> worker processes --> what each call does with its answer
 
@@ -141,11 +141,12 @@ class WorkerPool:
                 self._started.set_result(None)
             return
         for worker in self._workers:
-            if worker.ready and worker.call is None and (call := self._next(worker.work.lanes)) is not None:
+            while worker.free and (call := self._next(worker.work.lanes)) is not None:
                 try:
                     worker.give(call)
                 except OSError:
                     self._replace(worker, "could not be given a call")
+                    break
 
     def _next(self, lanes: Sequence[int]) -> Call | None:
         with self._room:
@@ -160,8 +161,9 @@ class WorkerPool:
         try:
             if worker.connection.poll():
                 self._take(worker, worker.connection.recv())
-            elif (worker.call is not None or not worker.ready) and time.monotonic() > worker.until:
-                self._replace(worker, f"took longer than {worker.call.seconds if worker.call else START_SECONDS:g} seconds")
+            elif time.monotonic() > worker.until:
+                late = min(worker.asked.values(), key=lambda one: one.until, default=None)
+                self._replace(worker, f"took longer than {late.call.seconds if late else START_SECONDS:g} seconds")
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
                 worker.process.wait(5)
@@ -175,28 +177,26 @@ class WorkerPool:
             worker.ready = True
             self._loaded(worker, told)
             return
-        call, worker.call = worker.call, None
-        assert call is not None
+        number, answer = told
         self._answered += 1
-        call.answered(told)
+        worker.asked.pop(number).call.answered(answer)
 
     def _replace(self, worker: WorkerProcess, what: str) -> None:
-        """Ends a worker and starts another; the call that it had is answered with what happened."""
-        call, name = worker.call, worker.name
+        """Ends a worker and starts another; the calls that it had are answered with what happened."""
+        name = worker.name
         worker.end()
         if not worker.ready:
             raise TrainingStopped(f"{name} {what} while it loaded {worker.work.names}")
         self.replaced.append(f"{name} {what}")
         self._workers[self._workers.index(worker)] = worker.again()
         self._lost(worker, f"{name} {what} and was replaced")
-        if call is not None:
+        for one in worker.asked.values():
             self._answered += 1
-            call.lost(f"{name} {what} and was replaced", time.monotonic() - worker.until + call.seconds)
+            one.call.lost(f"{name} {what} and was replaced", time.monotonic() - one.begun)
 
     def _pause(self) -> float:
         """Until the next limit of time; while all goes well, a connection or the pipe wakes the thread before."""
-        busy = [worker.until for worker in self._workers if worker.call is not None or not worker.ready]
-        return max(0.0, min([*(until - time.monotonic() + 0.01 for until in busy), 60.0]))
+        return max(0.0, min([*(worker.until - time.monotonic() + 0.01 for worker in self._workers), 60.0]))
 
     def _wake(self) -> None:
         with self._room:
@@ -211,7 +211,7 @@ class WorkerPool:
             self._room.notify_all()
         if not self._started.done():
             self._started.set_exception(error)
-        for call in (*waiting, *(worker.call for worker in self._workers if worker.call is not None)):
+        for call in (*waiting, *(one.call for worker in self._workers for one in worker.asked.values())):
             call.ended(self._broken)
 
     def _patience(self) -> float:

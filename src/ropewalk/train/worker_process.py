@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +28,7 @@ class Work:
     lanes: tuple[int, ...]  # the calls that it takes
     given: Any  # what it is told at its start
     names: str  # what it loads, as messages call it
+    at_once: int = 1  # calls that it answers side by side
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,18 @@ class Call:
     answered: Callable[[Any], None]  # with what the process said
     lost: Callable[[str, float], None]  # with what became of the process, and after how many seconds
     ended: Callable[[Exception], None]  # with why nothing will be said: the pool has ended
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call that a process has been given."""
+
+    call: Call
+    begun: float
+
+    @property
+    def until(self) -> float:
+        return self.begun + self.call.seconds
 
 
 class WorkerProcess:
@@ -58,9 +73,10 @@ class WorkerProcess:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
-        self.call: Call | None = None
+        self.asked: dict[int, Asked] = {}  # by the numbers that their answers carry
         self.ready = False
-        self.until = time.monotonic() + START_SECONDS
+        self._numbers = count()
+        self._loads_until = time.monotonic() + START_SECONDS
         self.connection.send(work.given)
 
     def again(self) -> WorkerProcess:
@@ -73,6 +89,16 @@ class WorkerProcess:
         return f"{self.kind} worker {self.number} (process {self.process.pid})"
 
     @property
+    def free(self) -> bool:
+        """Whether it can be given a call."""
+        return self.ready and len(self.asked) < self.work.at_once
+
+    @property
+    def until(self) -> float:
+        """When it must have said something."""
+        return min((one.until for one in self.asked.values()), default=math.inf) if self.ready else self._loads_until
+
+    @property
     def how_it_ended(self) -> str:
         """By which signal, or with which exit code."""
         code = self.process.returncode
@@ -82,8 +108,9 @@ class WorkerProcess:
 
     def give(self, call: Call) -> None:
         """Hands it a call."""
-        self.call, self.until = call, time.monotonic() + call.seconds
-        self.connection.send(call.message)
+        number = next(self._numbers)
+        self.asked[number] = Asked(call, time.monotonic())
+        self.connection.send((number, call.message))
 
     def end(self) -> None:
         """Kills it, with whatever it started."""
