@@ -69,6 +69,13 @@ def test_a_misspelt_key_of_the_block_is_found() -> None:
         run_of("fsdp_config: {reshard_after_forwad: true}\n")
 
 
+def test_by_rewards_weights_are_sharded_where_a_server_writes() -> None:
+    asked = "fsdp_version: 2\nrl: grpo\ntrl: {reward_funcs: [length], use_vllm: true}\n"
+    assert run_of(asked).sharded
+    with pytest.raises(ConfigError, match="or have a vLLM server write them"):
+        run_of(asked.replace("use_vllm: true", "use_vllm: false"))
+
+
 @pytest.mark.parametrize(
     ("more", "way_out"),
     [

@@ -20,6 +20,7 @@ from ropewalk.train.progress import read_events
 from ropewalk.train.pupil import Pupil
 from ropewalk.train.trainer import train
 from ropewalk.train.vllm_generator import VllmGenerator
+from train.test_sharded import alone, same, together
 from train.vllm_fake import FakeVllm
 
 WARM = Sampling(temperature=1.0, seed=3)
@@ -275,3 +276,42 @@ def test_a_run_by_rewards_is_written_by_the_server_from_the_first_step_to_the_la
     assert {body["model"] for body in written[1:5]} == {loaded[0]}
     assert {body["model"] for body in written[5:]} == {loaded[1]}
     assert server.adapters == []
+
+
+LATE = """
+def late(completion, completion_ids):
+    return sum(id > 130 for id in completion_ids) / 6
+"""
+
+
+def test_sharded_trainers_give_the_server_the_gathered_adapter_and_learn_as_one_does(config, base, tmp_path):
+    (tmp_path / "rewards.py").write_text(LATE)
+    with serving(base) as server:
+        trl = {
+            "use_vllm": True,
+            "vllm_server_port": server.server_address[1],
+            "reward_funcs": [f"{tmp_path}/rewards.py:late"],
+            "num_generations": 2,
+            "generation_batch_size": 6,  # of three prompts two are the first process's, which makes more passes than the other
+            "max_completion_length": 6,
+            "beta": 0.05,
+        }
+        keys = {"rl": "grpo", "trl": trl, "max_steps": 2, "sample_packing": False, "micro_batch_size": 1}
+        alone(config(output_dir=str(tmp_path / "one"), **keys))
+        before = len(server.asked)
+        path = config(output_dir=str(tmp_path / "two"), fsdp_version=2, ddp_timeout=60, **keys)
+        assert together(path, tmp_path) == ([0, 0], ["", ""])
+        loaded = [body["lora_name"] for path, body in server.asked[before:] if path == "/v1/load_lora_adapter"]
+        assert server.adapters == []
+    names = ("reward", "loss", "gradient_norm", "kl", "length", "mismatch")
+    one, two = (
+        [[e[name] for name in names] for e in read_events(tmp_path / folder / "events.jsonl") if e["event"] == "step"]
+        for folder in ("one", "two")
+    )
+    assert len(two) == 2
+    assert all(step[2] > 0 for step in one)
+    assert [value for step in two for value in step] == pytest.approx(
+        [value for step in one for value in step], rel=1e-3, abs=1e-5
+    )
+    assert len(set(loaded)) == len(loaded) >= 2
+    same(tmp_path / "one", tmp_path / "two", rtol=1e-2, atol=1e-5)

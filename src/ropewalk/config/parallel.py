@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from ropewalk.config.keys import Group, Positive, Texts, key, one_or_more
+from ropewalk.config.vllm import by_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,11 +100,12 @@ def conflicts_of_parallel(run: Run) -> Iterator[tuple[Place, str]]:
             place,
             "sharding within groups of processes is not supported; shard over all of them (remove it), or over none (remove the keys of fsdp)",
         )
-    if run.by_rewards:
+    if run.by_rewards and not by_server(run):
         yield (
             (switch,),
             f"rl: {run.rl} writes and learns from one copy of the weights, which cannot be sharded; remove {switch}: every process then "
-            "holds the base (adapter: qlora holds it in 4 bits) and has its share of the completions",
+            "holds the base (adapter: qlora holds it in 4 bits) and has its share of the completions; or have a vLLM server write them "
+            "(trl.use_vllm: true)",
         )
     if run.sees:
         yield (

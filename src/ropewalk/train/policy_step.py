@@ -1,6 +1,7 @@
 """One step's completions as a loss: advantages, packed micro-batches, what they are held to, and the policy loss over them.
 
-The loss of a step is divided by what all processes have written, so that how it is cut into micro-batches changes nothing.
+The loss of a step is divided by what all processes have written, so that how it is cut into micro-batches changes nothing. Where they
+gather weights together, one that has fewer micro-batches than another makes the passes that it lacks over a row that teaches nothing.
 Legend: S samples of this process, T tokens of a micro-batch.
 """
 
@@ -21,9 +22,10 @@ from ropewalk.data.laying import MULTIPLE
 from ropewalk.errors import ModelError, TrainingStopped
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.models.routing import Routing
+from ropewalk.models.sharded import is_sharded
 from ropewalk.train.corrections import Correction
 from ropewalk.train.distributed import World
-from ropewalk.train.environment import Episode
+from ropewalk.train.environment import Episode, Generated, single
 from ropewalk.train.objective import Measures
 from ropewalk.train.policy_batches import PolicyBatch, lay_out, sharing_pays
 from ropewalk.train.policy_losses import DEFAULT, METHODS, Method, PolicyInput, Totals, policy_loss
@@ -62,6 +64,7 @@ class PolicyStep:
         self.routing = self._routing_of(pupil) if run.trl.replay_routing else None
         self.totals = Totals(0, 0)
         self.lessons: list[Lesson] = []
+        self.idle: list[Lesson] = []  # gone through so that all processes make as many passes, for nothing
         self._sums: dict[str, float] = {}
         self._agreed = False
 
@@ -77,7 +80,8 @@ class PolicyStep:
         held = bool(self.method.beta)  # to the base, and so is what has no advantage
         if held:
             batches = self._laid(episodes, None)
-            references = [self.pupil.base_policy_log_probs(batch, self.trl.temperature) for batch in batches]
+            idle = self._idle(batches)
+            references = [self.pupil.base_policy_log_probs(batch, self.trl.temperature) for batch in (*batches, *idle)]
             if self.in_reward:
                 apart = self._divergence(batches, references, sum(map(len, episodes)))
                 found = found.less(apart, self.method.beta, self.world)
@@ -85,7 +89,12 @@ class PolicyStep:
         mine = advantage[found.mine]
         if not held:
             batches, references = self._laid(episodes, mine.tolist()), []
-        self.lessons = [self._lesson(batch, mine, reference) for batch, reference in zip_longest(batches, references)]
+            idle = self._idle(batches)
+        lessons = [
+            self._lesson(batch, mine if at < len(batches) else torch.zeros(1), reference)
+            for at, (batch, reference) in enumerate(zip_longest([*batches, *idle], references))
+        ]
+        self.lessons, self.idle = lessons[: len(batches)], lessons[len(batches) :]
         self._agree()
         return advantage
 
@@ -95,6 +104,9 @@ class PolicyStep:
         for lesson in self.lessons:
             with self._replayed(lesson.batch):  # also while it is taken back
                 yield self._loss(lesson)
+        for lesson in self.idle:
+            logp, _ = self.pupil.policy_log_probs_with_entropy(lesson.batch, self.trl.temperature)
+            yield 0.0 * logp.sum()
 
     def measured(self) -> Measures:
         """Means over the tokens that were learnt from, over all processes."""
@@ -124,6 +136,14 @@ class PolicyStep:
         pad, multiple = self.template.pad_id or 0, self.run.pad_to_multiple_of or MULTIPLE
         shared = self.pupil.shares_prompts and sharing_pays(groups)
         return lay_out(groups, tokens=tokens, shared=shared, pad=pad, multiple=multiple)
+
+    def _idle(self, batches: Sequence[PolicyBatch]) -> list[PolicyBatch]:
+        """Rows for the passes that other processes make beyond those over these."""
+        if not is_sharded(self.pupil.model):
+            return []
+        nothing = single([0], Generated([0], [0.0], [0], False), "")
+        missing = max(self.world.gather([len(batches)])) - len(batches)
+        return missing * lay_out([[nothing]], tokens=1, shared=False, pad=0, multiple=MULTIPLE)
 
     def _lesson(self, batch: PolicyBatch, advantage: Tensor, reference: Tensor | None) -> Lesson:
         labels, sample, behaviour = (
@@ -177,11 +197,13 @@ class PolicyStep:
 
     def _agree(self) -> None:
         """At the beginning of a run: the generator has written with the weights that learn, and computed what they compute."""
-        if self._agreed or not self.lessons:
+        lesson = next(iter((*self.lessons, *self.idle)), None)
+        if self._agreed or lesson is None:
             return
         self._agreed = True
-        lesson = self.lessons[0]
         apart = (self._quietly(lesson.batch) - lesson.behaviour).abs()[lesson.mask]
+        if not self.lessons:  # what is at hand nobody has written
+            return
         limit = AGREE.get(self.pupil.model.dtype, COARSELY)
         if len(apart) and not float(apart.mean()) <= limit:
             raise TrainingStopped(

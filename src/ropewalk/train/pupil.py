@@ -55,7 +55,7 @@ class Pupil:
         self._held: list[dict[str, str]] = []  # and the digests of what each process holds of the adapter
         self.notices = (*head.notices, *(adapter.notes if adapter is not None else ()))
         self.branching: BranchingModel | None = None
-        if config.by_rewards or (self._attends_by_spans() and not is_sharded(model)):
+        if not is_sharded(model) and (config.by_rewards or self._attends_by_spans()):
             self._learn_to_branch()
         if config.packing and self.head.isolation == "unpacked":
             self.notices += ("this model does not keep packed samples apart, so every sample gets a row of its own after all",)

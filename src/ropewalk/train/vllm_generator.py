@@ -146,9 +146,11 @@ class VllmGenerator:
         """The present adapter, saved and read by the server under a new name."""
         self._serial += 1
         name = f"ropewalk-{self._run}-{self._serial}"
+        path = (self.folder / name).resolve()
+        with self.pupil.whole():
+            if self.world.leads:
+                self.adapter.save(path)
         if self.world.leads:
-            path = (self.folder / name).resolve()
-            self.adapter.save(path)
             try:
                 self.server.load_adapter(name, str(path), experts=bool(self.adapter.experts))
             except Refused as refused:
