@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from ropewalk.files.catalog import File
 from ropewalk.quickstart.comparison import Compared
 from ropewalk.quickstart.question import Dialogue
 from ropewalk.quickstart.rewarded import Improved
+from ropewalk.standalone import environment
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,5 @@ class Page:
 
 def write_page(page: Page, path: Path) -> Path:
     """Renders page.html.j2 into one file."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["percent"] = lambda share: f"{share:.0%}"
-    path.write_text(environment.get_template("page.html.j2").render(page=page), encoding="utf-8")
+    path.write_text(environment(Path(__file__).parent).get_template("page.html.j2").render(page=page), encoding="utf-8")
     return path

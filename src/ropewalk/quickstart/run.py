@@ -26,11 +26,12 @@ from ropewalk.files.local import LocalFiles, open_local
 from ropewalk.home import home
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.comparison import Compared, compare, ship_it
+from ropewalk.quickstart.comparison_page import write_comparison
 from ropewalk.quickstart.facts import Country, Question
 from ropewalk.quickstart.page import Mark, Page, Sample, Score, write_page
 from ropewalk.quickstart.question import Asking, Dialogue
 from ropewalk.quickstart.rewarded import BEGINS, Improved, improve, write_questions
-from ropewalk.quickstart.telling import show, tell, tell_improved
+from ropewalk.quickstart.telling import progress, show, tell, tell_improved
 from ropewalk.registry import Registry
 from ropewalk.train.trainer import Result, train
 
@@ -101,13 +102,16 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
         registry.publish_adapter(ADAPTER_NAME, result.adapter, BASE_NAME, {"file": file.id, "run": str(result.folder)})
 
         console.rule("3  compare")
-        compared = compare(asking, keep(files, folder / "held-out.jsonl").id, BASE_NAME, ADAPTER_NAME)
+        suite = keep(files, folder / "held-out.jsonl").id
+        with progress(console) as told:
+            compared = compare(asking, suite, BASE_NAME, ADAPTER_NAME, told)
         before, after, verdict = compared.before, compared.after, compared.verdict
         console.print(f"{verdict.state}: {compared.headline}", markup=False)
 
         console.rule("4  ship, ask")
         if verdict.may_ship:
-            replay = ship_it(asking, compared, ALIAS).replay
+            with progress(console) as told:
+                replay = ship_it(asking, compared, ALIAS, told).replay
             console.print(f"{replay.equal} of {replay.asked} recorded questions asked again are answered letter for letter")
         question = asked[0]
         (said,) = asking.answers(ALIAS, [question.prompt])
@@ -133,8 +137,10 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
         dialogue = asking.about(ALIAS, document.id, questions)
     tell(console, dialogue)
     seconds = time.monotonic() - began
+    samples = [Sample(q.passage, q.question, q.answer, b, mark(b, q), a, mark(a, q)) for q, b, a in zip(asked, before, after)]
+    write_comparison(compared, asked, samples, folder / "comparison.html")
     page = write_page(
-        make_page(scores, compared, before, after, asked, result, file, dialogue, improved, seconds, fast),
+        make_page(scores, compared, samples, result, file, dialogue, improved, seconds, fast),
         folder / "index.html",
     )
     write_summary(folder / "summary.json", scores, compared, result, dialogue, improved, len(asked), seconds, fast)
@@ -160,7 +166,7 @@ def keep(files: LocalFiles, path: Path) -> File:
     return same[0] if same else files.put(path)
 
 
-def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, quiet: bool = False) -> Result:
+def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int) -> Result:
     """Writes the configuration and trains it; what an earlier quickstart left in the output folder goes."""
     config.write_text(
         YAML.format(path=config, base=base, file=file.id, filename=file.filename, out=out, steps=steps, saves=BEGINS),
@@ -168,7 +174,7 @@ def fine_tune(config: Path, base: Path, file: File, out: Path, steps: int, *, qu
     )
     if out.exists():
         shutil.rmtree(out)
-    return train(load_run(config), quiet=quiet)
+    return train(load_run(config))
 
 
 def two_questions(asked: Sequence[Question], answers: Sequence[str]) -> tuple[Country, list[str]]:
@@ -222,7 +228,7 @@ def random_control(
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32)
     save_model(model, str(base / "model.safetensors"), metadata={"format": "pt"})
-    result = fine_tune(folder / "random.yml", base, file, folder / "random-run", size.steps, quiet=True)
+    result = fine_tune(folder / "random.yml", base, file, folder / "random-run", size.steps)
     registry.publish_base("quickstart-random", base, {"origin": "random initialisation"})
     registry.publish_adapter("quickstart-random-adapter", result.adapter, "quickstart-random", {"file": file.id})
     answers = asking.answers("quickstart-random-adapter", [q.prompt for q in asked])
@@ -238,17 +244,13 @@ def by_rewards(folder: Path, size: Size, result: Result, registry: Registry) -> 
 
 
 def make_page(
-    scores: list[Score], compared: Compared, before: Sequence[str], after: Sequence[str], asked: Sequence[Question],
-    result: Result, file: File, dialogue: Dialogue, improved: Improved | None, seconds: float, fast: bool,
+    scores: list[Score], compared: Compared, samples: list[Sample], result: Result, file: File, dialogue: Dialogue,
+    improved: Improved | None, seconds: float, fast: bool,
 ) -> Page:  # fmt: skip
     """What the page shows; the samples are the first ten held-out questions, not chosen ones."""
-    samples = [
-        Sample(q.passage, q.question, q.answer, b, mark(b, q), a, mark(a, q))
-        for q, b, a in list(zip(asked, before, after))[:10]
-    ]
     plot = (result.folder / "plots" / "loss.svg").read_text(encoding="utf-8")
     steps = f"loss {result.first_loss:.2f} to {result.last_loss:.2f} in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s"
-    return Page(scores, compared, samples, plot, steps, len(asked), file, dialogue, improved, round(seconds), fast)
+    return Page(scores, compared, samples[:10], plot, steps, len(samples), file, dialogue, improved, round(seconds), fast)
 
 
 def write_summary(

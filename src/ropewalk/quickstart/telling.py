@@ -1,18 +1,46 @@
-"""What the quickstart says in the terminal: its dialogue, its table, and what to do next."""
+"""What the quickstart says in the terminal: how far it is, its dialogue, its table, and what to do next."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ropewalk.quickstart.comparison import Compared
+from ropewalk.quickstart.comparison import Compared, Tell
 from ropewalk.quickstart.page import Score
 from ropewalk.quickstart.question import Dialogue
 from ropewalk.quickstart.rewarded import Improved
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Tell]:
+    """How far a step is: a bar on a terminal, elsewhere a line for each thing that is done and each quarter of it."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda doing, share: bar.update(task, completed=share, description=doing)
+
+
+class _Lines:
+    """Progress as text."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._told = console, dict[str, int]()
+
+    def __call__(self, doing: str, share: float) -> None:
+        quarter = int(4 * share)
+        if self._told.get(doing, -1) < quarter < 4:  # that it is done, the next line says
+            self._console.print(f"{doing}: {25 * quarter} %" if quarter else doing, markup=False)
+            self._told[doing] = quarter
 
 
 def tell(console: Console, dialogue: Dialogue) -> None:
@@ -55,7 +83,7 @@ def show(console: Console, scores: list[Score], compared: Compared, page: Path, 
     console.print(
         f"{verdict.state}: {compared.headline}; {len(verdict.fixed)} questions gained, {len(verdict.regressions)} lost"
     )
-    console.print(f"Its page: {compared.url}, once `ropewalk serve` runs, which prints where", soft_wrap=True)
+    console.print(f"Its page: {folder / 'comparison.html'}; {compared.url} once `ropewalk serve` runs", soft_wrap=True)
     console.print(
         f"{seconds:.0f} s in all. Page: {page}; adapter, events, plots: {folder / 'run'}; numbers: {folder / 'summary.json'}",
         soft_wrap=True,

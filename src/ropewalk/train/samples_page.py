@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from ropewalk.standalone import environment
 from ropewalk.train.headlines import number
 from ropewalk.train.plots import line_plot
 
@@ -28,7 +27,7 @@ class Completion:
     @property
     def tone(self) -> str:
         """What it is taught to do: be said more often, more rarely, or nothing."""
-        return "more" if self.advantage > 0 else "less" if self.advantage < 0 else "same"
+        return "up" if self.advantage > 0 else "down" if self.advantage < 0 else "level"
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,9 @@ def samples_page(log: Sequence[Mapping[str, Any]], run: str) -> str:
     shown = [Shown(step, _asked(told[step], names)) for step in sorted(told, reverse=True)]
     newest, rest = shown[:NEWEST], shown[NEWEST:]
     page = Page(run, names, tuple(newest), tuple(rest[-FIRST:]), max(0, len(rest) - FIRST), _curve(log))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["number"] = number
-    return environment.get_template("samples.html.j2").render(page=page)
+    templates = environment(Path(__file__).parent)
+    templates.filters["number"] = number
+    return templates.get_template("samples.html.j2").render(page=page)
 
 
 def _asked(samples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[Asked, ...]:
