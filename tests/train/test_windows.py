@@ -1,14 +1,22 @@
 """Rows longer than a layer's window: attention by spans in place of a mask over the whole row, for models with windows, wide heads and sinks."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ropewalk.data.dataset import Batch
 from ropewalk.kernels.branching import Branching, Piece
 from ropewalk.models.experts import NAME, expert_modules
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
+from ropewalk.train import pupil
 from ropewalk.train.branching import BranchingModel
+from ropewalk.train.objective import Likelihood
+from ropewalk.train.pupil import Pupil
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "vocab_size": 99, "pad_token_id": 0}
@@ -64,3 +72,30 @@ def test_loss_and_gradients_are_those_of_dense_masks_over_each_sample(taught, le
     found = [[one.detach(), *torch.autograd.grad(one, list(adapter.parameters()))] for one in (loss, torch.stack(alone).sum())]
     for spans, mask in zip(*found):
         assert (spans - mask).abs().max() <= 1e-6 * mask.abs().max()
+
+
+class Watching:
+    """A head that keeps what it is given and computes nothing."""
+
+    isolation, notices = "positions", ()
+
+    def loss(self, model, *row):
+        self.row = row
+        return torch.zeros(()), 0
+
+
+@pytest.mark.parametrize(("packing", "window", "pays"), [(True, 0, True), (False, 5, True), (True, 0, False)])
+def test_how_a_row_is_made_up_is_read_without_asking_the_device(packing, window, pays, monkeypatch):
+    """A meta tensor, like one on a GPU, gives no numbers to the host; unlike it, it says so here."""
+    monkeypatch.setattr(pupil, "_spans_pay", lambda device: pays)
+    rows = []
+    learner = Pupil.__new__(Pupil)
+    learner.model, learner.sighted, learner.head = SimpleNamespace(device=torch.device("meta")), None, Watching()
+    learner.config = SimpleNamespace(packing=packing)
+    learner.branching = SimpleNamespace(window=window, row=lambda branching, model: rows.append(branching) or nullcontext())
+    ids = np.arange(1, 17).reshape(2, 8)
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    Likelihood(learner, torch.device("meta")).loss(Batch(ids, ids, positions, 16, 16))
+    assert [(one.device.type, one.shape) for one in learner.head.row] == [("meta", (1, 16) if pays else (2, 8))] * 3
+    assert [one.pieces for one in rows] == [(Piece(0, (3, 5, 6, 2)),)] * pays
+    assert all(one.device.type == "meta" for one in rows)

@@ -243,4 +243,6 @@ def _with_likelihood(found: Preferred, pairs: Pairs, run: Run) -> Preferred:
 
 
 def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.from_numpy(a).to(device) for a in (batch.ids, batch.labels, batch.position_ids))  # type: ignore[return-value]
+    """ids and labels on the device; positions on the host, where the pupil reads off them how the row is made up."""
+    ids, labels, positions = (torch.from_numpy(a) for a in (batch.ids, batch.labels, batch.position_ids))
+    return ids.to(device), labels.to(device), positions

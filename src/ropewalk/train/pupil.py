@@ -180,9 +180,9 @@ class Pupil:
             self.notices += ("this model does not keep packed rows with pictures apart, so every row gets a line of its own",)
 
     def loss(self, ids: Tensor, labels: Tensor, position_ids: Tensor, looked: Looked | None = None) -> Tensor:
-        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T]."""
+        """Summed loss over the trained tokens of a batch; ids, labels and position_ids are [B, T], and the last is on the host."""
         if self.sighted is not None and looked is not None:
-            return self.sighted.loss(self.head, ids, labels, position_ids, looked)
+            return self.sighted.loss(self.head, ids, labels, position_ids.to(ids.device), looked)
         ids, labels, position_ids, attending = self._in_one_row(ids, labels, position_ids)
         with attending:
             loss, _ = self.head.loss(self.model, ids, labels, position_ids)
@@ -281,12 +281,12 @@ class Pupil:
         """Packed rows [B, T] as one [1, B*T], and the attention that keeps its samples apart; as they are, where that is no better."""
         apart = self.branching is not None and (self.config.packing or 0 < self.branching.window < ids.shape[1])
         if not apart or self.head.isolation != "positions" or not _spans_pay(ids.device):
-            return ids, labels, position_ids, nullcontext()
-        starts = position_ids == 0
+            return ids, labels, position_ids.to(ids.device), nullcontext()
+        starts = position_ids == 0  # on the host, so that nothing waits for the device
         starts[:, 0] = True
         attending = self._apart(starts.flatten().numpy(), model or self.model)
         labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)  # no row goes on from another
-        return ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1), attending
+        return ids.reshape(1, -1), labels.reshape(1, -1), position_ids.reshape(1, -1).to(ids.device), attending
 
     def scores(self, ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """[N, L]: what a model that scores gives at the tokens that have a label, in their order; all [B, T]."""
