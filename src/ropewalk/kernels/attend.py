@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ropewalk.kernels.flex import compiled, cut_for
+
 aten = torch.ops.aten
 
 
@@ -192,7 +194,9 @@ def flex(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """FlexAttention: compiled for this softcap, whatever the lengths."""
-    out, aux = _flex(query.device.type)(query, keys, values, score_mod=_scores(seen, softcap), scale=scale, return_aux=_lse())
+    cut = cut_for(query.device, query.dtype, max(query.shape[-1], values.shape[-1]))
+    how: dict[str, Any] = {"score_mod": _scores(seen, softcap), "scale": scale, "return_aux": _lse(), "kernel_options": cut}
+    out, aux = compiled(query.device.type)(query, keys, values, **how)
     return out.float(), aux.lse.float()
 
 
@@ -209,13 +213,6 @@ def _scores(seen: Tensor | None, softcap: float | None) -> Callable[..., Tensor]
         return torch.where(there, score, -float("inf"))
 
     return change
-
-
-@functools.cache
-def _flex(device: str) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
 def _lse() -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ropewalk.kernels.flex import block_mask, compiled, cut_for
+
 aten = torch.ops.aten
+log = logging.getLogger("ropewalk.kernels")
 
 APART = 256  # tokens from which on a span is taken by itself, so that no part of it is padding
 LITTLE = 16  # tokens of a span that costs no more than the call for it
 BLOCK = 256  # queries that are held against a window together, at least
+ROWS = 32  # to a multiple of which the memory-efficient kernel wants log-sum-exps filled up
+ALIGNED = 8  # rows of its bias begin at multiples of so many numbers
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,9 @@ class Branching:
         return self._sees(window)(0, 0, place[:, None], place)  # type: ignore[no-any-return]
 
     def block_mask(self, window: int) -> Any:
-        """The same for FlexAttention, which asks once for every two tokens and keeps what it finds by blocks."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
+        """The same for FlexAttention: by blocks, found from the spans."""
         if window not in self._masks:
-            self._masks[window] = create_block_mask(self._sees(window), None, None, self.length, self.length, str(self.device))
+            self._masks[window] = block_mask(self.spans(), self.length, window, self._sees(window), self.device)
         return self._masks[window]
 
     def _sees(self, window: int) -> Callable[..., Any]:
@@ -229,7 +233,9 @@ def branching(
 ) -> Tensor:
     """query [T, H, D], key [T, K, D], value [T, K, V], sinks [H] -> [T, H, V]."""
     if query.device.type == "cuda" and query.dtype != torch.float64 and compiles():
-        return flex(query, key, value, row, scale, window, sinks)
+        kind = _Kind(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], value.shape[2], sinks is not None)
+        if _runs(kind):
+            return flex(query, key, value, row, scale, window, sinks)
     found: Tensor = _Branching.apply(query, key, value, sinks, row.parts(window), scale)  # type: ignore[no-untyped-call]
     return found
 
@@ -251,7 +257,8 @@ def flex(
     """The same by FlexAttention, which skips blocks of keys that none of a block of queries sees."""
     q, k, v = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
     how: dict[str, Any] = {"block_mask": row.block_mask(window), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    attention = _flex(query.device.type)
+    how["kernel_options"] = cut_for(query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
+    attention = compiled(query.device.type)
     if sinks is None:
         out: Tensor = attention(q, k, v, **how)
         return out[0].transpose(0, 1)
@@ -263,16 +270,47 @@ def flex(
 
 
 @functools.cache
-def _flex(device: str) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
-
-
-@functools.cache
 def compiles() -> bool:
     """Whether FlexAttention can be compiled for a GPU here."""
     return importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What FlexAttention is compiled for anew."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    size: int
+    wide: int
+    sinks: bool
+
+
+@functools.cache
+def _runs(kind: _Kind) -> bool:
+    """Whether FlexAttention runs for such layers, forwards and backwards: tried once, over a short row.
+
+    A layer for which it does not is computed by spans; the others of its model keep it. The first pass of a model that is taught to read
+    such rows (train/branching.py) comes by here without gradients, so that no hook of a pass sees what is tried.
+    """
+    row = Branching((Piece(96, (64, 70)), Piece(0, (90,))), 320, kind.device)
+    make = functools.partial(torch.zeros, dtype=kind.dtype, device=kind.device, requires_grad=True)
+    shapes = (kind.heads, kind.size), (kind.kv_heads, kind.size), (kind.kv_heads, kind.wide)
+    q, k, v = (make(row.length, *shape) for shape in shapes)
+    sinks = make(kind.heads) if kind.sinks else None
+    try:
+        with torch.enable_grad():
+            out = flex(q, k, v, row, 1.0, 0, sinks)
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        log.warning("heads of %d are attended to by spans, as FlexAttention does not run for them: %s", kind.size, reason)
+        return False
+    return True
 
 
 class _Branching(torch.autograd.Function):
@@ -345,6 +383,12 @@ def _in_tiles(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and v.shape[-1] <= q.shape[-1]
 
 
+def _in_blocks(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's memory-efficient kernel for a GPU takes these, of whatever size: rows of whole 16 bytes."""
+    whole = all(rows.shape[-1] * rows.element_size() % 16 == 0 for rows in (q, v))
+    return q.device.type == "cuda" and q.dtype != torch.float64 and whole
+
+
 def _filled(values: Tensor, size: int) -> Tensor:
     return values if values.shape[-1] == size else F.pad(values, (0, size - values.shape[-1]))
 
@@ -355,6 +399,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float) -> tupl
         kernel, size = aten._scaled_dot_product_flash_attention_for_cpu, q.shape[-1]
         out, lse = kernel(q, k, _filled(v, size), 0.0, part.causal, attn_mask=_bias(part, q.dtype), scale=scale)
         return out[..., : v.shape[-1]], lse
+    if _in_blocks(q, v):
+        kernel = aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = kernel(q, k, v, _aligned(_bias(part, q.dtype), q), True, 0.0, part.causal, scale=scale)
+        return out, lse[..., : q.shape[-2]]
     scores = _scores(q, k, part, scale)
     lse = torch.logsumexp(scores, dim=-1)
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
@@ -369,6 +417,13 @@ def _backward(
         d_out, wide, out = filled
         d_q, d_k, d_v = kernel(d_out, q, k, wide, out, lse, 0.0, part.causal, attn_mask=bias, scale=scale)
         return d_q, d_k, d_v[..., : v.shape[-1]]
+    if _in_blocks(q, v):
+        kernel, bias = aten._scaled_dot_product_efficient_attention_backward, _aligned(_bias(part, q.dtype), q)
+        lse = F.pad(lse, (0, -lse.shape[-1] % ROWS), value=float("inf")).contiguous()
+        drawn = torch.zeros((), dtype=torch.long, device=q.device)  # the state of a dropout that there is not
+        wanted = [True, True, True, False]
+        d_q, d_k, d_v, _ = kernel(d_out, q, k, v, bias, out, lse, drawn, drawn, 0.0, wanted, part.causal, scale=scale)
+        return d_q, d_k, d_v
     p = (_scores(q, k, part, scale) - lse.unsqueeze(-1)).exp()
     d_p = (d_out @ v.transpose(-1, -2)).to(p.dtype)
     d_scores = p * (d_p - (d_out * out).to(p.dtype).sum(-1, keepdim=True)) * scale
@@ -390,3 +445,11 @@ def _bias(part: _Part, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(part.seen.shape, dtype=dtype, device=part.seen.device).masked_fill_(~part.seen, float("-inf"))[
         None, None
     ]
+
+
+def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """As the memory-efficient kernel wants it: [N, H, M, L], a view of rows that begin at whole multiples."""
+    if bias is None:
+        return None
+    count = bias.shape[-1]
+    return F.pad(bias, (0, -count % ALIGNED))[..., :count].expand(*q.shape[:3], -1)
