@@ -25,10 +25,8 @@ from ropewalk.train.policy_losses import (
     Method,
     PolicyInput,
     Totals,
-    count,
     kl_estimate,
     policy_loss,
-    without_truncated,
 )
 from ropewalk.train.preference_losses import (
     Judged,
@@ -66,6 +64,13 @@ def batch(seed=0, stale=0.3, **more):
         logp.requires_grad_(), mask, sample, numbers(1.5, -0.5, -1.2, 0.2), logp.detach() + drift, None, reference.detach()
     )
     return replace(given, **more)
+
+
+def count(given, longest=1):
+    """A batch's part of the totals."""
+    return Totals(
+        int((tokens_by_sample(given.mask, given.sample, len(given.advantage)) > 0).sum()), int(given.mask.sum()), longest
+    )
 
 
 def value_and_gradient(given, method, totals=None):
@@ -252,13 +257,6 @@ def test_a_normaliser_per_micro_batch_fails_the_identity():
     assert float(sum(local) / 2) != pytest.approx(float(value), abs=1e-6)
 
 
-def test_truncated_samples_leave_mask_and_totals():
-    given = batch()
-    mask = without_truncated(given.mask, given.sample, torch.tensor([False, True, False, True]))
-    assert tokens_by_sample(mask, given.sample, 4).tolist() == [5, 0, 4, 0]
-    assert count(replace(given, mask=mask), 8) == Totals(2, 9, 8)
-
-
 def test_the_weight_is_one_where_the_sampler_is_the_policy():
     given = batch(stale=0.0)
     on_policy = value_and_gradient(replace(given, behaviour=None), METHODS["dapo"])
@@ -343,12 +341,40 @@ def test_advantages_do_not_depend_on_order_and_are_zero_where_all_rewards_are_eq
     assert function(numbers(3.0), torch.tensor([0])).tolist() == [0.0]
 
 
-def test_each_reward_is_normalised_by_itself():
-    # the second reward is a hundred times the first and weighs the same
-    rewards = torch.stack([numbers(1, 0, 0, 1), numbers(100, 0, 100, 0)], dim=1)
-    found = per_reward(rewards, numbers(1.0, 1.0), torch.zeros(4, dtype=torch.long))
-    assert found[1:3].tolist() == pytest.approx([float(found[1]), 0.0], abs=1e-3)
-    assert float(found[0]) == pytest.approx(-float(found[1]))
+def test_rewards_over_the_spread_of_the_batch_by_hand():
+    # The batch (1, 0, 3, 1) has mean 1.25 and squares 0.0625 + 1.5625 + 3.0625 + 0.0625 = 4.75; sqrt(4.75 / 3) = 1.25831.
+    found = ADVANTAGES["group_mean_batch_std"](numbers(1, 0, 3, 1), torch.tensor([0, 0, 1, 1]))
+    assert found.tolist() == pytest.approx([0.5 / 1.25841, -0.5 / 1.25841, 1 / 1.25841, -1 / 1.25841], abs=1e-5)
+
+
+def test_separately_normalised_rewards_weigh_alike_whatever_their_spread():
+    # Rewards (100, 0, 100, 0) and (0, 1, 1, 0) in one group of four. Each has mean-free values of one size, so both standardise to
+    # +-0.866: sums (0, 0, 1.732, -1.732); their standard deviation is sqrt(2 * 3 / 3) = sqrt(2), so +-1.2247.
+    rewards, group = torch.stack([numbers(100, 0, 100, 0), numbers(0, 1, 1, 0)], dim=1), torch.zeros(4, dtype=torch.long)
+    assert per_reward(rewards, numbers(1, 1), group).tolist() == pytest.approx([0, 0, 1.2247, -1.2247], abs=5e-4)
+    # Twice the second: (-0.866, 0.866, 2.598, -2.598); squares add up to 15, so the standard deviation is sqrt(5).
+    assert per_reward(rewards, numbers(1, 2), group).tolist() == pytest.approx([-0.387, 0.387, 1.162, -1.162], abs=1e-3)
+    together = group_standardised(rewards.sum(1), group)
+    assert together[0] > 0.8  # added up before, the second is drowned
+    assert together[1] < -0.8
+
+
+def test_a_reward_that_does_not_apply_is_left_out_and_where_none_does_there_is_no_advantage():
+    # The first is of samples 0 and 1 alone, +-0.707; the second of 0, 1 and 3: 0, 1, 2 are -1, 0, 1. Sums -0.293, -0.707, 1.
+    none = float("nan")
+    rewards = torch.stack([numbers(1, 0, none, none), numbers(0, 1, none, 2)], dim=1)
+    found = per_reward(rewards, numbers(1, 1), torch.zeros(4, dtype=torch.long))
+    total = numbers(math.sqrt(0.5) - 1, -math.sqrt(0.5), 1)
+    assert found[[0, 1, 3]].tolist() == pytest.approx((total / total.std()).tolist(), abs=1e-3)
+    assert float(found[2]) == 0.0
+
+
+@pytest.mark.parametrize("equal", [0.1, 0.2, 0.7, -1e6 / 3])
+def test_groups_are_told_to_be_equal_by_their_rewards_and_not_by_what_rounding_leaves_of_them(equal):
+    rewards, group = numbers(*[equal] * 6, 0, 1), torch.tensor([0] * 6 + [1] * 2)
+    assert varied(rewards, group).tolist() == [False] * 6 + [True] * 2
+    assert varied(rewards[:6] + 1e-4 * torch.arange(6) / 6, group[:6]).all()
+    assert varied(rewards[:0], group[:0]).tolist() == []
 
 
 def test_a_long_answer_is_punished_little_by_little():
@@ -357,12 +383,10 @@ def test_a_long_answer_is_punished_little_by_little():
 
 
 def test_estimates_of_kl_by_hand():
-    # pi 1/2, reference 1/4: k1 = ln 2, k2 = ln(2)^2 / 2, k3 = 1/2 + ln 2 - 1
+    # pi 1/2, reference 1/4: k1 = ln 2, so that k2 = ln(2)^2 / 2, k3 = 1/2 + ln 2 - 1
     pi, reference = numbers(0.5).log(), numbers(0.25).log()
     two = math.log(2)
-    assert [float(kl_estimate(pi, reference, kind)) for kind in ("k1", "k2", "k3")] == pytest.approx(
-        [two, two**2 / 2, two - 0.5]
-    )
+    assert [float(kl_estimate(pi, reference, kind)) for kind in ("k2", "k3")] == pytest.approx([two**2 / 2, two - 0.5])
 
 
 def test_the_kl_term_is_added_with_its_weight():

@@ -270,7 +270,7 @@ def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
 
 
 def test_a_generator_that_writes_by_itself_is_no_older_and_no_different(rewarded, tmp_path, monkeypatch):
-    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead: True)
+    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead, adapter: True)
     fit(rewarded({"async_prefetch": True, "max_completion_length": 24}, max_steps=5))
     ages = told(tmp_path / "run", "staleness_max", "mismatch")
     assert ages[0][0] <= 1
@@ -283,7 +283,7 @@ def test_what_goes_wrong_where_it_is_written_is_raised_where_it_is_learnt(reward
     def broken(self, wait=True):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead: True)
+    monkeypatch.setattr("ropewalk.train.reinforcement.writes_alone", lambda device, ahead, adapter: True)
     monkeypatch.setattr(Generator, "step", broken)
     with pytest.raises(TrainingStopped, match="the generator has stopped: no memory"):
         fit(rewarded())

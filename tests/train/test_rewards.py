@@ -14,7 +14,7 @@ from ropewalk.train import reward_pool
 from ropewalk.train import rewards as rewards_module
 from ropewalk.train.reward_builtins import RewardSpec, build, read_spec
 from ropewalk.train.reward_functions import Sample, form_of
-from ropewalk.train.rewards import Rewards, advantages, as_array, combine
+from ropewalk.train.rewards import Rewards, as_array, combine
 
 MODULE = textwrap.dedent(
     """
@@ -374,32 +374,6 @@ def test_rewards_are_added_up_by_weight_and_what_does_not_apply_is_left_out():
     found = combine(scores, np.array([1.0, 0.5]))
     np.testing.assert_allclose(found[:3], [2.0, 1.0, 1.0])
     assert np.isnan(found[3])
-
-
-def test_advantages_of_the_sum_by_hand():
-    # Groups (1, 0) and (3, 1): less their means (0.5, -0.5) and (1, -1); standard deviations sqrt(0.5) and sqrt(2).
-    scores = np.array([[1.0], [0.0], [3.0], [1.0]])
-    one = np.ones(1)
-    np.testing.assert_allclose(advantages(scores, one, 2), [0.70701, -0.70701, 0.70706, -0.70706], atol=1e-5)
-    np.testing.assert_allclose(advantages(scores, one, 2, scale="none"), [0.5, -0.5, 1, -1])
-    # The batch (1, 0, 3, 1) has mean 1.25 and squares 0.0625 + 1.5625 + 3.0625 + 0.0625 = 4.75; sqrt(4.75 / 3) = 1.25831.
-    np.testing.assert_allclose(advantages(scores, one, 2, scale="batch"), np.array([0.5, -0.5, 1, -1]) / 1.25841, atol=1e-5)
-
-
-def test_separately_normalised_rewards_weigh_alike_whatever_their_spread():
-    # Rewards (100, 0, 100, 0) and (0, 1, 1, 0) in one group of four. Each has mean-free values of one size, so both standardise to
-    # +-0.866: sums (0, 0, 1.732, -1.732); their standard deviation is sqrt(2 * 3 / 3) = sqrt(2), so +-1.2247.
-    scores = np.array([[100.0, 0.0], [0.0, 1.0], [100.0, 1.0], [0.0, 0.0]])
-    apart = advantages(scores, np.ones(2), 4, separately=True)
-    np.testing.assert_allclose(apart, [0, 0, 1.2247, -1.2247], atol=5e-4)
-    together = advantages(scores, np.ones(2), 4)
-    assert together[0] > 0.8  # the second reward is drowned
-    assert together[1] < -0.8
-
-
-def test_a_group_without_spread_and_a_sample_without_rewards_have_no_advantage():
-    scores = np.array([[1.0], [1.0], [np.nan], [2.0]])
-    assert advantages(scores, np.ones(1), 2).tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
 def test_none_does_not_apply_and_is_told_apart_from_zero(folder):

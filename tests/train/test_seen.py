@@ -26,7 +26,7 @@ from ropewalk.train.samples_page import samples_page
 ALWAYS = {"step": 3, "epoch": 0.5, "loss": 0.25, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 900.0,
           "seconds": 2.0, "memory": 600e6}  # fmt: skip
 REWARDED = ALWAYS | {
-    "reward": 0.625, "reward_std": 0.3, "rewards/correct": 0.5, "rewards/form": 0.75, "length": 14.25, "length_max": 40, "ended": 0.875,
+    "reward": 0.625, "reward_std": 0.3, "rewards/correct": 0.5, "rewards/form": 0.75, "length": 14.25, "length_max": 40, "ended": 0.875, "failed": 0.0,
     "entropy": 0.31, "ratio": 1.002, "clipped": 0.03, "kl": 0.01, "dropped": 0.0, "mismatch": 0.00012, "staleness": 0.8,
     "staleness_max": 2, "varied": 0.5, "generate_seconds": 1.0, "wait_rollouts_seconds": 0.5, "wait_trainer_seconds": 0.0,
     "decode_tokens_per_second": 412.4,

@@ -76,6 +76,11 @@ def held(run: Run) -> Held | None:
     return METHODS.get(run.rl or "")
 
 
+def compares_with_base(run: Run) -> bool:
+    """Whether the base must be there as it was: without an adapter, that is a second copy of it."""
+    return run.rl in REFERENCED or (run.by_rewards and run.trl is not None and run.trl.beta > 0)
+
+
 def conflicts_of_preference(run: Run) -> Iterator[tuple[Place, str]]:
     """Where the keys of this page contradict each other or the rest."""
     method = run.rl if run.rl in METHODS else None

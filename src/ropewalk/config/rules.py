@@ -10,6 +10,7 @@ from ropewalk.chat.families import SOURCES
 from ropewalk.config.memory import conflicts_of_memory
 from ropewalk.config.parallel import conflicts_of_parallel
 from ropewalk.config.preference import conflicts_of_preference
+from ropewalk.config.reinforcement import conflicts_of_reinforcement
 from ropewalk.config.rounding import conflicts_of_rounding
 from ropewalk.config.scoring import conflicts_of_scoring
 from ropewalk.config.sight import conflicts_of_sight
@@ -29,7 +30,7 @@ def conflicts(run: Run) -> Iterator[tuple[Place, str]]:
     yield from _adapter(run)
     yield from _data(run)
     yield from _training(run)
-    yield from _reinforcement(run)
+    yield from conflicts_of_reinforcement(run)
     yield from conflicts_of_preference(run)
     yield from conflicts_of_scoring(run)
     yield from conflicts_of_vllm(run)
@@ -167,47 +168,6 @@ def _streaming(run: Run) -> Iterator[tuple[Place, str]]:
         )
     if run.peft_use_dora and (run.stream_weights == "layers" or run.layer_offloading):
         yield (name,), f"DoRA reads whole layers before they are streamed; write stream_weights: experts, or remove {name}"
-
-
-def _reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
-    if not run.by_rewards:
-        return
-    trl = run.trl
-    if trl is None or not (trl.reward_funcs or trl.environment):
-        yield (
-            ("rl",),
-            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}], or trl.environment",
-        )
-        return
-    if trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs or ()):
-        yield (
-            ("trl", "reward_weights"),
-            f"trl.reward_weights has {len(trl.reward_weights)} weights for {len(trl.reward_funcs or ())} rewards; give one for each",
-        )
-    if run.rl == "gdpo" and trl.multi_objective_aggregation == "sum_then_normalize":
-        yield (
-            ("trl", "multi_objective_aggregation"),
-            "rl: gdpo standardises each reward by itself; remove trl.multi_objective_aggregation, or write rl: grpo",
-        )
-    if trl.generation_batch_size and trl.generation_batch_size % trl.num_generations:
-        yield (
-            ("trl", "generation_batch_size"),
-            f"trl.generation_batch_size {trl.generation_batch_size} is no multiple of trl.num_generations {trl.num_generations}",
-        )
-    if trl.correction == "bypass" and trl.correction_weight == "tis":
-        yield (
-            ("trl", "correction_weight"),
-            "trl.correction_weight tis with correction bypass would count the sampler's difference twice; "
-            "write trl.correction: decoupled, or leave tis out",
-        )
-    if run.alora_invocation_tokens:
-        yield (
-            ("alora_invocation_tokens",),
-            f"rl: {run.rl} writes with the adapter from the first token on, so that it cannot be an activated one; "
-            "remove alora_invocation_tokens",
-        )
-    if run.pretraining_dataset:
-        yield ("pretraining_dataset",), f"rl: {run.rl} needs prompts; name them under datasets, not pretraining_dataset"
 
 
 def _output(run: Run) -> Iterator[tuple[Place, str]]:

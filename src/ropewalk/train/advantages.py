@@ -42,26 +42,49 @@ def group_centred_batch_whitened(rewards: Tensor, group: Tensor) -> Tensor:
     return _whitened(group_centred(rewards, group))
 
 
+def group_centred_batch_scaled(rewards: Tensor, group: Tensor) -> Tensor:
+    """[S]: R - mean_g, over the standard deviation of the whole batch (`scale_rewards: batch`, arXiv 2508.08221)."""
+    centred = group_centred(rewards, group)
+    return centred / (rewards.std() + EPSILON) if len(rewards) > 1 else centred
+
+
 ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "group_std": group_standardised,
     "group_mean": group_centred,
     "leave_one_out": leave_one_out,
     "batch": batch_whitened,
     "group_mean_batch": group_centred_batch_whitened,
+    "group_mean_batch_std": group_centred_batch_scaled,
 }
 
 
+PER_REWARD = "per_reward"  # what takes the rewards before they are added up
+
+
 def per_reward(rewards: Tensor, weights: Tensor, group: Tensor) -> Tensor:
-    """rewards [S, R], weights [R] -> [S]: each reward standardised in its group, their weighted sum whitened over the batch (GDPO, arXiv 2601.05242)."""
-    columns = [group_standardised(column, group) for column in rewards.unbind(1)]
-    return _whitened(torch.stack(columns, dim=1) @ weights)
+    """rewards [S, R], NaN where one does not apply, weights [R] -> [S]: each reward standardised in its group, their weighted sum
+    whitened over the batch (GDPO, arXiv 2601.05242), so that one of small spread is not drowned by one of large; 0 where none applies.
+    """
+    applies = ~rewards.isnan()
+    total = rewards.new_zeros(len(rewards))
+    for column, there, weight in zip(rewards.unbind(1), applies.unbind(1), weights):
+        total[there] += weight * group_standardised(column[there], group[there])
+    known = applies.any(1)
+    total[known] = _whitened(total[known])
+    return total
 
 
 def varied(rewards: Tensor, group: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """[S] bool: samples of groups whose rewards are not all equal; the others teach nothing (DAPO's dynamic sampling, arXiv 2503.14476)."""
-    centred, place, count = _centred(rewards, group)
-    furthest = centred.new_zeros(len(count)).scatter_reduce(0, place, centred.abs(), "amax")
-    return (furthest > tolerance)[place]
+    """[S] bool: samples of groups whose rewards are not all equal; the others teach nothing (DAPO's dynamic sampling, arXiv 2503.14476).
+
+    It is asked of the rewards, since what is left of equal ones less their mean is rounding, and need not be 0.
+    """
+    _, place = torch.unique(group, return_inverse=True)
+    groups = int(place.max()) + 1 if len(place) else 0
+    most, least = (
+        rewards.new_zeros(groups).scatter_reduce(0, place, rewards, how, include_self=False) for how in ("amax", "amin")
+    )
+    return (most - least > tolerance)[place]
 
 
 def overlong_penalty(lengths: Tensor, longest: int, soft: int) -> Tensor:

@@ -1,13 +1,14 @@
 """A generator that writes on by itself, in a thread and on a GPU stream of its own, while the trainer computes.
 
 Between two of its steps it takes new requests and a new adapter, so that both find it in a whole state. Nothing waits without a bound:
-what goes wrong in the thread is raised by whoever asks next.
+what goes wrong in the thread is raised by whoever asks next, and so is a step that does not come to its end. No lock is held during a
+step, so that whoever waits for one can give up.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,8 +29,9 @@ class Background:
         self._stream = torch.cuda.Stream(device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
         self._finished: list[Finished] = []
         self._error: BaseException | None = None
-        self._stopping = False
-        self._turn = threading.Condition()  # whoever holds it has the generator between two steps
+        self._stopping = self._hangs = False
+        self._turn = threading.Condition()  # held for moments; guards what follows, and between two steps the generator
+        self._stepping = False  # whether the thread has the generator
         self._asking = 0  # so that the thread lets others in
         self._steps = 0
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
@@ -46,7 +48,8 @@ class Background:
     @property
     def busy(self) -> bool:
         """Whether anything is being written, or has been and was not taken yet."""
-        return self.generator.busy or bool(self._finished)
+        with self._turn:
+            return self._writes or bool(self._finished)
 
     def submit(self, key: str, ids: Sequence[int], **how: Any) -> None:
         """As the generator's."""
@@ -72,35 +75,46 @@ class Background:
 
     def step(self, wait: bool = True) -> list[Finished]:
         """What has come to its end since; with `wait`, at least one step is waited for where there is nothing."""
-        with self._between():
-            seen = self._steps
-            while wait and not self._finished and self.generator.busy and self._steps == seen:
-                self._asking -= 1
-                there = self._turn.wait(PATIENCE)
-                self._asking += 1
-                self._check()
-                if not there:
-                    raise TrainingStopped(f"the generator has not taken a step within {PATIENCE:g} seconds")
+        with self._turn:
+            self._check()
+            if wait:
+                seen = self._steps
+                self._wait_for(lambda: bool(self._finished) or self._steps != seen or not self._writes)
             finished, self._finished = self._finished, []
             return finished
 
     def close(self) -> None:
-        """Ends the thread after the step under way."""
+        """Ends the thread after the step under way; one that has been seen to hang is left to the end of the process."""
         with self._turn:
             self._stopping = True
             self._turn.notify_all()
-        self._thread.join(PATIENCE)
+        self._thread.join(0 if self._hangs else PATIENCE)
+
+    @property
+    def _writes(self) -> bool:
+        return self._stepping or self.generator.busy
 
     @contextmanager
     def _between(self) -> Iterator[None]:
-        self._asking += 1
         with self._turn:
+            self._asking += 1
             try:
-                self._check()
+                self._wait_for(lambda: not self._stepping)
                 yield
             finally:
                 self._asking -= 1
                 self._turn.notify_all()
+
+    def _wait_for(self, true: Callable[[], bool]) -> None:
+        """Lets go of the lock until this is so; the thread notifies after every step."""
+        there = self._turn.wait_for(lambda: self._error is not None or true(), 0 if self._hangs else PATIENCE)
+        self._check()
+        if not there:
+            self._hangs = True
+            raise TrainingStopped(
+                f"the generator has not come to the end of a step within {PATIENCE:g} seconds; start the run again, which goes on from "
+                "its last checkpoint, and report it if it hangs there too"
+            )
 
     def _check(self) -> None:
         if self._error is not None:
@@ -108,17 +122,26 @@ class Background:
 
     def _run(self) -> None:
         stream: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with stream, self._turn:
-            while not self._stopping:
-                if self._asking or not self.generator.busy:
-                    self._turn.wait(1.0)
-                    continue
+        with stream:
+            while self._takes_its_turn():
+                finished: list[Finished] = []
+                error: BaseException | None = None
                 try:
-                    self._finished += self.generator.step()
-                except BaseException as error:
-                    self._error = error
+                    finished = self.generator.step()
+                except BaseException as raised:
+                    error = raised
+                with self._turn:
+                    self._finished += finished
+                    self._stepping, self._error = False, error
+                    self._steps += 1
                     self._turn.notify_all()
-                    return
-                self._steps += 1
-                self._turn.notify_all()
-                self._turn.wait(0)  # lets go for a moment
+                    if error is not None:
+                        return
+
+    def _takes_its_turn(self) -> bool:
+        """Whether the thread has the generator now, once there is something to write and nobody asks; not at the end."""
+        with self._turn:
+            while not self._stopping and (self._asking or not self.generator.busy):
+                self._turn.wait(1.0)
+            self._stepping = not self._stopping
+            return self._stepping

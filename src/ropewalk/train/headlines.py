@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -32,6 +32,20 @@ def evaluation_line(values: Values) -> str:
     else:
         parts += [f"evaluation loss {values['loss']:.4f} over {values['trained']} tokens", *_compared(values)]
     return "  ".join([*parts, *(["(best so far)"] if values.get("best") else [])])
+
+
+def failure_lines(values: Values, new: Collection[str]) -> list[str]:
+    """What failed in a step or an evaluation, with the tracebacks of those that had never failed before."""
+    where = f"step {values['step']}" + (", evaluation" if values.get("evaluation") else "")
+    lines = list[str]()
+    for name, count in values["failed"].items():
+        lines.append(f"{where}  {name} failed on {count} of {values['samples']} completions")
+        if name in new:
+            lines += [f"  {line}" for line in values["errors"][name].splitlines()]
+    lines += [f"{where}  {what} and was replaced" for what in values["replaced"]]
+    if more := values["workers_replaced"] - len(values["replaced"]):
+        lines.append(f"{where}  {more} more workers were replaced")
+    return lines
 
 
 def end_line(steps: Sequence[Values]) -> str:
@@ -110,7 +124,8 @@ def _reward(values: Values) -> str:
 
 
 def _completions(values: Values) -> list[str]:
-    return [f"length {number(values.get('length'), 1)}, {percent(values.get('ended'))} ended"]
+    said = [f"length {number(values.get('length'), 1)}, {percent(values.get('ended'))} ended"]
+    return [*said, f"{percent(values['failed'])} failed"] if values.get("failed") else said
 
 
 def _policy(values: Values) -> list[str]:

@@ -66,7 +66,7 @@ class Lessons(Protocol):
         ...
 
     def told(self) -> list[tuple[str, dict[str, Any]]]:
-        """Events to write down beside the step's own: their names and values."""
+        """Events to write down beside a step's or an evaluation's own: their names and values, each once."""
         ...
 
     def examine(self) -> Examined:

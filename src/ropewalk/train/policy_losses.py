@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from ropewalk.train.corrections import Correction, corrected
-from ropewalk.train.samples import mean_by_sample, sum_by_sample
+from ropewalk.train.samples import mean_by_sample
 
 RatioLevel = Literal["token", "sequence"]
 Clip = Literal["ppo", "cispo", "dppo", "none"]
 Aggregate = Literal["seq_mean", "token_mean", "constant"]
+KlEstimator = Literal["k2", "k3"]
 
 
 @dataclass(frozen=True)
 class Method:
     """The four switches and their numbers; `beta` weighs the KL to the reference."""
 
-    advantage: str = "group_std"  # of train/advantages.py
+    advantage: str = "group_std"  # of train/advantages.py, or "per_reward"
     ratio_level: RatioLevel = "token"
     clip: Clip = "ppo"
     aggregate: Aggregate = "token_mean"
@@ -36,7 +37,7 @@ class Method:
     anchor: float = 0.0  # dppo: weight of (log ratio)^2
     dual_clip: float | None = None
     beta: float = 0.0
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl: KlEstimator = "k3"
     correction: Correction = field(default_factory=Correction)
 
 
@@ -93,18 +94,6 @@ class PolicyLoss:
     dropped: Tensor  # share of tokens that the correction left out
 
 
-def count(given: PolicyInput, longest: int = 1) -> Totals:
-    """A micro-batch's part of the totals; samples of which nothing is trained do not count."""
-    tokens = sum_by_sample(given.mask.to(given.advantage.dtype), given.mask, given.sample, len(given.advantage))
-    return Totals(int((tokens > 0).sum()), int(given.mask.sum()), longest)
-
-
-def without_truncated(mask: Tensor, sample: Tensor, truncated: Tensor) -> Tensor:
-    """[T]: the mask without samples that were cut off, truncated [S] bool (DAPO's overlong filtering, arXiv 2503.14476)."""
-    inside = sample.clamp(0, len(truncated) - 1)
-    return mask & ~truncated[inside]
-
-
 def policy_loss(given: PolicyInput, method: Method, totals: Totals) -> PolicyLoss:
     """The loss of a micro-batch, to be minimised: aggregate(weight * clip(ratio, A) + beta KL); see `METHODS` for the papers.
 
@@ -145,14 +134,12 @@ def policy_loss(given: PolicyInput, method: Method, totals: Totals) -> PolicyLos
     )
 
 
-def kl_estimate(logp: Tensor, reference: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
-    """[T]: k1 = log pi/ref, k2 = k1^2 / 2, k3 = exp(-k1) + k1 - 1 (Schulman 2020, "Approximating KL divergence").
+def kl_estimate(logp: Tensor, reference: Tensor, kind: KlEstimator) -> Tensor:
+    """[T]: with k1 = log pi/ref, k2 = k1^2 / 2, k3 = exp(-k1) + k1 - 1 (Schulman 2020, "Approximating KL divergence").
 
-    k1 has no useful gradient as a loss, since its expectation is zero: it is for `advantages.less_kl`.
+    k1 itself has no useful gradient as a loss, since its expectation is zero: it is what `advantages.less_kl` takes off a reward.
     """
     difference = logp - reference
-    if kind == "k1":
-        return difference
     return difference.square() / 2 if kind == "k2" else torch.exp(-difference) + difference - 1
 
 

@@ -23,6 +23,7 @@ from ropewalk.errors import ModelError, TrainingStopped
 from ropewalk.kernels.cross_entropy import IGNORED
 from ropewalk.models.routing import Routing
 from ropewalk.models.sharded import is_sharded
+from ropewalk.train.advantages import PER_REWARD
 from ropewalk.train.corrections import Correction
 from ropewalk.train.distributed import World
 from ropewalk.train.environment import Episode, Generated, single
@@ -35,6 +36,7 @@ from ropewalk.train.standing import Standing
 
 AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}  # mean |log mu - log pi| of the same weights; other types: COARSELY
 COARSELY = 0.1
+SCALED = {"group": "group_std", "batch": "group_mean_batch_std", "none": "group_mean"}  # trl.scale_rewards -> Method.advantage
 MEANS = ("ratio", "clipped", "kl", "approximate_kl", "weight", "dropped")  # of policy_losses.PolicyLoss
 
 
@@ -58,7 +60,8 @@ class PolicyStep:
         assert run.trl is not None
         self.pupil, self.run, self.trl, self.template, self.device, self.world = pupil, run, run.trl, template, device, world
         self.method = method_of(run)
-        # REINFORCE++ takes the divergence from the base off the reward; the others add it to the loss.
+        # REINFORCE++ takes the divergence from the base off the reward; the others add it to the loss, and so does all that has no
+        # sum of rewards to take it off.
         self.in_reward = bool(self.method.beta) and self.method.advantage == "batch"
         self.losing = replace(self.method, beta=0.0) if self.in_reward else self.method
         self.routing = self._routing_of(pupil) if run.trl.replay_routing else None
@@ -85,7 +88,7 @@ class PolicyStep:
             if self.in_reward:
                 apart = self._divergence(batches, references, sum(map(len, episodes)))
                 found = found.less(apart, self.method.beta, self.world)
-        advantage = found.advantages(self.method, self.run)
+        advantage = found.advantages(self.method)
         mine = advantage[found.mine]
         if not held:
             batches, references = self._laid(episodes, mine.tolist()), []
@@ -217,15 +220,21 @@ def method_of(run: Run) -> Method:
     trl = run.trl
     assert trl is not None
     method = METHODS[trl.loss_type or DEFAULT]
+    how = PER_REWARD if run.normalises_rewards_apart else method.advantage
+    if trl.scale_rewards is not None and how in SCALED.values():
+        how = SCALED[trl.scale_rewards]
     low, high = trl.correction_bounds
     keep, opsm = trl.correction_keep, trl.off_policy_mask_threshold
+    level = trl.correction_level
     given: dict[str, Any] = {
+        "advantage": how,
         "epsilon": trl.epsilon,
         "epsilon_high": trl.epsilon_high if trl.epsilon_high is not None else trl.epsilon,
         "ratio_level": trl.importance_sampling_level,
         "dual_clip": trl.delta,
         "beta": trl.beta or None,
-        "correction": Correction(trl.correction, trl.correction_weight, low=low, high=high, keep=keep, opsm=opsm),
+        "kl": trl.kl_estimator,
+        "correction": Correction(trl.correction, trl.correction_weight, level, low, high, keep, opsm),
     }
     if trl.epsilon_high is not None and method.clip == "cispo":
         given["ratio_max"] = trl.epsilon_high

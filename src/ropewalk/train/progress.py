@@ -14,11 +14,12 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ropewalk.train.headlines import evaluation_line, panel_rows, step_line
+from ropewalk.train.headlines import evaluation_line, failure_lines, panel_rows, step_line
 from ropewalk.train.run_plots import plots_of
 from ropewalk.train.samples_page import samples_page
 
 Event = dict[str, Any]
+MOST_TOLD = 20  # times that failures are said on the screen; the log has them all
 
 
 class EventLog:
@@ -70,6 +71,8 @@ class Screen:
         self._started, self._first_step = time.monotonic(), 0
         self._last: Mapping[str, Any] = {}
         self._evaluated: Mapping[str, Any] = {}
+        self._failed: set[str] = set()  # rewards whose first failure has been shown
+        self._failures = 0
 
     def __enter__(self) -> Screen:
         if self._live:
@@ -105,6 +108,18 @@ class Screen:
         if self._live:
             self._live.update(self._panel())
         self.say(evaluation_line(values))
+
+    def failed(self, values: Mapping[str, Any]) -> None:
+        """What went wrong in rewards: a line, and of each reward its first traceback; after a while nothing but the log tells."""
+        self._failures += 1
+        new = set(values["failed"]) - self._failed
+        if self._failures > MOST_TOLD and not new:
+            return
+        self._failed |= new
+        for line in failure_lines(values, new):
+            self.say(line)
+        if self._failures == MOST_TOLD:
+            self.say("further failures are written down in events.jsonl alone, and counted in every step as failed")
 
     def _left(self) -> str:
         done = self._last["step"] - self._first_step

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ropewalk.chat.template import Template
-from ropewalk.config.preference import REFERENCED
+from ropewalk.config.preference import compares_with_base
 from ropewalk.config.run import Run
 from ropewalk.config.scoring import OUTPUTS, scored
 from ropewalk.errors import ConfigError, ModelError, OutputError
@@ -143,7 +143,7 @@ class Pupil:
                 f"{rounding.layers} linear layers round to {rounding.weights} while training, and the result is saved in plain numbers: "
                 "quantise it to the same format afterwards",
             )
-        if full and (config.rl in REFERENCED or (config.by_rewards and config.trl is not None and config.trl.beta)):
+        if full and compares_with_base(config):
             pupil.reference = load(prepared.base, trainable=False)
             pupil.notices += ("the base is held a second time, unchanged, to compare with; an adapter needs no second one",)
         return pupil
@@ -442,7 +442,7 @@ def _shard(model: PreTrainedModel, adapter: Adapter | None, config: Run, device:
         raise ConfigError(
             f"dp_shard_size: {config.dp_shard_size}, and {world.size} processes were started; write {world.size}, or start so many"
         )
-    if config.rl in REFERENCED and adapter is None:
+    if compares_with_base(config) and adapter is None:
         raise ConfigError(
             f"rl: {config.rl} without an adapter compares with a second copy of the base, which is not sharded; write adapter: lora, "
             "whose base is the model with the adapter switched off, or remove the keys of fsdp"

@@ -2,7 +2,7 @@
 
 questions.py  what is asked           rollouts.py   what is written and scored    standing.py  rewards, advantages
 generator.py  who writes it           episodes.py   over several turns             policy_step.py  the loss of a step
-background.py, vllm_generator.py  and where else                                   report.py    what is told of it
+background.py, vllm_generator.py  and where else                                   report.py, troubles.py  what is told of it
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ropewalk.train.rollouts import Rollouts
 from ropewalk.train.shared_writer import Opens, PublishingWriter, SharedWriter
 from ropewalk.train.standing import standings
 from ropewalk.train.survey import SLOTS
+from ropewalk.train.troubles import Troubles
 from ropewalk.train.vllm_generator import VllmGenerator
 
 BETWEEN = 4  # steps of the generator between two micro-batches
@@ -67,7 +68,9 @@ class Rewarded:
         self.host = Episodes(run, environment, prepared.template) if environment else None
         # What an environment gives counts as it is, before the rewards.
         own = [environment.name.replace(":", ".").rpartition(".")[2]] if environment else []
-        self.report = Report([*own, *(spec.name for spec in self.rewards.specs)], self.template, world)
+        names = [*own, *(spec.name for spec in self.rewards.specs)]
+        self.report = Report(names, self.template, world)
+        self.troubles = Troubles(names, [self.rewards.pool, *([self.host.pool] if self.host else ())], world)
         self.weights = np.concatenate([np.ones(len(own)), self.rewards.weights])
         self._open = ExitStack()
         self._orders: dict[int, list[int]] = {}
@@ -98,10 +101,10 @@ class Rewarded:
 
     def begin(self, number: int) -> int:
         batch, iteration = divmod(number, self.trl.num_iterations)
-        self._told = []
         if batch != self._learning:  # after a restart between two iterations, what was written is written again
-            self._learn_from(batch)
+            self._learn_from(batch, number)
         elif iteration:
+            self._write_ahead(batch + 1, number)
             self._measures |= dict.fromkeys(_OF_WRITING, 0.0)
         return self.policy.tokens
 
@@ -120,13 +123,15 @@ class Rewarded:
         return self._measures | self.policy.measured()
 
     def told(self) -> list[tuple[str, dict[str, Any]]]:
-        return self._told
+        told, self._told = self._told, []
+        return told
 
     def examine(self) -> Examined:
         asked = self.questions.evaluation
         mine = range(self.world.rank, len(asked), self.world.size)
         groups = self.rollouts.examine([asked[n] for n in mine], list(mine))
         found = standings(groups, self.run, self.weights, self.world)
+        self._told += self.troubles.of(groups, evaluation=True)
         return Examined(-found.mean, self.report.rewards(groups, found))
 
     def epoch_after(self, steps: int) -> float:
@@ -156,7 +161,7 @@ class Rewarded:
             return elsewhere
         generator = Generator(pupil, running=slots, longest=longest, routing=self.trl.replay_routing)
         generator.version = step
-        if not writes_alone(self.device, self.ahead):
+        if not writes_alone(self.device, self.ahead, adapter=pupil.adapter is not None):
             return generator
         background = Background(generator, self.device)
         self._open.callback(background.close)
@@ -195,12 +200,16 @@ class Rewarded:
             self._orders[epoch] = order
         return self.questions.train[self._orders[epoch][place]]
 
-    def _learn_from(self, batch: int) -> None:
+    def _write_ahead(self, batch: int, number: int) -> None:
+        """Begins this batch and those after it of which the first step, with the present adapter, is at most `ahead` steps away."""
+        each = self.trl.num_iterations
+        for later in range(batch, min((number + self.ahead) // each + 1, math.ceil(self.total / each))):
+            self.rollouts.begin(self._mine(later))
+
+    def _learn_from(self, batch: int, number: int) -> None:
         """Has this batch written, and what may be begun of those after it."""
         waits, spent = replace(self.rollouts.waits), replace(self.writer.spent)
-        last = math.ceil(self.total / self.trl.num_iterations)
-        for later in range(batch, min(batch + self.ahead + 1, last)):
-            self.rollouts.begin(self._mine(later))
+        self._write_ahead(batch, number)
         groups = self.rollouts.take(self._mine(batch))
         found = standings(groups, self.run, self.weights, self.world)
         advantage = self.policy.learn_from(groups, found)
@@ -212,12 +221,16 @@ class Rewarded:
             "wait_rollouts_seconds": self.rollouts.waits.trainer - waits.trainer,
             "wait_trainer_seconds": self.rollouts.waits.generator - waits.generator,
         }
-        self._told = [("samples", {"samples": self.report.samples(groups, found, advantage)})]
+        self._told += [("samples", {"samples": self.report.samples(groups, found, advantage)}), *self.troubles.of(groups)]
 
 
 _OF_WRITING = ("generate_seconds", "decode_tokens_per_second", "wait_rollouts_seconds", "wait_trainer_seconds")
 
 
-def writes_alone(device: torch.device, ahead: int) -> bool:
-    """Whether the generator has a thread of its own: on a CPU both would share the cores that one can fill."""
-    return device.type == "cuda" and ahead > 0
+def writes_alone(device: torch.device, ahead: int, *, adapter: bool) -> bool:
+    """Whether the generator has a thread of its own.
+
+    On a CPU both would share the cores that one can fill. Without an adapter the generator reads the very weights that the optimizer
+    writes: it then has its turns between two micro-batches, on the trainer's own stream.
+    """
+    return device.type == "cuda" and ahead > 0 and adapter

@@ -4,13 +4,12 @@ reward_functions.py  what a function is, and its form    reward_builtins.py  tho
 reward_worker.py     what runs in a process               reward_pool.py       that process, with a limit of time
 reward_check.py      `ropewalk rewards check`            environment.py      replies over several turns
 
-`combine` and `advantages` are the arithmetic, on [B, K] arrays of B samples and K rewards, where NaN says "does not apply".
+`combine` adds them up, on [B, K] arrays of B samples and K rewards, where NaN says "does not apply"; advantages.py goes on from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,6 @@ from ropewalk.train.reward_functions import Sample, Score
 from ropewalk.train.reward_pool import RewardPool, Scores
 
 Array = NDArray[np.float64]
-Scale = Literal["group", "batch", "none"]
-EPSILON = 1e-4  # beside a standard deviation
 MOST_FAILURES = 64  # of one reward in a row, until it is taken for broken
 
 
@@ -95,48 +92,4 @@ def combine(values: Array, weights: Array) -> Array:
     return np.where(applies.any(axis=1), total, np.nan)
 
 
-def standardise(values: Array, group: int, scale: Scale = "group") -> Array:
-    """[B] or [B, K], less the mean of each group of `group` consecutive samples, over a standard deviation; NaN stays apart from both."""
-    grouped = values.reshape(-1, group, *values.shape[1:])
-    centred: Array = (grouped - _mean(grouped)).reshape(values.shape)
-    if scale == "none":
-        return centred
-    if scale == "batch":
-        centred /= (_std(values[None]) + EPSILON)[0]
-        return centred
-    scaled: Array = (grouped - _mean(grouped)) / (_std(grouped) + EPSILON)
-    return scaled.reshape(values.shape)
-
-
-def advantages(values: Array, weights: Array, group: int, *, scale: Scale = "group", separately: bool = False) -> Array:
-    """[B, K] -> [B]: how much better each sample is than those of its group; 0 where no reward applies.
-
-    Together, the rewards are added up and the sum is standardised. Separately (GDPO), each reward is standardised in its group before
-    they are added up, so that a reward of small spread is not drowned by one of large; the sum is then standardised over the batch.
-    """
-    if len(values) % group:
-        raise ValueError(f"{len(values)} samples are no whole number of groups of {group}")
-    if separately:
-        total = combine(standardise(values, group), weights)
-        found = standardise(total, len(total), "batch") if len(total) else total
-    else:
-        found = standardise(combine(values, weights), group, scale)
-    return np.where(np.isnan(found), 0.0, found)
-
-
-def _mean(values: Array) -> Array:
-    """Over axis 1, kept; of what is not NaN."""
-    applies = ~np.isnan(values)
-    found: Array = np.where(applies, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(applies.sum(axis=1, keepdims=True), 1)
-    return found
-
-
-def _std(values: Array) -> Array:
-    """Over axis 1, kept; with n - 1, and 0 for a single value."""
-    applies = ~np.isnan(values)
-    squares = np.where(applies, (values - _mean(values)) ** 2, 0.0).sum(axis=1, keepdims=True)
-    found: Array = np.sqrt(squares / np.maximum(applies.sum(axis=1, keepdims=True) - 1, 1))
-    return found
-
-
-__all__ = ["RewardSpec", "Rewards", "Sample", "Score", "Scores", "advantages", "as_array", "combine", "specs_of", "standardise"]
+__all__ = ["RewardSpec", "Rewards", "Sample", "Score", "Scores", "as_array", "combine", "specs_of"]

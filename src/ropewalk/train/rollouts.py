@@ -67,6 +67,7 @@ class Group:
     question: Question
     episodes: list[Episode]
     scores: Array  # [S, R]; NaN: does not apply
+    errors: list[list[str]]  # [S][R]: why a reward, or what the environment gave, could not be had; "" where it could
 
 
 @dataclass
@@ -243,12 +244,14 @@ class Rollouts:
 
     def _group(self, coming: _Coming) -> Group:
         assert coming.scores is not None
-        scores = as_array(self.rewards.seen(self.rewards.pool.wait_for(coming.scores)))
+        said = self.rewards.seen(self.rewards.pool.wait_for(coming.scores))
+        scores, errors = as_array(said), [[one.error for one in row] for row in said]
         episodes = [episode for episode in coming.episodes if episode is not None]
         if self.host is not None:  # what the environment gave is the first of the rewards
             own = np.array([[episode.reward] for episode in episodes], dtype=np.float64)
             scores = np.concatenate([own, scores], axis=1)
-        return Group(coming.number, coming.question, episodes, scores)
+            errors = [[episode.error, *row] for episode, row in zip(episodes, errors)]
+        return Group(coming.number, coming.question, episodes, scores, errors)
 
     def _was_idle(self) -> None:
         if self._idle_since is not None:

@@ -45,12 +45,14 @@ def _rewarded(steps: Events, evals: Events) -> dict[str, str]:
     waits = _curves(
         steps, {"wait_rollouts_seconds": "trainer, for completions", "wait_trainer_seconds": "generator, queue full"}
     )
+    failed = _with_evaluation(steps, evals, "failed")
     parts = {
         "reward.svg": [
             ("Reward", "mean", _with_evaluation(steps, evals, "reward")),
             ("Rewards by name", "mean", _curves(steps, by_name)),
             ("Rewards by name, evaluation", "mean", _curves(evals, by_name)),
             ("Groups that teach", "share", _curves(steps, {"varied": "varied"})),
+            ("Completions whose rewards failed", "share", failed if any(e.get("failed") for e in (*steps, *evals)) else []),
         ],
         "length.svg": [
             ("Length of completions", "tokens", [*_with_evaluation(steps, evals, "length"), *_curves(steps, {"length_max": "longest"})]),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ropewalk.config.run import Run
-from ropewalk.train.advantages import ADVANTAGES, less_kl, overlong_penalty
+from ropewalk.train.advantages import ADVANTAGES, PER_REWARD, less_kl, overlong_penalty, per_reward, varied
 from ropewalk.train.distributed import World
 from ropewalk.train.policy_losses import Method
-from ropewalk.train.rewards import Array, advantages, combine, standardise
+from ropewalk.train.rewards import Array, combine
 from ropewalk.train.rollouts import Group
 
 
@@ -26,7 +26,8 @@ class Standing:
 
     values: Array  # [S, R]; NaN: does not apply
     weights: Array  # [R]
-    total: Array  # [S], NaN where no reward applies
+    overlong: Array  # [S]: what their length costs; 0 or less
+    total: Array  # [S], with it; NaN where no reward applies
     group: Array  # [S]: the number of each sample's prompt
     mine: slice  # those of this process
 
@@ -50,23 +51,40 @@ class Standing:
         whole = torch.tensor(world.gather(kl.tolist()), dtype=torch.float64)
         return replace(self, total=less_kl(torch.from_numpy(self.total), whole, beta).numpy())
 
-    def advantages(self, method: Method, run: Run) -> Tensor:
-        """[S] float64: how much better each sample is; 0 where no reward applies."""
-        assert run.trl is not None
-        scale, samples = run.trl.scale_rewards, run.trl.num_generations
-        if run.normalises_rewards_apart:
-            return torch.from_numpy(advantages(self.values, self.weights, samples, separately=True))
-        applies = ~np.isnan(self.total)
-        found = torch.zeros(len(self.total), dtype=torch.float64)
-        if scale == "batch" and method.advantage in ("group_std", "group_mean"):
-            whole = standardise(self.total, samples, "batch")
-            return torch.from_numpy(np.where(applies, whole, 0.0))
-        how = method.advantage
-        if scale is not None and how in ("group_std", "group_mean"):
-            how = "group_std" if scale == "group" else "group_mean"
-        total, group = torch.from_numpy(self.total[applies]), torch.from_numpy(self.group[applies])
-        found[torch.from_numpy(applies)] = ADVANTAGES[how](total, group)
+    def advantages(self, method: Method) -> Tensor:
+        """[S] float64: how much better each sample is; 0 where nothing teaches."""
+        group = torch.from_numpy(self.group)
+        if method.advantage == PER_REWARD:
+            found = per_reward(*self._apart(), group)
+        else:
+            total = torch.from_numpy(self.total)
+            applies, found = ~total.isnan(), torch.zeros_like(total)
+            found[applies] = ADVANTAGES[method.advantage](total[applies], group[applies])
+        return torch.where(self.teaching(method), found, 0.0)
+
+    def teaching(self, method: Method) -> Tensor:
+        """[S] bool: samples of prompts whose completions were rewarded differently, in their sum, or (GDPO) by any reward.
+
+        Where the whole batch is compared, without regard to prompts, it is the whole batch that must differ.
+        """
+        group = torch.from_numpy(self.group)
+        if method.advantage == PER_REWARD:
+            columns, weights = self._apart()
+            counted = columns[:, weights != 0]
+        else:
+            counted = torch.from_numpy(self.total)[:, None]
+        if method.advantage == "batch":
+            group = torch.zeros_like(group)
+        found = torch.zeros(len(group), dtype=torch.bool)
+        for column in counted.unbind(1):
+            there = ~column.isnan()
+            found[there] |= varied(column[there], group[there])
         return found
+
+    def _apart(self) -> tuple[Tensor, Tensor]:
+        """What is standardised by itself [S, R + 1], with its weights [R + 1]: the rewards, and what long completions cost as one more."""
+        cost = np.where(np.isnan(self.total), np.nan, self.overlong)
+        return torch.from_numpy(np.column_stack([self.values, cost])), torch.from_numpy(np.append(self.weights, 1.0))
 
 
 def standings(groups: Sequence[Group], run: Run, weights: Array, world: World) -> Standing:
@@ -79,9 +97,9 @@ def standings(groups: Sequence[Group], run: Run, weights: Array, world: World) -
     counts = world.gather([len(rows)])
     every = np.array(world.gather(rows), dtype=np.float64).reshape(sum(counts), -1)
     first = sum(counts[: world.rank])
-    values = every[:, 2:]
-    total = combine(values, weights)
+    values, overlong = every[:, 2:], np.zeros(len(every))
     if run.trl.overlong_tokens:
         longest, soft = run.trl.max_completion_length, run.trl.overlong_tokens
-        total = total + overlong_penalty(torch.from_numpy(every[:, 1]), longest, soft).numpy()
-    return Standing(values, weights, total, every[:, 0], slice(first, first + len(rows)))
+        overlong = overlong_penalty(torch.from_numpy(every[:, 1]), longest, soft).numpy()
+    total = combine(values, weights) + overlong
+    return Standing(values, weights, overlong, total, every[:, 0], slice(first, first + len(rows)))

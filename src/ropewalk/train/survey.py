@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from ropewalk.config.preference import REFERENCED
+from ropewalk.config.preference import compares_with_base
 from ropewalk.config.run import Run
 from ropewalk.config.vllm import by_server
 from ropewalk.errors import ModelError
@@ -136,7 +136,7 @@ def _memory(
         slots=_slots(run),
         packed=run.packing and room.on_gpu,  # on a CPU packed samples are kept apart without a mask
     )
-    if run.adapter is None and run.rl in REFERENCED:
+    if run.adapter is None and compares_with_base(run):
         found.weights *= 2  # the base, to compare with
     found.weights += beside * model.dtype.itemsize
     if (processes := sharing(run)) > 1:

@@ -209,6 +209,7 @@ class Fit:
         values = {"step": self.position.step, "loss": found.loss, "best": best, **found.told}
         told = {"eval/loss": found.loss} | {f"eval/{name}": float(value) for name, value in found.told.items()}
         self._tell("eval", values, told)
+        self._tell_more()
         self.screen.evaluated(values)
 
     def _save(self) -> None:
@@ -310,9 +311,15 @@ class Fit:
             f"train/{k}": float(values[k]) for k in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", *measured)
         }
         self._tell("step", values, numbers)
-        for event, more in self.lessons.told():
-            self._tell(event, {"step": self.position.step, **more}, {})
+        self._tell_more()
         self.screen.step(values)
+
+    def _tell_more(self) -> None:
+        for event, more in self.lessons.told():
+            values = {"step": self.position.step, **more}
+            self._tell(event, values, {})
+            if event == "failures":
+                self.screen.failed(values)
 
     def _tell(self, event: str, values: dict[str, Any], numbers: dict[str, float]) -> None:
         if self.log:
