@@ -152,6 +152,15 @@ def test_gradients_of_factors_are_sums_over_each_experts_rows(route, rank):
     close(found, expert_gram_plain(narrow, tokens, way.ends, 0.3, token=way.token))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
+def test_a_linear_layers_matrix_is_read_as_the_twin_reads_it(kind, monkeypatch):
+    kept = {"int8": Int8.of, "int4": Int4.of, "nf4": Nf4.of}[kind](torch.randn(40, 520))
+    truth = kept.dequantize(torch.float32)
+    monkeypatch.setattr("ropewalk.kernels.quant.usable", lambda device: True)
+    monkeypatch.setattr(type(kept), "write", None)
+    close(kept.dequantize(torch.float32), truth, 1e-7)
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 32), (3, 10, 21), (3, 40, 520)])
 @pytest.mark.parametrize("kind", ["nf4", "nf4, plain maxima", "int4", "int8"])
 def test_stored_experts_are_read_as_the_twin_reads_them(shape, kind):

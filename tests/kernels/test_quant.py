@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ropewalk.kernels.quant import FORMATS, LEVELS, Int4, Int8, Nf4, QuantLinear
 
@@ -97,6 +98,24 @@ def test_chunks_of_experts_make_no_difference(made, monkeypatch):
         monkeypatch.setattr("ropewalk.kernels.quant.READ_AT_ONCE", most)
         assert torch.equal(made.of(w).dequantize(torch.bfloat16), whole)
     assert torch.equal(made.of(w).dequantize(torch.bfloat16), whole)
+
+
+@pytest.mark.parametrize("made", FORMATS.values())
+@pytest.mark.parametrize("shape", [(300, 700), (5, 300, 70)])
+def test_pieces_of_a_matrix_make_no_difference_and_little_is_held_beside_it(made, shape, monkeypatch):
+    kept = made.of(weight(*shape))
+    whole = kept.dequantize(torch.bfloat16)
+    monkeypatch.setattr("ropewalk.kernels.quant.AT_ONCE", 2**14)
+    kept.dequantize(torch.bfloat16)  # its tables are there from here on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert torch.equal(kept.dequantize(torch.bfloat16), whole)
+    now = most = 0
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    # besides the bfloat16: of a piece the codes as indices, the values in float32 once or twice, and a few maxima
+    assert whole.nbytes <= most <= whole.nbytes + 12 * 2**14 + whole.numel()  # and a byte each of what equal() compares
 
 
 def test_bytes_kept_are_what_is_promised():

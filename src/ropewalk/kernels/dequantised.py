@@ -1,6 +1,6 @@
 """Weights of 4 or 8 bits as the compute sees them, some experts at a time into memory used again, in one pass (Triton).
 
-Their layouts are those of quant.py; the plain twin is expert_scratch.dequantised_plain, which makes several float32 copies on its way.
+Their layouts are those of quant.py; the plain twin is expert_scratch.dequantised_plain, which passes through float32 piece by piece.
 Legend: E experts, n values of one expert.
 """
 
@@ -19,14 +19,15 @@ VALUES = 1024  # of one program
 
 
 def dequantised(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
-    """Experts first to first + count of the stack [E, N, K], written over the beginning of out [some, N, K]."""
-    values = stack.shape[1:].numel()
+    """Experts first to first + count of the stack [E, N, K], written over the beginning of out [some, N, K]; a matrix is one expert."""
+    rows, width = stack.shape[-2:]
+    values = rows * width
     assert out.is_contiguous()
-    assert out.shape[1:] == stack.shape[1:]
+    assert out.shape[1:].numel() == values
     blocks = triton.cdiv(values, VALUES)
     codes = stack.codes
     if isinstance(stack, Int8):
-        _int8[(blocks, count)](codes, stack.scales, out, first, values, stack.shape[-1], stack.shape[1], VALUES=VALUES)
+        _int8[(blocks, count)](codes, stack.scales, out, first, values, width, rows, VALUES=VALUES)
     elif isinstance(stack, FourBits):
         double = stack.scales.dtype == torch.uint8
         offsets = stack.offsets if double else stack.scales

@@ -30,7 +30,7 @@ def experts_at_once(stack: Quantised, dtype: torch.dtype) -> int:
 
 def dequantised_plain(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
     """The plain twin of `dequantised.dequantised`: experts first to first + count, as the stack itself makes them."""
-    out[:count] = stack._values(slice(first, first + count)).view(count, *stack.shape[1:])
+    stack.write(out[:count].view(count, -1), first)
     return out[:count]
 
 

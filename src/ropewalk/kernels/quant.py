@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits (NF4, int4) or 8 (int8 per row), in plain torch, and the linear layer that computes with them.
+"""Frozen weights in 4 bits (NF4, int4) or 8 (int8 per row), and the linear layer that computes with them.
 
 NF4 is QLoRA's data type: each block of 64 values shares one absolute maximum and every value is one of 16 levels, the quantiles
 of a normal distribution. With `double` the maxima are kept in 8 bits themselves: 4.13 bits per weight instead of 4.5.
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ropewalk.kernels.triton_kernels import refuse, usable
+
 BLOCK = 64
 MAXIMA = 256  # block maxima that share one scale in double quantisation
-AT_ONCE = 2**24  # values in float32 at a time while dequantising
+AT_ONCE = 2**18  # values at a time while dequantising, which passes through float32: what a core has at hand
 READ_AT_ONCE = 2**20  # and while quantising, which passes through several copies of them
 
 # QLoRA, Dettmers et al. 2023, appendix E.
@@ -62,15 +64,31 @@ class Quantised(nn.Module):
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the compute sees it, made a few experts at a time."""
+        """The weight as the compute sees it. On a GPU Triton makes it in one pass; else little is held besides."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         flat = out.view(_experts_of(self.shape), -1)
-        step = max(1, AT_ONCE // max(1, flat.shape[1]))
-        for start in range(0, flat.shape[0], step):
-            flat[start : start + step] = self._values(slice(start, start + step))
+        if usable(out.device):
+            try:
+                from ropewalk.kernels.dequantised import dequantised
+
+                dequantised(self, 0, len(flat), flat)
+                return out
+            except Exception as error:
+                refuse(error)
+        self.write(flat)
         return out
 
-    def _values(self, experts: slice) -> Tensor:
+    def write(self, out: Tensor, first: int = 0) -> None:
+        """The experts from `first` on into out [some, n], a piece at a time."""
+        for some, span in _pieces(len(out), out.shape[1], self._together(), AT_ONCE):
+            out[some, span] = self._values(slice(first + some.start, first + min(some.stop, len(out))), span)
+
+    def _together(self) -> int:
+        """Values of an expert that are dequantised together; pieces of it begin at multiples of so many."""
+        raise NotImplementedError
+
+    def _values(self, experts: slice, span: slice) -> Tensor:
+        """Some values of some experts in float32."""
         raise NotImplementedError
 
     @property
@@ -122,7 +140,7 @@ class FourBits(Quantised):
         codes = torch.empty((len(flat), count * block // 2), dtype=torch.uint8, device=weight.device)
         maxima = torch.empty((len(flat), count), dtype=torch.float32, device=weight.device)
         nearest = _nearest(cls.levels, weight.device)
-        for some, span in _pieces(len(flat), flat.shape[1], block):
+        for some, span in _pieces(len(flat), flat.shape[1], block, READ_AT_ONCE):
             values = flat[some, span].float()
             blocks = _padded(values, -(-values.shape[1] // block) * block).view(len(values), -1, block)
             first = span.start // block
@@ -152,20 +170,26 @@ class FourBits(Quantised):
         self.register_buffer("scales", torch.round((grouped - low.unsqueeze(-1)) / span * 255).to(torch.uint8).flatten(1))
         self.register_buffer("offsets", torch.stack([low, high], dim=-1))
 
-    def _maxima(self, experts: slice) -> Tensor:
+    def _maxima(self, experts: slice, blocks: slice) -> Tensor:
+        """Of some blocks, which begin a group of them."""
         if self.scales.dtype == torch.float32:
-            return self.scales[experts]
-        low, high = self.offsets[experts].unbind(-1)
-        share = self.scales[experts].view(*low.shape, MAXIMA) / 255
+            return self.scales[experts, blocks]
+        groups = slice(blocks.start // MAXIMA, -(-blocks.stop // MAXIMA))
+        low, high = self.offsets[experts, groups].unbind(-1)
+        share = self.scales[experts, groups.start * MAXIMA : groups.stop * MAXIMA].view(*low.shape, MAXIMA) / 255
         maxima = low.unsqueeze(-1) + share * (high - low).unsqueeze(-1)
-        return maxima.flatten(1)[:, : self.codes.shape[1] * 2 // self.block]
+        return maxima.flatten(1)[:, : blocks.stop - blocks.start]
 
-    def _values(self, experts: slice) -> Tensor:
-        codes = self.codes[experts]
+    def _together(self) -> int:
+        return self.block * MAXIMA
+
+    def _values(self, experts: slice, span: slice) -> Tensor:
+        blocks = slice(span.start // self.block, -(-span.stop // self.block))
+        codes = self.codes[experts, blocks.start * self.block // 2 : blocks.stop * self.block // 2]
         pairs = torch.index_select(_pairs(self.levels, self.device), 0, codes.flatten().int())
-        blocks = pairs.view(torch.float32).view(len(codes), -1, self.block)
-        blocks *= self._maxima(experts).unsqueeze(-1)
-        return blocks.flatten(1)[:, : self.shape.numel() // _experts_of(self.shape)]
+        values = pairs.view(torch.float32).view(len(codes), -1, self.block)
+        values *= self._maxima(experts, blocks).unsqueeze(-1)
+        return values.flatten(1)[:, : span.stop - span.start]
 
 
 class Nf4(FourBits):
@@ -205,8 +229,12 @@ class Int8(Quantised):
         made.register_buffer("scales", scales.view(experts, -1))
         return made
 
-    def _values(self, experts: slice) -> Tensor:
-        return (self.codes[experts] * self.scales[experts].unsqueeze(-1)).flatten(1)
+    def _together(self) -> int:
+        return int(self.shape[-1])
+
+    def _values(self, experts: slice, span: slice) -> Tensor:
+        rows = slice(span.start // self._together(), -(-span.stop // self._together()))
+        return (self.codes[experts, rows] * self.scales[experts, rows].unsqueeze(-1)).flatten(1)
 
 
 FORMATS: dict[str, type[Quantised]] = {"nf4": Nf4, "int4": Int4, "int8": Int8}
@@ -242,13 +270,13 @@ def _experts_of(shape: torch.Size) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
-def _pieces(experts: int, values: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """Some experts with all of their values at a time, or some values of one, which begin a block."""
-    if values <= READ_AT_ONCE:
-        step = READ_AT_ONCE // max(1, values)
+def _pieces(experts: int, values: int, together: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Some experts with all of their values at a time, or some values of one, which begin at multiples of `together`."""
+    if values <= most:
+        step = most // max(1, values)
         yield from ((slice(start, start + step), slice(0, values)) for start in range(0, experts, step))
         return
-    width = READ_AT_ONCE // block * block
+    width = max(together, most // together * together)
     for expert in range(experts):
         for first in range(0, values, width):
             yield slice(expert, expert + 1), slice(first, min(first + width, values))
