@@ -313,6 +313,12 @@ IGNORED_IN_FSDP = _by_key(_IN_FSDP)
 REFUSED_IN_TRL = _by_key(_REFUSED_IN_TRL)
 # Values of `rl` that are Axolotl's and not ours.
 REFUSED_METHODS = {"ebft": "energy-based fine-tuning is not supported; train on the answers as chat_template, or with rl: orpo"}
+REFUSED_LOSSES = {
+    "luspo": "luspo is not supported; the nearest is loss_type: dapo with importance_sampling_level: sequence, whose ratios are of whole "
+    "completions too, each counting by its length (loss_type: gspo counts all alike)",
+    "sapo": "sapo is not supported; the nearest is loss_type: cispo, which bounds a token's weight and leaves none out, where sapo lets it "
+    "fall off softly",
+}
 # Misspelt or of another tool, seen in real configurations, and too far from the right name to be found by likeness.
 MEANT = {"eta_min": "cosine_min_lr_ratio", "min_lr": "cosine_min_lr_ratio", "lora_target_linear_modules": "lora_target_modules"}
 KEYS = frozenset([*IGNORED, *REFUSED, "plugins"])
@@ -354,6 +360,8 @@ def sort_trl(value: Any) -> tuple[Any, dict[str, str], dict[str, str]]:
     ignored = {key: IGNORED_IN_TRL[key] for key in value if key in IGNORED_IN_TRL}
     refused = {key: REFUSED_IN_TRL[key] for key in value if key in REFUSED_IN_TRL and key in asked - neutral}
     kept = {key: found for key, found in value.items() if key not in IGNORED_IN_TRL and key not in REFUSED_IN_TRL}
+    if isinstance(loss := kept.get("loss_type"), str) and loss in REFUSED_LOSSES:
+        refused["loss_type"] = REFUSED_LOSSES[kept.pop("loss_type")]
     return kept, ignored, refused
 
 
