@@ -1,6 +1,6 @@
 """Training by rewards, end to end and in parts: ours beside a plain loop over transformers and PEFT, and beside TRL's GRPOTrainer.
 
-    python benchmarks/grpo.py [--device cpu|cuda] [--quick] [--json FILE] [--kinds qwen3,qwen3_moe] [--rounds N] [--no-peer]
+    python benchmarks/grpo.py [--device cpu|cuda] [--quick] [--json FILE] [--kinds qwen3,qwen3_moe] [--rounds N] [--steps N] [--no-peer]
 
 One model of random weights in a folder, the same prompts, completions of the same prescribed lengths (lognormal, a deviation of 0.5, at
 most 4 times their median), LoRA of rank 8, the same reward. Contenders, each in a process of its own, taking turns:
@@ -14,6 +14,10 @@ most 4 times their median), LoRA of rank 8, the same reward. Contenders, each in
 and `training`: C with random ids in the generator's place, for what training alone holds in memory. On a CPU a step costs CPU seconds of
 one thread, the least over all rounds, since the machine may be busy; on a GPU seconds, the median, and peaks are the allocator's.
 On a CPU nothing can overlap: `async_vs_sync`, which is B / C, only shows what fuller batches bring there, and what being late costs.
+
+`expert_lora_decode` is what an id costs a full batch of a mixture whose experts are as wide as the model, with LoRA on attention and
+experts, over what it costs with the base alone: the worse of float32 and bfloat16. `peft_expert_lora_decode` is the same of transformers
+with PEFT, the better of both. A key is null where its contender is missing, which is said.
 
 Exits 1 where a gate fails: greedy ids, log-probabilities and gradients as transformers and PEFT have them (grpo_rollouts.py), the base
 untouched and held once, what is trained in its own dtype, equal tokens and parameters for all. Never because something was slow.
@@ -29,13 +33,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from measure import machine, table, write_json
-from peers.environments import FOLDER, OFFLINE, TRL, NotInstalled
+from peers.environments import FOLDER, OFFLINE, TRL_BESIDE, NotInstalled
 from peers.grpo_assets import Shape, lengths, recipe
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +59,7 @@ SHAPES = {
     },
 }  # fmt: skip
 ENDS = ("A", "TRL", "A'", "B", "C", "training")
+QUICK_ENDS = ("TRL", "B", "C", "training")
 OURS = {
     "A'": {"shared": False},
     "B": {},
@@ -61,6 +67,20 @@ OURS = {
     "training": {"replayed": True},
 }
 TARGETS = {"rollout_vs_generate": 1.3, "rollout_uneven_vs_generate": 2.0, "shared_prompt_training": 2.0, "vs_trl": 2.0}
+MOST = {"expert_lora_decode": 1.2}  # these are to stay below
+TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}  # in which decoding is measured
+TURNS, QUICK_TURNS = 12, 4  # of decoding
+KEYS = (
+    *(
+        "rollout_vs_generate",
+        "rollout_uneven_vs_generate",
+        "shared_prompt_training",
+        "async_vs_sync",
+        "vs_trl",
+        "peak_vs_training",
+    ),
+    *("expert_lora_decode", "peft_expert_lora_decode"),
+)
 GPU_TARGETS = {"c_vs_a_prime": 1.6, "c_vs_a": 4.0, "peak_vs_training": 1.15}
 
 
@@ -71,56 +91,70 @@ class Failed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one model end to end, fewer steps: under 3 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="one model, without A and A': under 3 minutes on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--kinds", help="which models (default: all; with --quick qwen3 alone)")
-    parser.add_argument("--rounds", type=int, default=None, help="turns of each (default 2, with --quick 1)")
-    parser.add_argument("--steps", type=int, default=None, help="of each turn, an even number (default 6, with --quick 4)")
+    parser.add_argument("--kinds", help="which models (default: qwen3,qwen3_moe; with --quick qwen3 alone)")
+    parser.add_argument("--rounds", type=int, default=None, help="turns of each (default 1)")
+    parser.add_argument("--steps", type=int, default=None, help="of each turn, an even number (default 4)")
     parser.add_argument("--no-peer", action="store_true", help="leave TRL out")
     given = parser.parse_args()
     at_start = machine("trl")
     shapes = SHAPES[given.device]
     if given.quick and given.device == "cuda":
         shapes = {kind: replace(shape, prompts=8) for kind, shape in shapes.items()}
-    kinds = given.kinds.split(",") if given.kinds else (["qwen3"] if given.quick else list(shapes))
+    kinds = given.kinds.split(",") if given.kinds else ["qwen3"] if given.quick else ["qwen3", "qwen3_moe"]
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
-    rounds = given.rounds or (1 if given.quick else 2)
-    steps = given.steps or (4 if given.quick else 6)
+    rounds, steps, ends = given.rounds or 1, given.steps or 4, QUICK_ENDS if given.quick and given.device == "cpu" else ENDS
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
     try:
         if given.no_peer:
             raise NotInstalled("left out")
-        versions = TRL.ensure(install=not given.quick)
+        versions = TRL_BESIDE.ensure(install=True)
     except NotInstalled as reason:
         missing["TRL"] = str(reason)
-    models = {}
+    asked = {"quick": given.quick, "rounds": rounds, "steps": steps, "kinds": kinds, "device": given.device}
+    fixed = {"benchmark": "grpo", **asked, "machine": at_start}
+    models: dict[str, dict[str, Any]] = {}
+    decode: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="grpo-") as folder:
         for kind in kinds:
-            models[kind] = measure(shapes[kind], given.device, Path(folder), rounds, steps, missing, whole=kind != "llama")
+            models[kind] = measure(
+                shapes[kind], given.device, Path(folder), rounds, steps, missing, ends if kind != "llama" else ()
+            )
             print(report_of(kind, models[kind]), flush=True)
-            result = {
-                "benchmark": "grpo",
-                "quick": given.quick,
-                "machine": at_start,
-                "device": given.device,
-                **overall(models),
-                "models": models,
-                "gates": gates_of(models),
-                "missing": missing,
-                "versions": versions,
-                "targets": TARGETS | (GPU_TARGETS if given.device == "cuda" else {}),
-            }
+            write_json(given.json, fixed | findings(models, decode, missing, versions, given.device))
+        for dtype in TYPES[given.device]:
+            turns = QUICK_TURNS if given.quick else TURNS
+            decode[dtype] = decoding(shapes["qwen3_moe"], dtype, given.device, Path(folder), turns)
+            result = fixed | findings(models, decode, missing, versions, given.device)
             write_json(given.json, result)
     print(report(result))
     return 0 if all(gate["passed"] for gate in result["gates"].values()) else 1
 
 
-def measure(
-    shape: Shape, device: str, folder: Path, rounds: int, steps: int, missing: dict[str, str], *, whole: bool
+def findings(
+    models: dict[str, Any], decode: dict[str, Any], missing: dict[str, str], versions: dict[str, str], device: str
 ) -> dict[str, Any]:
-    """The parts in turns, and, for the `whole`, everybody end to end in turns."""
+    """The result as far as it has come; a key that nobody has measured is null."""
+    return {
+        **dict.fromkeys(KEYS),
+        **overall(models),
+        **overall_decoding(decode),
+        "models": models,
+        "decode": decode,
+        "gates": gates_of(models) | gates_of_decoding(decode),
+        "missing": missing,
+        "versions": versions,
+        "targets": TARGETS | MOST | (GPU_TARGETS if device == "cuda" else {}),
+    }
+
+
+def measure(
+    shape: Shape, device: str, folder: Path, rounds: int, steps: int, missing: dict[str, str], ends: Sequence[str]
+) -> dict[str, Any]:
+    """The parts in turns, and `ends` end to end in turns."""
     base = ensure_base(shape)
     order = {"shape": asdict(shape), "base": str(base), "device": device, "steps": steps, "rounds": rounds}
     parts = contender(
@@ -129,11 +163,11 @@ def measure(
         folder / "parts",
     )[-1]
     found: dict[str, Any] = {"parts": parts, **part_ratios(parts)}
-    if not whole:
+    if not ends:
         return found
     runs: dict[str, list[list[dict[str, Any]]]] = {}
     for number in range(rounds):
-        for name in ENDS:
+        for name in ends:
             if name not in missing and not (name == "training" and number):
                 try:
                     told = contender(name, order | {"what": "run"} | OURS.get(name, {}), folder / f"{name[0]}{number}")
@@ -143,6 +177,16 @@ def measure(
                     if name != "TRL":
                         raise SystemExit(f"{name} failed: {reason}") from None
     return found | end_to_end(runs, shape, device)
+
+
+def decoding(shape: Shape, dtype: str, device: str, folder: Path, turns: int) -> dict[str, Any]:
+    """A full batch that goes on, with an adapter on attention and experts and without.
+
+    On a CPU the model knows fewer words: a head of 8,192 would be two fifths of one so small, and hide what the adapter costs.
+    """
+    typed = replace(shape, vocabulary=min(shape.vocabulary, 2048) if device == "cpu" else shape.vocabulary, dtype=dtype)
+    order = {"shape": asdict(typed), "base": str(ensure_base(typed)), "device": device, "what": "decode", "turns": turns}
+    return contender("ours", order, folder / dtype)[-1]
 
 
 def ensure_base(shape: Shape) -> Path:
@@ -164,7 +208,7 @@ def contender(name: str, order: dict[str, Any], folder: Path) -> list[dict[str, 
     folder.mkdir(parents=True)
     programs = {
         "A": [sys.executable, str(HERE / "peers/plain_grpo.py")],
-        "TRL": [TRL.program("python"), str(HERE / "peers/trl_grpo.py")],
+        "TRL": [TRL_BESIDE.program("python"), str(HERE / "peers/trl_grpo.py")],
     }
     program = programs.get(name, [sys.executable, str(HERE / "grpo_ours.py")])
     task = json.dumps(order | {"folder": str(folder)})
@@ -220,11 +264,10 @@ def end_to_end(runs: dict[str, list[list[dict[str, Any]]]], shape: Shape, device
         "contenders": facts,
         "tokens_per_step": sum(map(sum, lengths(shape))),
         "async_vs_sync": costs["B"] / base,
-        "c_vs_a": costs["A"] / base,
-        "c_vs_a_prime": costs["A'"] / base,
-        "a_prime_vs_a": costs["A"] / costs["A'"],
         "peak_vs_training": peak["C"] / peak["training"],
     }
+    if "A" in costs:
+        found |= {"c_vs_a": costs["A"] / base, "c_vs_a_prime": costs["A'"] / base, "a_prime_vs_a": costs["A"] / costs["A'"]}
     if "TRL" in costs:
         found |= {"vs_trl": costs["TRL"] / costs["B"], "c_vs_trl": costs["TRL"] / base}
     return found
@@ -238,6 +281,19 @@ def _tokens(lines: list[dict[str, Any]], shape: Shape) -> float | None:
         if "mean_length" in line:
             return round(line["mean_length"] * shape.completions, 1)
     return None
+
+
+def overall_decoding(decode: dict[str, dict[str, Any]]) -> dict[str, float]:
+    if not decode:
+        return {}
+    return {
+        "expert_lora_decode": max(found["expert_lora_decode"] for found in decode.values()),
+        "peft_expert_lora_decode": min(found["peft_expert_lora_decode"] for found in decode.values()),
+    }
+
+
+def gates_of_decoding(decode: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {f"{name}, {dtype}": gate for dtype, found in decode.items() for name, gate in found["gates"].items()}
 
 
 def overall(models: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -303,19 +359,37 @@ def report_of(kind: str, model: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def report_of_decoding(decode: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for dtype, found in decode.items():
+        costs = {name: 1000 * cost for name, cost in found["cost"].items()}
+        rows.append([f"{dtype}, ours", costs["base"], costs["ours"], found["expert_lora_decode"]])
+        rows.append([f"{dtype}, PEFT", costs["transformers"], costs["peft"], found["peft_expert_lora_decode"]])
+    count = next(iter(decode.values()))["sequences"]
+    return table([f"an id for each of {count}, qwen3_moe", "base ms", "with LoRA on experts ms", "x"], rows)
+
+
 def report(result: dict[str, Any]) -> str:
-    names = [
-        name
-        for name in result
-        if name in TARGETS or name in GPU_TARGETS or name in ("async_vs_sync", "a_prime_vs_a", "c_vs_trl")
-    ]
+    others = ("async_vs_sync", "a_prime_vs_a", "c_vs_trl", "peft_expert_lora_decode")
+    names = [name for name in result if name in {**TARGETS, **MOST, **GPU_TARGETS} or name in others]
     names += [name for name in ("c_vs_a", "c_vs_a_prime", "peak_vs_training") if name in result and name not in names]
     rows = [[name, result[name], result["targets"].get(name)] for name in names]
     failed = [f"gate FAILED: {name} {gate}" for name, gate in result["gates"].items() if not gate["passed"]]
     held = len(result["gates"]) - len(failed)
     missing = [f"missing: {name}: {reason}" for name, reason in result["missing"].items()]
+    missing += [f"null: {name}, since nobody measured it" for name in KEYS if result[name] is None]
     head = ["the model it is worst for", "ratio", "wanted"]
-    return "\n".join(["", table(head, rows), f"gates: {held} of {len(result['gates'])} hold", *failed, *missing])
+    return "\n".join(
+        [
+            "",
+            report_of_decoding(result["decode"]),
+            "",
+            table(head, rows),
+            f"gates: {held} of {len(result['gates'])} hold",
+            *failed,
+            *missing,
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     run        `ropewalk train` by rewards: a line of JSON for every step, as the other contenders print, and then what must hold
     rollouts   the generator beside transformers' `generate`, and training with prompts shared beside training without, in turns
+    decode     a full batch with LoRA on attention and experts beside the base alone, in turns; the same of PEFT
 
 Completions are cut where `lengths` of peers/grpo_assets.py says, by changing the limits of requests that the engine has taken; for
 `run` without a generator ("replayed") they are random ids of those lengths, so that what training alone costs is seen.
@@ -35,6 +36,10 @@ def main(order: dict[str, Any]) -> None:
         torch.set_num_threads(1)
     if order["what"] == "run":
         run(order, shape)
+    elif order["what"] == "decode":
+        from grpo_decode import measure_decode
+
+        print(json.dumps(measure_decode(order, shape)), flush=True)
     else:
         from grpo_rollouts import measure_rollouts
 

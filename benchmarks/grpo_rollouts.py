@@ -150,14 +150,14 @@ def turns(order: dict[str, Any], rounds: int, contenders: dict[str, Turn]) -> di
     results: dict[str, Any] = {}
     for turn in range(rounds + 1):
         for name, work in contenders.items():
-            before = _clock(order["device"])
+            before = clock(order["device"])
             results[name] = work()
-            costs[name] += [_clock(order["device"]) - before] * bool(turn)  # the first turn warms up
+            costs[name] += [clock(order["device"]) - before] * bool(turn)  # the first turn warms up
     best = min if order["device"] == "cpu" else statistics.median
     return {"cost": {name: best(all_of) for name, all_of in costs.items()}, "runs": costs, "results": results}
 
 
-def _clock(device: str) -> float:
+def clock(device: str) -> float:
     return time.process_time() if device == "cpu" else now(device)
 
 

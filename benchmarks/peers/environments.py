@@ -1,4 +1,8 @@
-"""The environments of the peers: one virtual environment each, made on demand below benchmarks/.peers and never shared."""
+"""The environments of the peers: one virtual environment each, made on demand below benchmarks/.peers.
+
+None is shared between peers. One that `borrows` sees the packages of the environment that this runs in, behind its own: it is installed
+in seconds, and runs on the same torch and transformers as ours.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ class Environment:
     without: tuple[str, ...] = ()
     libraries_off: tuple[str, ...] = ()  # the same where the package must stay: only its compiled part is moved away
     torch: bool = True
+    borrows: bool = False
     python: tuple[int, int] = (3, 11)  # the oldest it runs on
 
     @property
@@ -51,7 +56,9 @@ class Environment:
         stamp = self.folder / "ready.json"
         key = json.dumps([TORCH if self.torch else "", self.requirements, self.without, self.libraries_off])
         if stamp.exists() and (found := json.loads(stamp.read_text()))["key"] == key:
-            versions: dict[str, str] = found["versions"]
+            versions: dict[str, str] = (
+                self._versions() if self.borrows else found["versions"]
+            )  # what is borrowed may have changed
             return versions
         if not install:
             raise NotInstalled("not installed (a run without --quick installs it)")
@@ -66,6 +73,10 @@ class Environment:
         log = FOLDER / f"{self.name}.install.log"
         if not (self.folder / "bin" / "python").exists():
             self._do([self._interpreter(), "-m", "venv", str(self.folder)], log)
+        if self.borrows:
+            (site,) = self.folder.glob("lib/python*/site-packages")
+            seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+            (site / "borrowed.pth").write_text("".join(f"{path}\n" for path in seen))
         pip = [self.program("python"), "-m", "pip", "--disable-pip-version-check"]
         # Older pips resolve the largest of these by downloading many versions.
         self._do([*pip, "install", "--upgrade", "pip"], log)
@@ -112,6 +123,14 @@ TRL = Environment(
     ("trl", "peft", "transformers>=5.17,<6"),
     ("python", "-c", "from trl import SFTTrainer"),
     ("trl", "peft", "transformers", "torch"),
+)
+TRL_BESIDE = Environment(
+    "trl_beside",
+    ("trl",),
+    ("python", "-c", "from trl import GRPOTrainer"),
+    ("trl", "peft", "transformers", "torch"),
+    torch=False,
+    borrows=True,
 )
 TRANSFORMERS = Environment(
     "transformers",

@@ -119,3 +119,43 @@ def test_over_all_models_the_worst_one_counts():
         "qwen3": {"rollout_vs_generate": 1.9, "vs_trl": 3.0, "peak_vs_training": 1.1},
     }
     assert grpo.overall(models) == {"rollout_vs_generate": 1.5, "vs_trl": 3.0, "peak_vs_training": 1.1}
+
+
+def test_without_a_plain_loop_there_are_no_ratios_to_it(shape, monkeypatch):
+    import grpo
+
+    monkeypatch.setattr(grpo, "lengths", lambda shape: [[9] * 3] * 2)
+    runs = {"B": [lines([9, 4, 4, 1])], "C": [lines([9, 1, 3, 0])], "training": [lines([9, 1, 1, 0], peak=90)]}
+    found = grpo.end_to_end(runs, shape, "cpu")
+    assert found["async_vs_sync"] == 2
+    assert not {"c_vs_a", "vs_trl"} & set(found)
+
+
+def test_every_key_is_there_and_what_nobody_measured_is_null_and_said():
+    import grpo
+
+    decode = {
+        dtype: {
+            "expert_lora_decode": ours,
+            "peft_expert_lora_decode": theirs,
+            "cost": dict.fromkeys(("ours", "base", "peft", "transformers"), 0.01),
+            "sequences": 32,
+            "gates": {"expert_log_probs": {"passed": dtype == "float32"}},
+        }
+        for dtype, ours, theirs in (("float32", 1.1, 2.0), ("bfloat16", 1.15, 1.9))
+    }
+    result = grpo.findings({}, decode, {"TRL": "left out"}, {}, "cpu")
+    assert (result["expert_lora_decode"], result["peft_expert_lora_decode"]) == (1.15, 1.9)
+    assert set(grpo.KEYS) <= set(result)
+    assert result["vs_trl"] is None
+    assert result["gates"]["expert_log_probs, bfloat16"] == {"passed": False}
+    said = grpo.report(result)
+    assert "null: vs_trl" in said
+    assert "missing: TRL: left out" in said
+
+
+def test_pairs_are_compared_turn_by_turn():
+    import grpo_decode
+
+    # 2 / 1, 6 / 4, 9 / 3: of 2, 1.5 and 3 the middle one
+    assert grpo_decode.paired([2, 6, 9], [1, 4, 3]) == 2
