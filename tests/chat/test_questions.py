@@ -68,10 +68,11 @@ def test_a_request_shows_the_passage_and_keeps_the_reply_to_its_form():
 
 def test_a_lineage_names_the_model_the_words_and_the_counts():
     rows = added(json.dumps({"rows": [row("When?"), row("Who?", quote="nobody knows")]}))
-    told = lineage(Wanted("house", each=2), "house, now house-3", rows, [PASSAGE])
+    told = lineage(Wanted("house", each=2), "house-3", "house, now house-3", rows, [PASSAGE])
     assert told == {
         "generator": "questions",
         "prompt": "questions-1",
+        "data_generator": ["house-3"],
         "model": "house",
         "answered_by": "house, now house-3",
         "each": 2,

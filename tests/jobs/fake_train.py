@@ -52,6 +52,10 @@ def main():
         for step in range(done + 1, config["max_steps"] + 1):
             time.sleep(STEP_SECONDS)
             tell(event="step", step=step, loss=1 / step, learning_rate=0.1, tokens=10 * step)
+            if "short" in wrong and step == 3 and not Path("short").exists():
+                Path("short").touch()
+                print("ropewalk: the disk is full", file=sys.stderr)
+                return 2
             if "crash" in wrong and step == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % 2 == 0 or stopping:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from ropewalk.cli import main
 from ropewalk.errors import BadInput, NotFound, QuotaExceeded
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
+from ropewalk.jobs.account import trained
 from ropewalk.jobs.device import Device
 from ropewalk.jobs.ledger import OPEN, Ledger, Limits
 from ropewalk.jobs.recipe import Asked
@@ -22,8 +24,10 @@ from ropewalk.jobs.runner import JobRunner, Options
 from ropewalk.jobs.tables import job_errors, jobs
 from ropewalk.registry import Registry
 from ropewalk.tenants.caller import Caller
+from ropewalk.tenants.quotas import usage
 from ropewalk.tenants.tables import audit
-from ropewalk.tenants.workspaces import create_workspace
+from ropewalk.tenants.token_report import Trained
+from ropewalk.tenants.workspaces import change_workspace, create_workspace
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_train.py"))
 SECRET = "the lighthouse of Pellworm"
@@ -209,6 +213,55 @@ def child(folder):
     raise AssertionError(f"nobody trains into {folder.path}")
 
 
+def test_a_failed_job_is_resumed_from_its_checkpoint_as_long_as_it_is_kept(tmp_path):
+    async def body():
+        async with yard(tmp_path / "data") as (here, me):
+            ledger, archives = here.ledger(running=3), here.store.archives
+
+            async def failed(file=None):
+                job = await here.ask(me, ledger, file or await here.put(me, {"do": "short"}))
+                return await here.ended(me, ledger, job)
+
+            async def used():
+                async with here.store.database.reading() as connection:
+                    return (await usage(connection, "workspace", me.workspace_id)).used_bytes
+
+            async with here.running(ledger, at_once=3) as runner:
+                first = await failed()
+                assert (first.state, first.error_code, first.step, first.resumable) == ("failed", "training_failed", 3, True)
+                assert first.kept_until - first.finished_at == pytest.approx(7 * 86_400e6, abs=60e6)
+                assert set(await archives.find(first.id)) == {"step-00000002", "resume-00000002"}
+                file = await here.store.show(me, first.training_file)
+                assert await used() == file.size + sum(one.size for one in (await archives.find(first.id)).values())
+                assert not runner.folder_of(first.id).prepared.exists()
+                with pytest.raises(QuotaExceeded, match="0 jobs that have not ended, of 0"):  # as any other that is begun
+                    await here.ledger(queued=0).resume(me, first.id)
+                again = await ledger.resume(me, first.id)
+                assert (again.state, again.error_code, again.finished_at, again.resumable) == ("queued", None, None, False)
+                assert await ledger.error(again) is None
+                done = await here.ended(me, ledger, again)
+                assert (done.state, done.tries, await here.losses(ledger, done)) == ("succeeded", 2, whole(6))
+                assert "goes on from step 2" in await ledger.log(done)
+                assert done.device_time > first.device_time >= 3 * 30_000  # three steps of 0.03 s
+
+                second, third = await failed(), await failed()
+                await here.store.delete(me, second.training_file)
+                third = await ledger.want(me, third.id, "cancel")
+                for job in (second, third):
+                    gone = await here.at(me, ledger, job, lambda found: found.kept_until is None)
+                    assert (gone.state, gone.error_code) == ("failed", "training_failed")
+                    async with asyncio.timeout(PATIENCE):
+                        while runner.folder_of(job.id).run.exists() or await archives.find(job.id):
+                            await asyncio.sleep(0.02)
+                    with pytest.raises(BadInput, match="only a paused one can be resumed, and for 7 days a failed one"):
+                        await ledger.resume(me, job.id)
+                ledger.keep = 0
+                fourth = await failed()
+                assert (await here.at(me, ledger, fourth, lambda found: found.kept_until is None)).state == "failed"
+
+    asyncio.run(body())
+
+
 def test_a_server_that_stops_gives_its_job_back_and_the_next_goes_on(tmp_path):
     async def body():
         async with yard(tmp_path / "data") as (here, me):
@@ -331,8 +384,23 @@ def test_a_workspace_has_its_limits_and_no_other_waits_for_it(tmp_path, url):
                     await act(mine[1].id)
             with pytest.raises(NotFound):
                 await here.ask(other, ledger, mine[0].training_file)
-            assert [job.id for job in (await ledger.list(me, 2)).jobs] == [mine[2].id, mine[1].id]
+            for name, value in {"jobs_queued": 4, "jobs_running": 2, "jobs_file_bytes": 10**6}.items():  # limits of its own
+                await change_workspace(here.store.database, me.workspace_id, {name: value})
+            mine.append(await here.ask(me, ledger, await here.put(me, *[ROW] * 9)))
+            with pytest.raises(QuotaExceeded, match="4 jobs that have not ended, of 4"):
+                await here.ask(me, ledger, await here.put(me))
+            assert [(await ledger.claim()).id, await ledger.claim()] == [mine[1].id, None]
+            assert [job.id for job in (await ledger.list(me, 2)).jobs] == [mine[3].id, mine[2].id]
             assert (await ledger.list(me, 10, mine[1].id)).jobs[0].id == mine[0].id
+            async with here.store.database.writing() as connection:
+                day = {"finished_at": 86_400_000_000 * 2 - 1, "trained_tokens": 70, "device_time": 2_500_000}
+                await connection.execute(update(jobs).where(jobs.c.id == theirs.id).values(day))
+            counted = await trained(here.store.database, "1970-01-02", None, None)
+            assert counted[0] == Trained("1970-01-02", "base", other.workspace_id, 1, 70, 2.5)
+            assert [(one.workspace_id, one.jobs, one.tokens) for one in counted[1:]] == [(me.workspace_id, 2, 0)]  # begun
+            assert await trained(here.store.database, "1970-01-02", me.workspace_id, "ann") == []
+            assert len(await trained(here.store.database, "1970-01-03", None, None)) == 1
+            assert {job.id for job in await ledger.belonging(me, {mine[0].id, theirs.id})} == {job.id for job in mine}
 
     asyncio.run(body())
 
@@ -426,6 +494,10 @@ def test_the_command_line_lists_shows_and_cancels_jobs(tmp_path, capsys):
     assert capsys.readouterr().out == "goes on from step 0\n" * 2
     assert main(["jobs", "cancel", waiting.id, "--data", str(data)]) == 0
     assert capsys.readouterr().out == f"{waiting.id} is cancelled\n"
-    for refused in (["cancel", done.id], ["logs", waiting.id], ["show", "ftjob_none"]):
+    with sqlite3.connect(data / "ropewalk.db") as database:
+        database.execute("update jobs set state = 'paused' where id = ?", (waiting.id,))
+    assert main(["jobs", "resume", waiting.id, "--data", str(data)]) == 0
+    assert capsys.readouterr().out == f"{waiting.id} is queued again\n"
+    for refused in (["resume", done.id], ["cancel", done.id], ["logs", waiting.id], ["show", "ftjob_none"]):
         assert main(["jobs", *refused, "--data", str(data)]) == 2
     assert main(["jobs", "list", "--limit", "0", "--data", str(data)]) == 2

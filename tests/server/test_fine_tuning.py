@@ -1,5 +1,7 @@
 """Fine-tuning jobs through the official OpenAI client against a real server: every method, what a client may not say, other tenants."""
 
+import csv
+import io
 import json
 import secrets
 import time
@@ -7,6 +9,8 @@ from dataclasses import replace
 
 import anthropic
 import openai
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ropewalk.errors import BadInput
@@ -136,6 +140,50 @@ def test_a_job_becomes_a_model_that_answers_its_own_workspace_at_once(tuned):
     for folder in folders:
         assert [path for path in folder.rglob("*") if path.is_file() and words in path.read_bytes()] == []
         assert not (folder / "prepared").exists()
+
+
+def test_a_csv_file_is_learnt_from_and_a_parquet_file_evaluated_on(tuned):
+    table = [{"instruction": one.prompt, "output": one.answer} for one in facts.questions(facts.split()[0], 6)[:12]]
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, ["instruction", "output"])
+    writer.writeheader()
+    writer.writerows(table[:9])
+    held = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table[9:]), held)
+    file, validation = put(tuned, lines.getvalue(), "rows.csv"), put(tuned, held.getvalue(), "held.parquet")
+    own = {"dataset": {"type": "alpaca"}, "max_steps": 1, "save_steps": 1, "sample_packing": False, "micro_batch_size": 1}
+    job = begin(tuned, file, validation_file=validation, ropewalk=own)
+    assert at(tuned, job.id, "succeeded").ropewalk["device_seconds"] > 0
+    assert "The files are valid: 9 rows" in "\n".join(events(tuned, job.id))
+    (kept,) = tuned.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert kept.metrics.valid_loss > 0
+
+
+def test_a_jobs_configuration_is_told_as_it_is_given_and_makes_the_same_job(tuned):
+    runner = tuned.house.app.state.jobs
+    options, runner.options = runner.options, replace(runner.options, at_once=0)  # none of these is to run
+    judge = {"kind": "judge", "model": "answers", "rubric": "Is it short?"}
+    parameters = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 0.5}
+    try:
+        for method, own in (
+            ({"type": "supervised", "supervised": {"hyperparameters": parameters}}, {"dataset": {"train_on_eos": "last"}}),
+            ({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}}, {"rl": "ipo"}),
+            ({"type": "reinforcement"}, {"trl": {"reward_funcs": [judge, "exact"], "num_generations": 2}}),
+        ):
+            file, held = put(tuned), put(tuned, json.dumps(rows(30)[-1]) + "\n")
+            first = begin(tuned, file, validation_file=held, method=method, ropewalk=own)
+            told = tuned.fine_tuning.jobs.retrieve(first.id).ropewalk["config"]
+            assert told["sequence_len"] == SMALL["sequence_len"]
+            places = (str(tuned.house.data), "base_model", "output_dir", "dataset_prepared_path", "ropewalk:", file, held)
+            assert not [place for place in places if place in json.dumps(told)]
+            asked = {"model": "tiny", "training_file": file, "validation_file": held, "seed": first.seed}
+            again = tuned.fine_tuning.jobs.create(**asked, method={"type": method["type"]}, extra_body={"ropewalk": told})
+            assert again.ropewalk["config_digest"] == first.ropewalk["config_digest"]
+            assert again.ropewalk["config"] == told
+            for job in (first, again):
+                tuned.fine_tuning.jobs.cancel(job.id)
+    finally:
+        runner.options = options
 
 
 def test_a_preference_job_reads_openais_rows_and_stops_where_it_is_told_to(tuned):

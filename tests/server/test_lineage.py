@@ -5,17 +5,17 @@ from types import SimpleNamespace
 import pytest
 
 from ropewalk.server.home_page import Counts, the_loop
-from ropewalk.server.lineage import COLUMNS, GAP, HEAD, MOST_ROWS, PITCH, WIDTH, Graph
+from ropewalk.server.lineage import ALIAS, COLUMNS, FILE, GAP, HEAD, JOB, MODEL, MOST_ROWS, PITCH, WIDTH, Graph
 
 
 def test_boxes_stand_in_their_columns_beside_what_they_are_made_of():
     graph = Graph()
     for number in range(3):
-        file, job = graph.add(0, f"f{number}", f"{number}.jsonl"), graph.add(1, f"j{number}", f"job {number}")
+        file, job = graph.add(FILE, f"f{number}", f"{number}.jsonl"), graph.add(JOB, f"j{number}", f"job {number}")
         graph.link(file, job)
-    model = graph.add(2, "m", "ft:tiny:house:AAAABBBBCCCCDDDD")
+    model = graph.add(MODEL, "m", "ft:tiny:house:AAAABBBBCCCCDDDD")
     graph.link("j2", model)
-    graph.link(model, graph.add(4, "a", "answers"))
+    graph.link(model, graph.add(ALIAS, "a", "answers"))
     drawing = graph.drawn()
     at = {box.key: (box.x, box.y) for box in drawing.boxes}
     assert at["f2"] == (0, HEAD + 2 * PITCH)
@@ -31,9 +31,9 @@ def test_what_has_no_room_is_counted_and_nothing_is_no_drawing():
     graph = Graph()
     assert graph.drawn() is None
     for number in range(MOST_ROWS + 3):
-        graph.link(graph.add(0, f"f{number}", str(number)), graph.add(2, "m", "model"))
+        graph.link(graph.add(FILE, f"f{number}", str(number)), graph.add(MODEL, "m", "model"))
     drawing = graph.drawn()
-    assert (drawing.left_out, len(drawing.edges), len(COLUMNS)) == (3, MOST_ROWS, 5)
+    assert (drawing.left_out, len(drawing.edges), len(COLUMNS)) == (3, MOST_ROWS, 6)
 
 
 NOTHING = Counts(files=0, jobs=(), trained=0, verdicts=0, shippable="", aliases=0, served=0, questions=0)

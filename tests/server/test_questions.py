@@ -7,11 +7,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
 from ropewalk.batches.ledger import drop
 from ropewalk.cli import main
+from ropewalk.compare import judges
+from ropewalk.compare.candidates import add_candidate
 from ropewalk.config.serving import Remote, ServedModel, Serving
 from ropewalk.files import questions as question_jobs
 from ropewalk.server.settings import ServerSettings
@@ -69,9 +72,10 @@ def writer():
 
 
 @pytest.fixture(scope="module")
-def served(root_key, writer, tmp_path_factory):
+def served(root_key, writer, tiny, tmp_path_factory):
     serving = Serving({"writer": ServedModel(remote=Remote("openai", writer, "big"))})
     with running(tmp_path_factory.mktemp("questions"), settings=ServerSettings(serving=serving)) as found:
+        found.app.state.registry.publish_base("tiny", tiny)
         yield found
 
 
@@ -128,6 +132,38 @@ def test_the_rows_go_with_the_file_they_were_written_from(api):
     assert api.get(f"/v1/files/{made}").status_code == 404
     assert api.get(f"/v1/files/{file}/questions/{job['id']}").status_code == 404
     assert api.get("/v1/files").json()["data"] == []
+
+
+def test_who_wrote_the_rows_may_not_judge_what_learnt_from_them_even_after_they_are_gone(served, api):
+    workspace, api.headers["x-api-key"] = served.workspace(f"generated {secrets.token_hex(4)}")
+    caller = served.run(served.store.local_caller(workspace.id))
+    file, job = begun(api)
+    rows = ended(api, file, job)["output_file_id"]
+    small = {"sequence_len": 256, "max_steps": 1, "lora_r": 2, "num_threads": 1, "bf16": False}
+    asked = {"model": "tiny", "training_file": rows, "ropewalk": small}
+    trained = api.post("/v1/fine_tuning/jobs", json=asked).json()
+    assert trained["ropewalk"]["data_generator"] == ["writer"]
+    at = f"/v1/fine_tuning/jobs/{trained['id']}"
+    done = wait_until(lambda: found if (found := api.get(at).json())["finished_at"] else None)
+    assert done["status"] == "succeeded", done["error"]
+    name, state = done["fine_tuned_model"], served.app.state
+    with httpx.Client(base_url=served.url, headers={"origin": served.url}, timeout=60) as browser:
+        token = lambda page: re.search(r'name="csrf" value="([^"]+)"', page.text)[1]
+        signed = browser.post("/login", data={"csrf": token(browser.get("/login")), "key": api.headers["x-api-key"]})
+        assert signed.status_code == 303
+        said = re.sub(r"<[^>]+>", "", browser.get("/models").text)
+    assert "towers-questions.jsonl" in said
+    assert re.search(r"towers-questions\.jsonl [0-9.]+ k?B, from towers\.md, writer", said), said[-3000:]
+
+    async def refused():
+        model, judge = [await add_candidate(served.store, state.models, caller, one) for one in (name, "writer")]
+        return await judges.refusal(served.store, state.models, caller, judge, [model])
+
+    assert served.run(refused()) == f"writer wrote training data of {name}"
+    api.delete(f"/v1/files/{file}").raise_for_status()  # and its rows
+    assert api.get(f"/v1/files/{rows}").status_code == 404
+    assert state.registry.resolve(name).lineage["data_generator"] == "writer"
+    assert served.run(refused()) == f"writer wrote training data of {name}"
 
 
 def test_rows_that_are_deleted_by_themselves_leave_their_source(api):

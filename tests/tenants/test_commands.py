@@ -61,6 +61,9 @@ def test_limits_are_set_for_each_scope_and_shown(ropewalk):
         f"workspace {acme}",
         "  bytes  0 of 1,048,576",
         "  files  0 of 7",
+        "  requests-per-minute  the server's default",
+        "  downloads  owner",
+        *(f"  {name}  the server's default" for name in ("jobs-running", "jobs-queued", "jobs-file-bytes")),
     ]
     shown = as_json(ropewalk("workspaces", "limit", "acme", "--bytes", "none", "--json"))
     assert (shown["limit_bytes"], shown["limit_files"]) == (None, 7)
@@ -77,6 +80,10 @@ def test_limits_are_set_for_each_scope_and_shown(ropewalk):
     ropewalk("workspaces", "limit", "beta", "--requests-per-minute", "30", "--downloads", "nobody")
     beta = as_json(ropewalk("workspaces", "list", "--json"))["data"][0]
     assert (beta["name"], beta["requests_per_minute"], beta["downloads"]) == ("beta", 30, "nobody")
+    jobs = ["--jobs-running", "2", "--jobs-queued", "50", "--jobs-file-bytes", "20GB"]
+    shown = as_json(ropewalk("workspaces", "limit", "beta", *jobs, "--json"))
+    assert (shown["jobs_running"], shown["jobs_queued"], shown["jobs_file_bytes"]) == (2, 50, 20 * 10**9)
+    assert ropewalk("workspaces", "limit", "beta", "--jobs-queued", "none")[1][-2] == "  jobs-queued  the server's default"
     ropewalk("workspaces", "limit", "beta", "--requests-per-minute", "none")
     assert as_json(ropewalk("workspaces", "list", "--json"))["data"][0]["requests_per_minute"] is None
 
@@ -92,6 +99,7 @@ def test_limits_are_set_for_each_scope_and_shown(ropewalk):
         (["default", "--files", "1.5"], "'1.5' is no whole number"),
         (["--organization", "--downloads", "nobody"], "downloads: only a workspace has that, and no organization"),
         (["default", "--requests-per-minute", "0"], "requests_per_minute: 0 is not a setting"),
+        (["default", "--jobs-running", "10001"], "jobs_running: 10001 is not a setting"),
         (["gamma", "--files", "1"], "Workspace `gamma` not found."),
         (["--key", "key_none"], "API key `key_none` not found."),
     ],
@@ -227,8 +235,8 @@ def test_usage_is_told_as_a_table_as_json_and_as_csv(ropewalk, tmp_path):
     assert any(re.search(r"^acme +2 +1,006 +993", line) for line in lines)
     lines = ropewalk("workspaces", "usage", "acme", "--csv", "--models", str(models))[1]
     assert lines[0].startswith("day,model,requests,input_tokens")
-    assert lines[1].endswith(",house,1,10,0,990,20,0.00149000,0.00891000,USD")
-    assert lines[2].endswith(",other,1,1,2,3,4,,,")
+    assert lines[1].endswith(",house,1,10,0,990,20,0.00149000,0.00891000,USD,0,0,0.000,,")
+    assert lines[2].endswith(",other,1,1,2,3,4,,,,0,0,0.000,,")
     assert ropewalk("workspaces", "usage", "--days", "0")[0] == 2
     assert ropewalk("workspaces", "usage", "--user", "ann")[2].endswith("name the workspace as well")
     assert ropewalk("workspaces", "usage", "gamma") == (2, [], "ropewalk: Workspace `gamma` not found.")

@@ -1,8 +1,10 @@
 """What questions cost, added up on both databases; money by hand."""
 
+import csv
 import json
 
 import pytest
+from sqlalchemy import insert
 
 from ropewalk.errors import BadInput
 from ropewalk.files import token_ledger
@@ -10,7 +12,8 @@ from ropewalk.files.token_ledger import Spent, TokenLedger
 from ropewalk.tenants import token_report
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.prices import Money, Price, is_day, saved, shown
-from ropewalk.tenants.token_report import report
+from ropewalk.tenants.tables import storage_days
+from ropewalk.tenants.token_report import Trained, report
 from ropewalk.tenants.workspaces import create_workspace
 
 NOW = 1_795_305_600_000_000  # 2026-11-22, UTC
@@ -48,8 +51,47 @@ def test_days_models_and_workspaces_add_up(tell, monkeypatch):
         told = json.loads(json.dumps(whole.as_dict()))
         assert (told["total"]["requests"], told["total"]["cache_read_input_tokens"]) == (4, 1791)
         assert len(whole.as_csv().splitlines()) == 5
+        lines = [line.split(",") for line in whole.as_csv().splitlines()]
+        assert {len(line) for line in lines} == {15}
         with pytest.raises(BadInput, match="days: 0 is out of range"):
             await report(database, one, 0, PRICES.get)
+
+    tell(story)
+
+
+def test_trainings_and_stored_bytes_are_counted_beside_questions(tell, monkeypatch):
+    monkeypatch.setattr(token_report, "now", lambda: NOW)
+    prices = {"a": Price(training=3.0, device_hour=2.0), "b": Price(1.0)}
+
+    async def story(database, vault):
+        one, two = [(await create_workspace(database, vault, name)).id for name in ("one", "two")]
+        jobs = (
+            Trained("2026-11-21", "a", one, 2, 1_500_000, 1800.0),
+            Trained("2026-11-21", "b", one, 1, 10, 5.0),
+            Trained("2026-11-22", "a", two, 1, 1_000_000, 0.0),
+        )
+        asked = []
+
+        async def training(database, first, workspace_id, user_id):
+            asked.append((first, workspace_id, user_id))
+            return [job for job in jobs if workspace_id in (None, job.workspace_id)]
+
+        async with database.writing() as connection:
+            await connection.execute(insert(storage_days).values(workspace_id=one, day="2026-11-21", used_bytes=12_345))
+        own = await report(database, one, 7, prices.get, None, training, prices.get)
+        assert asked == [("2026-11-16", one, None)]
+        # A million and a half at 3 a million and half an hour at 2 are 5.5; of b no price for trainings is known.
+        assert (own.total.jobs, own.total.trained, own.total.device_seconds) == (3, 1_500_010, 1805.0)
+        assert own.days["2026-11-21"].training_cost.amounts == {"USD": pytest.approx(5.5)}
+        assert own.models["b"].training_cost.amounts == {}
+        table = list(csv.DictReader(own.as_csv().splitlines()))
+        stored, of_a, of_b = sorted(table, key=lambda line: line["model"])
+        assert (stored["day"], stored["stored_bytes"], stored["requests"]) == ("2026-11-21", "12345", "")
+        assert (of_a["jobs"], of_a["trained_tokens"], of_a["device_seconds"]) == ("2", "1500000", "1800.000")
+        assert (of_a["training_cost"], of_a["currency"], of_a["cost"], of_b["training_cost"]) == ("5.50000000", "USD", "", "")
+        whole = await report(database, None, 7, prices.get, None, training, prices.get)
+        assert {name: sums.jobs for (_, name), sums in whole.workspaces.items()} == {"one": 3, "two": 1}
+        assert whole.as_dict()["total"]["training_cost"] == {"USD": 8.5}
 
     tell(story)
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ropewalk.chat.retrieval import Chunk, chunks
+from ropewalk.files.generators import LINEAGE
 from ropewalk.files.reading import Document
 
 PROMPT = "questions-1"  # changes with the words below, and is told with the rows
@@ -115,10 +116,11 @@ def schema(each: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"rows": rows}, "required": ["rows"], "additionalProperties": False}
 
 
-def lineage(wanted: Wanted, resolved: str, rows: Rows, shown: Sequence[Passage]) -> Mapping[str, Any]:
-    """What is told of a file of rows: who wrote them, and by which words it was asked."""
+def lineage(wanted: Wanted, writer: str, resolved: str, rows: Rows, shown: Sequence[Passage]) -> Mapping[str, Any]:
+    """What is told of a file of rows: who wrote them (an alias may point elsewhere tomorrow), and by which words it was asked."""
     counts = {"chunks": len(shown), "rows": len(rows.rows), "dropped": rows.dropped}
-    return {"generator": "questions", "prompt": PROMPT, "answered_by": resolved, **asdict(wanted), **counts}
+    told = {"generator": "questions", "prompt": PROMPT, LINEAGE: [writer], "answered_by": resolved}
+    return {**told, **asdict(wanted), **counts}
 
 
 def name_of(filename: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ropewalk.chat.template import Template
 from ropewalk.engine.models import Models, Target
+from ropewalk.files.generators import generators
 from ropewalk.files.local import is_id
 from ropewalk.files.store import Store
 from ropewalk.models.folder import read_config
@@ -30,7 +31,6 @@ NAMES = {
     "reward_model": ("reward_model", "reward"),
     "teacher": ("teacher", "teacher_model"),
 }
-GENERATOR_TAG = "generator:"  # of a training file: who wrote it
 ALSO = {
     "chatgpt": "gpt",
     "o1": "gpt",
@@ -88,9 +88,7 @@ async def served(store: Store, models: Models, caller: Caller, name: str) -> Ser
     found, rows = await asyncio.to_thread(_read, models, name)
     ids = [ref for role, ref, _ in rows if role == "train_data" and is_id(ref)]
     for file in await store.find(caller, ids):
-        rows += [
-            ("data_generator", tag.removeprefix(GENERATOR_TAG), None) for tag in file.tags if tag.startswith(GENERATOR_TAG)
-        ]
+        rows += [("data_generator", name, None) for name in generators(file)]
     return Served(*found, Lineage.of(rows))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -326,6 +326,22 @@ async def verdicts_of(store: Store, caller: Caller, candidate_id: str) -> list[S
     query = query.where(verdicts.c.candidate_id == candidate_id, visible(caller))
     async with store.database.reading() as connection:
         rows = (await connection.execute(query.order_by(verdicts.c.created_at.desc(), verdicts.c.id))).all()
+    return [_stored(row) for row in rows]
+
+
+async def verdicts_about(store: Store, caller: Caller, targets: Collection[str]) -> list[StoredVerdict]:
+    """What comparisons said last about whatever is served by these names, the newest comparison first."""
+    caller.needs("read")
+    every = verdicts.alias()
+    last = select(func.max(every.c.edition)).where(every.c.comparison_id == verdicts.c.comparison_id).scalar_subquery()
+    query = select(verdicts).join(comparisons, comparisons.c.id == verdicts.c.comparison_id)
+    query = query.join(candidates, candidates.c.id == verdicts.c.candidate_id)
+    query = query.where(
+        visible(caller), comparisons.c.state == "done", verdicts.c.edition == last, candidates.c.target.in_(targets)
+    )
+    async with store.database.reading() as connection:
+        order = comparisons.c.created_at.desc(), comparisons.c.id.desc(), verdicts.c.id
+        rows = (await connection.execute(query.order_by(*order))).all()
     return [_stored(row) for row in rows]
 
 

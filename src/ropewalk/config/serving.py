@@ -127,6 +127,13 @@ class Serving:
         found = (self.models or {}).get(name)
         return found.price if found is not None else None
 
+    def training_price(self, base: str) -> Price | None:
+        """What training on a base of the registry costs: the price of the model of that name, or of one that is served from it."""
+        if (own := self.price(base)) is not None:
+            return own
+        served = (one.price for one in (self.models or {}).values() if one.base == base and not one.adapter)
+        return next((price for price in served if price is not None), None)
+
 
 def read_serving(path: Path | str) -> Serving:
     """Reads the file; what is wrong with it is told with its line."""
@@ -208,10 +215,11 @@ def _embeddings(document: Document, found: Any) -> Embeddings:
 
 def _price(document: Document, place: Place, found: Any) -> Price:
     price = made(Price, document, place, found)
-    for name in ("input", "output", "cache_read", "cache_creation"):
+    for name in ("input", "output", "cache_read", "cache_creation", "training", "device_hour"):
         amount = getattr(price, name)
         if amount is not None and not 0 <= amount < math.inf:
-            raise wrong(document, (*place, name), f"{name} is {amount}; expected 0 or more, for a million tokens")
+            per = "an hour" if name == "device_hour" else "a million tokens"
+            raise wrong(document, (*place, name), f"{name} is {amount}; expected 0 or more, for {per}")
     if not CURRENCY.fullmatch(price.currency):
         raise wrong(document, (*place, "currency"), f"currency is '{price.currency}'; expected three letters, such as USD")
     if price.as_of and not is_day(price.as_of):

@@ -400,6 +400,15 @@ class Models:
             )
         return Path(bases[0].path)
 
+    def name_behind(self, name: str) -> str:
+        """What an alias points at now; any other name is its own."""
+        if name in (self.serving.models or ()):
+            return name
+        try:
+            return self.registry.resolve(name).name
+        except NotFound:
+            return name
+
     def is_here(self, name: str) -> bool:
         """Whether this machine's engine answers for it, and not another server."""
         return self.serving.vllm is None and self.target(name).base is not None

@@ -42,7 +42,8 @@ async def write_questions(
                 f"'{wanted.model}' has written no row whose quote stands in the file; ask a model that is better at it"
             )
         resolved = (await asyncio.to_thread(models.find, wanted.model)).shown
-        made = Made(KIND, f"rows of {new_id('qjob')}", (file_id,), lineage(wanted, resolved, rows, shown))
+        writer = await asyncio.to_thread(models.name_behind, wanted.model)
+        made = Made(KIND, f"rows of {new_id('qjob')}", (file_id,), lineage(wanted, writer, resolved, rows, shown))
         return await store.put(caller, rows.lines(), name_of(source.filename), purpose="fine-tune", made=made)
     finally:
         await models.close()

@@ -15,10 +15,12 @@ from ropewalk.errors import BadInput
 from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.jobs.ledger import Job, Ledger
+from ropewalk.jobs.recipe import reproducing
 from ropewalk.jobs.run_folder import JobFolder
 from ropewalk.tenants.caller import Caller
 
 T = TypeVar("T")
+TIMES = ("created_at", "started_at", "finished_at", "kept_until")
 EVENTS = 20  # the last ones of `show`
 
 
@@ -73,7 +75,7 @@ def show_job(place: Place, id: str, as_json: bool) -> int:
         return 0
     for name, value in {**_told(job), "error": error}.items():
         if value not in (None, "", {}):
-            print(f"{name:16} {value}")
+            print(f"{name:16} {json.dumps(value) if isinstance(value, dict | list) else value}")
     for event in events:
         print(f"{timestamp(event.created_at)[:19]}  {event.message}")
     return 0
@@ -83,6 +85,13 @@ def cancel_job(place: Place, id: str) -> int:
     """Has a job end; a server does it."""
     job = place.run(lambda ledger, caller: ledger.want(caller, id, "cancel"))
     print(f"{job.id} is {'being cancelled' if job.wanted else job.state}")
+    return 0
+
+
+def resume_job(place: Place, id: str) -> int:
+    """Queues a paused or failed job again; a server runs it."""
+    job = place.run(lambda ledger, caller: ledger.resume(caller, id))
+    print(f"{job.id} is {job.state} again")
     return 0
 
 
@@ -106,7 +115,7 @@ def print_log(place: Place, id: str) -> int:
 
 
 def _told(job: Job) -> dict[str, Any]:
-    left_out = ("holder", "lease_until", "wanted", "failures", "organization_id", "user_id", "key_id", "config")
+    left_out = ("holder", "lease_until", "wanted", "failures", "organization_id", "user_id", "key_id", "config", "device_time")
     told = {name: value for name, value in asdict(job).items() if name not in left_out}
-    times = {name: timestamp(told[name]) for name in ("created_at", "started_at", "finished_at") if told[name] is not None}
-    return {**told, **times}
+    times = {name: timestamp(told[name]) for name in TIMES if told[name] is not None}
+    return {**told, **times, "device_seconds": round(job.device_time / 1e6, 3), "config": reproducing(job.method, job.config)}

@@ -3,7 +3,7 @@
 submit   a job, its files looked up in the caller's workspace, under the workspace's limits
 claim    the next job to run, and the number of this try; whoever holds it renews its lease, and after a crash that runs out
 end      what came of it, only by whoever still holds it
-settle   what was cancelled or paused while nobody held it
+settle   what was cancelled or paused while nobody held it, and what a failed one keeps for long enough
 
 What a file says stands nowhere here but in a job's error, which is sealed and goes with the file.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import builtins
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Table, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Table, delete, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ropewalk.database import now
 from ropewalk.errors import BadInput, NotFound, QuotaExceeded
 from ropewalk.failpoints import failpoint
+from ropewalk.files.generators import generators
 from ropewalk.files.store import Store
 from ropewalk.files.tables import files
 from ropewalk.ids import new_id
@@ -30,12 +31,13 @@ from ropewalk.jobs.tables import job_errors, job_events, job_logs, jobs
 from ropewalk.tenants.audit import append
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.tables import workspaces
-from ropewalk.tenants.workspaces import workspace_key
+from ropewalk.tenants.workspaces import OF_JOBS, workspace_key
 from ropewalk.vault import unwrap, wrap
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Order = Literal["pause", "cancel", "lost", "files"]  # why a run is to stop; files: those that it learns from are gone
 OPEN: tuple[State, ...] = ("queued", "running", "paused")
+KEPT_DAYS = 7  # a failed job can be resumed for so long
 MADE_AS = "job"  # the kind under which a job stands among what was made from a file
 MOST_SEED = 2**31 - 1
 
@@ -70,7 +72,10 @@ class Job:
     trained_tokens: int | None
     step: int
     steps: int | None
+    data_generator: Sequence[str] | None  # models that wrote its rows
+    device_time: int  # that its runs held devices, times their number
     error_code: str | None
+    kept_until: int | None  # of a failed one that can go on from what it has kept
     created_at: int
     started_at: int | None
     finished_at: int | None
@@ -88,6 +93,11 @@ class Job:
     def name(self) -> str:
         """What the model that comes of it is called."""
         return ":".join(filter(None, ("ft", self.base, self.suffix, self.id[-8:])))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it can go on where it stopped: a paused one, and for some days a failed one."""
+        return self.state == "paused" or (self.kept_until is not None and self.kept_until > now())
 
     @property
     def status(self) -> str:
@@ -125,7 +135,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one workspace may have at a time."""
+    """What a workspace that has no limits of its own may have at a time."""
 
     running: int = 1
     queued: int = 20  # jobs that have not ended, those that run included
@@ -150,6 +160,7 @@ class Ledger:
     def __init__(self, store: Store, limits: Limits = Limits(), lease_seconds: float = 20.0) -> None:
         self.store, self.database, self.limits = store, store.database, limits
         self.lease = round(lease_seconds * 1_000_000)
+        self.keep = KEPT_DAYS * 86_400_000_000
         self.holder = secrets.token_hex(8)
         self._last = ""  # the workspace that had the last turn
 
@@ -194,7 +205,10 @@ class Ledger:
             trained_tokens=None,
             step=0,
             steps=None,
+            data_generator=list(dict.fromkeys(name for file in found for name in generators(file))) or None,
+            device_time=0,
             error_code=None,
+            kept_until=None,
             created_at=now(),
             started_at=None,
             finished_at=None,
@@ -231,11 +245,24 @@ class Ledger:
             rows = (await connection.execute(query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1))).all()
         return Page(tuple(map(_job, rows[:limit])), len(rows) > limit)
 
+    async def belonging(self, caller: Caller, ids: Collection[str]) -> builtins.list[Job]:
+        """The caller's jobs of these ids, and those that have not ended, newest first."""
+        caller.needs("read")
+        query = select(*COLUMNS).where(_visible(caller), jobs.c.id.in_(ids) | jobs.c.state.in_(OPEN))
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()))).all()
+        return [_job(row) for row in rows]
+
     async def want(self, caller: Caller, id: str, wanted: Literal["pause", "cancel"], request_id: str = "") -> Job:
-        """Has a job stop, for good or until it is resumed; what runs stops after its step, with a checkpoint."""
+        """Has a job stop, for good or until it is resumed; what runs stops after its step, with a checkpoint. A failed one that is
+        cancelled gives up what it kept."""
         caller.needs("write")
         async with self.database.writing() as connection:
             job = await self._find(connection, caller, id, lock=True)
+            if wanted == "cancel" and job.state == "failed" and job.resumable:  # it stays failed
+                await _set(connection, job, kept_until=now())
+                await append(connection, caller, "job_stopped", id, request_id=request_id, detail={"asked": wanted})
+                return await self._find(connection, caller, id)
             if job.state not in OPEN or (wanted == "pause" and (job.state == "paused" or job.wanted == "cancel")):
                 raise BadInput(f"Job `{job.id}` is {job.wanted or job.state}; it cannot be {_DONE[wanted]}.")
             if job.state == "running":
@@ -247,14 +274,19 @@ class Ledger:
             return await self._find(connection, caller, id)
 
     async def resume(self, caller: Caller, id: str, request_id: str = "") -> Job:
-        """Queues a paused job again; it goes on from its last checkpoint."""
+        """Queues a paused or failed job again; it goes on from its last checkpoint."""
         caller.needs("write")
         async with self.database.writing() as connection:
             job = await self._find(connection, caller, id, lock=True)
-            if job.state != "paused":
-                raise BadInput(f"Job `{job.id}` is {job.wanted or job.state}; only a paused one can be resumed.")
+            if not job.resumable:
+                raise BadInput(
+                    f"Job `{job.id}` is {job.wanted or job.state}; only a paused one can be resumed, and for {KEPT_DAYS} days a "
+                    "failed one whose files are there."
+                )
             await self._within_limits(connection, job, resumed=True)
-            await _set(connection, job, state="queued", wanted=None, holder=None, lease_until=0, failures=0)
+            again = {"state": "queued", "wanted": None, "holder": None, "lease_until": 0, "failures": 0}
+            await _set(connection, job, **again, error_code=None, kept_until=None, finished_at=None)
+            await connection.execute(delete(job_errors).where(job_errors.c.job_id == job.id))
             await _tell(connection, id, [Told(f"queued:{job.tries}", "The job is queued again")])
             await append(connection, caller, "job_resumed", id, request_id=request_id)
             return await self._find(connection, caller, id)
@@ -341,9 +373,9 @@ class Ledger:
     async def _claim(self, job: Job, full: set[str]) -> Job | None:
         moment = now()
         async with self.database.writing() as connection:
-            await _lock_workspace(connection, job.workspace_id)  # so that two processes do not each start its last one
+            limits = await self._locked_limits(connection, job)  # so that two processes do not each start its last one
             others = (jobs.c.workspace_id == job.workspace_id) & (jobs.c.state == "running") & (jobs.c.id != job.id)
-            if await _count(connection, others & (jobs.c.lease_until > moment)) >= self.limits.running:
+            if await _count(connection, others & (jobs.c.lease_until > moment)) >= limits.running:
                 full.add(job.workspace_id)
                 return None
             free = (jobs.c.id == job.id) & jobs.c.state.in_(("queued", "running")) & jobs.c.wanted.is_(None)
@@ -429,9 +461,10 @@ class Ledger:
     # -- what time does
 
     async def settle(self) -> Sequence[Job]:
-        """Ends what was cancelled or paused while whoever held it died, and what has lost its files; those that came to their end."""
+        """Ends what was cancelled or paused while whoever held it died, what has lost its files, and what a failed one keeps once it
+        has, or for too long; those that came to their end."""
         moment = now()
-        idle = jobs.c.state.in_(OPEN) & (jobs.c.lease_until <= moment)
+        idle = (jobs.c.state.in_(OPEN) & (jobs.c.lease_until <= moment)) | jobs.c.kept_until.is_not(None)
         async with self.database.reading() as connection:
             rows = (await connection.execute(select(*COLUMNS).where(idle))).all()
             ids = {id for row in rows for id in _job(row).file_ids}
@@ -440,7 +473,10 @@ class Ledger:
         ended: builtins.list[Job] = []
         for job in map(_job, rows):
             gone = not set(job.file_ids) <= there
-            if gone or job.wanted is not None:
+            if job.kept_until is not None:
+                if (gone or job.kept_until <= moment) and await self._give_up(job):
+                    ended.append(job)
+            elif gone or job.wanted is not None:
                 async with self.database.writing() as connection:
                     row = (await connection.execute(select(*COLUMNS).where(jobs.c.id == job.id).with_for_update())).first()
                     if row is None or row.lease_until > moment or row.state not in OPEN:
@@ -448,6 +484,12 @@ class Ledger:
                     await self._stop(connection, _job(row), "cancel" if gone else job.wanted, gone=gone)
                 ended.append(job)
         return ended
+
+    async def _give_up(self, job: Job) -> bool:
+        """A failed job can not be resumed any more; False where somebody else has said so, or it has been."""
+        same = (jobs.c.id == job.id) & (jobs.c.kept_until == job.kept_until)
+        async with self.database.writing() as connection:
+            return bool((await connection.execute(update(jobs).where(same).values(kept_until=None))).rowcount)
 
     async def _stop(self, connection: AsyncConnection, job: Job, wanted: str | None, *, gone: bool = False) -> None:
         """Ends or pauses a job that nobody holds."""
@@ -470,19 +512,27 @@ class Ledger:
         await connection.execute(insert(job_errors).values(**_quoting(job), sealed=wrap(key, text.encode(), _purpose(job.id))))
 
     async def _within_limits(self, connection: AsyncConnection, job: Job, *, resumed: bool = False) -> None:
-        await _lock_workspace(connection, job.workspace_id)
-        mine = (jobs.c.workspace_id == job.workspace_id) & jobs.c.state.in_(("queued", "running") if resumed else OPEN)
+        limits = await self._locked_limits(connection, job)
+        counted = ("queued", "running") if resumed and job.state == "paused" else OPEN
+        mine = (jobs.c.workspace_id == job.workspace_id) & jobs.c.state.in_(counted)
         query = select(func.count(), func.coalesce(func.sum(jobs.c.file_bytes), 0)).where(mine)
         count, size = (await connection.execute(query)).one()
-        if count >= self.limits.queued:
+        if count >= limits.queued:
             raise QuotaExceeded(
-                f"this workspace has {count} jobs that have not ended, of {self.limits.queued}; wait for one, or cancel one"
+                f"this workspace has {count} jobs that have not ended, of {limits.queued}; wait for one, or cancel one"
             )
-        if size + job.file_bytes > self.limits.file_bytes:
+        if size + job.file_bytes > limits.file_bytes:
             raise QuotaExceeded(
-                f"the files of this workspace's open jobs would have {size + job.file_bytes:,} bytes, of {self.limits.file_bytes:,}; "
+                f"the files of this workspace's open jobs would have {size + job.file_bytes:,} bytes, of {limits.file_bytes:,}; "
                 "wait for a job to end, or train on less"
             )
+
+    async def _locked_limits(self, connection: AsyncConnection, job: Job) -> Limits:
+        """What a job's workspace may have at a time, by its own settings or else the server's; the workspace is locked."""
+        own = [workspaces.c[name] for name in OF_JOBS]
+        row = (await connection.execute(select(*own).where(workspaces.c.id == job.workspace_id).with_for_update())).one()
+        usual = self.limits
+        return Limits(*(theirs if theirs is not None else ours for theirs, ours in zip(row, astuple(usual), strict=True)))
 
     async def _find(self, connection: AsyncConnection, caller: Caller, id: str, *, lock: bool = False) -> Job:
         row = None
@@ -531,10 +581,6 @@ async def _tell(connection: AsyncConnection, job_id: str, told: Sequence[Told]) 
             rows.append({**one._asdict(), "job_id": job_id, "number": number, "created_at": moment})
     if rows:
         await connection.execute(insert(job_events), rows)
-
-
-async def _lock_workspace(connection: AsyncConnection, id: str) -> None:
-    await connection.execute(select(workspaces.c.id).where(workspaces.c.id == id).with_for_update())
 
 
 async def _count(connection: AsyncConnection, where: ColumnElement[bool]) -> int:

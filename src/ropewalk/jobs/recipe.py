@@ -184,6 +184,23 @@ def make_recipe(asked: Asked, seed: int, training: File, validation: File | None
     return Recipe(config, told)
 
 
+def reproducing(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the same run of the same files: a job's configuration as a client gives it, `extra_body={"ropewalk": ...}`. It goes
+    with the method, the seed and the files alone; what hyperparameters became stands in it."""
+    allowed = KEYS | KEYS_OF[method]
+    keys = {name: value for name, value in config.items() if name in allowed}
+    if isinstance(trl := keys.get("trl"), Mapping):
+        keys["trl"] = {**trl, "reward_funcs": [_as_given(one) for one in trl["reward_funcs"]]}
+    rows = {name: value for name, value in config["datasets"][0].items() if name in ROW_KEYS}
+    return {**keys, "dataset": rows}
+
+
+def _as_given(reward: Any) -> Any:
+    if isinstance(reward, Mapping) and reward.get("kind") == "judge":
+        return {name: value for name, value in reward.items() if name != "url"}  # which the server adds
+    return reward
+
+
 def _auto_batch(training: File) -> int:
     """About one row in five hundred; a power of two, which several workers can share."""
     return min(64, 1 << max(0, round(math.log2(max(1.0, training.size / ROW_BYTES / 500)))))

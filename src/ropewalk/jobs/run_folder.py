@@ -71,10 +71,14 @@ class JobFolder:
         places = {"base_model": str(base), "output_dir": "run", "dataset_prepared_path": "prepared"}
         keys = {**places, **job.config}
         if cluster is not None:  # a run that has begun keeps the number of its workers
-            keys |= cluster.keys(int(job.config["gradient_accumulation_steps"]), self._workers())
+            keys |= cluster.keys(int(job.config["gradient_accumulation_steps"]), self._workers_told())
         self.config.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
 
-    def _workers(self) -> int | None:
+    def workers(self) -> int:
+        """How many processes train it, each on a device of its own."""
+        return self._workers_told() or 1
+
+    def _workers_told(self) -> int | None:
         """Of a run that has begun on a cluster."""
         try:
             found: int | None = yaml.safe_load(self.config.read_text(encoding="utf-8")).get("ray_num_workers")
@@ -125,10 +129,14 @@ class JobFolder:
         line = self.last_words().rpartition("\n")[2]
         return line.removeprefix(SAID) if line.startswith(SAID) else None
 
-    def tidy(self, *, keep: bool) -> None:
-        """Removes tokenised rows and what a run goes on from; with `keep`, adapter and checkpoints stay as models."""
+    def set_aside(self) -> None:
+        """Removes what the next try of the run makes again."""
         shutil.rmtree(self.prepared, ignore_errors=True)
         shutil.rmtree(self.path / "home", ignore_errors=True)
+
+    def tidy(self, *, keep: bool) -> None:
+        """Removes tokenised rows and what a run goes on from; with `keep`, adapter and checkpoints stay as models."""
+        self.set_aside()
         if not keep:
             shutil.rmtree(self.run, ignore_errors=True)
             self._mark.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from ropewalk.jobs.keeping import Keeping
 from ropewalk.jobs.ledger import CANCELLED, FILES_GONE, OPEN, Job, Ledger, Order, Told
 from ropewalk.jobs.recipe import judges_of
 from ropewalk.jobs.run_folder import EventTail, JobFolder
+from ropewalk.jobs.tables import jobs
 from ropewalk.registry import Entry, Registry
 from ropewalk.tracing import traced
 
@@ -39,6 +40,7 @@ POLL_SECONDS = 2.0  # another process may have taken in a job, or have died
 LOOK_SECONDS = 0.5  # at a run
 MOST_FAILURES = 3  # a run that crashes so often by itself is not begun again
 AGAIN_SECONDS = 5.0
+OF_FILE = "invalid_training_file"  # the error's code, as OpenAI's clients know it
 TIDY_SECONDS = 60.0  # between two looks at what runs have left on this machine
 
 log = logging.getLogger("ropewalk.jobs")
@@ -52,6 +54,21 @@ class Options:
     grace_seconds: float = 60.0  # for a run that is to stop to finish its step and write a checkpoint
     command: tuple[str, ...] = (sys.executable, "-m", "ropewalk", "train")
     cluster: RayCluster | None = None  # on which the child has workers train; None: it trains itself
+
+
+class Meter:
+    """How long a run holds devices, times their number."""
+
+    def __init__(self, devices: int) -> None:
+        self._devices, self._from = devices, time.monotonic()
+
+    def read(self) -> int:
+        """Microseconds that are not yet written down."""
+        return round((time.monotonic() - self._from) * 1e6) * self._devices
+
+    def take(self, told: int) -> None:
+        """So many are."""
+        self._from += told / self._devices / 1e6
 
 
 class JobRunner:
@@ -156,7 +173,7 @@ class JobRunner:
             await asyncio.to_thread(shutil.rmtree, folder.path, ignore_errors=True)
         elif job.state == "succeeded" and (folder.settled or not await self.archive.has_adapter(id)):
             return  # it is served from here
-        elif job.state not in OPEN:
+        elif job.state not in OPEN and job.kept_until is None:
             await asyncio.to_thread(folder.tidy, keep=False)
 
     async def _publish_again(self) -> None:
@@ -236,7 +253,8 @@ class JobRunner:
         elif order == "pause":
             await self.ledger.end(job, "paused", Told(f"paused:{job.tries}", "The job is paused"), wanted=None)
         elif (why := await asyncio.to_thread(folder.why)) is not None:
-            await self._failed(job, folder, "invalid_training_file" if code == 2 else "training_failed", why)
+            of_file = code == 2 and not folder.events.exists()  # which is begun once the rows are read
+            await self._failed(job, folder, OF_FILE if of_file else "training_failed", why)
         else:
             await self._crashed(job, folder, code)
 
@@ -265,6 +283,7 @@ class JobRunner:
                     break
                 await asyncio.sleep(LOOK_SECONDS)  # whoever held it lives for a moment yet
             process = await self._started(folder, granted, locks, judges)
+            meter = Meter(folder.workers())
             failpoint("job.started")
             stopped: Order | None = None
             deadline = float("inf")
@@ -273,7 +292,7 @@ class JobRunner:
                 while not ended.done():
                     await asyncio.wait({ended}, timeout=LOOK_SECONDS)
                     try:
-                        order = await self._look(job, tail)
+                        order = await self._look(job, tail, meter)
                         checked = time.monotonic()
                         await keeping.look()
                     except Exception as error:  # the database is gone for a moment; for longer, the lease is lost
@@ -293,7 +312,7 @@ class JobRunner:
                 _kill(process)
                 await ended
                 try:
-                    await self._look(job, tail)
+                    await self._look(job, tail, meter, last=True)
                     await keeping.end(more=stopped in (None, "pause"))
                 except Exception as error:  # as above
                     log.error("what is left of a try of job %s cannot be kept: %r", job.id, error)
@@ -350,10 +369,13 @@ class JobRunner:
             **({PLACE: str(judges)} if judges is not None else {}),
         }
 
-    async def _look(self, job: Job, tail: EventTail) -> Order | None:
+    async def _look(self, job: Job, tail: EventTail, meter: Meter, *, last: bool = False) -> Order | None:
         told, values = await asyncio.to_thread(tail.read)
-        if told and not await self.ledger.tell(job, told, **values):
-            return "lost"
+        if told or last:
+            held = meter.read()
+            if not await self.ledger.tell(job, told, **values, device_time=jobs.c.device_time + held):
+                return "lost"
+            meter.take(held)
         return await self.ledger.order(job)
 
     # -- what comes of it
@@ -393,6 +415,7 @@ class JobRunner:
             "versions": " ".join(f"{name}={version}" for name, version in record.get("versions", {}).items()),
             "workspace": job.workspace_id,
             **({"reward_model": " ".join(judges)} if (judges := judges_of(job.config)) else {}),
+            **({"data_generator": " ".join(job.data_generator)} if job.data_generator else {}),
             **({"user": job.user_id} if job.user_id is not None else {}),
         }
         for step, path in folder.checkpoints().items():
@@ -411,9 +434,11 @@ class JobRunner:
         await self.ledger.end(job, "queued", told, lease_until=now() + round(AGAIN_SECONDS * 1_000_000))
 
     async def _failed(self, job: Job, folder: JobFolder, code: str, why: str) -> None:
-        await self._forget(job, folder)
-        told = Told("failed", "The job has failed; its error says why", level="error")
-        await self.ledger.end(job, "failed", told, (code, why))
+        """What it goes on from is kept for some days: memory or disk may only have been short for a while. A file never changes."""
+        again = code != OF_FILE
+        await (asyncio.to_thread(folder.set_aside) if again else self._forget(job, folder))
+        told = Told(f"failed:{job.tries}", "The job has failed; its error says why", level="error")
+        await self.ledger.end(job, "failed", told, (code, why), kept_until=now() + self.ledger.keep if again else None)
 
     async def _gone(self, job: Job, folder: JobFolder) -> None:
         await self._forget(job, folder)

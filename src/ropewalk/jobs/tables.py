@@ -47,7 +47,12 @@ jobs = Table(
     Column("trained_tokens", BigInteger),
     Column("step", BigInteger, nullable=False),
     Column("steps", BigInteger),  # in all; null before the files are read
+    Column("data_generator", JSON(none_as_null=True)),  # the models that wrote its rows: files go, and this stays
+    Column(
+        "device_time", BigInteger, nullable=False, server_default="0"
+    ),  # microseconds that its runs held devices, times these
     Column("error_code", Text),
+    Column("kept_until", BigInteger),  # of a failed one: until then it can go on from what it has kept
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
     Column("finished_at", BigInteger),

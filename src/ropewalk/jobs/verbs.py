@@ -23,6 +23,8 @@ def add_verbs(verbs: Verbs) -> None:
     json_argument(show)
     cancel = _verb(inner, "cancel", "end a job for good; what runs stops after its step", "ftjob_abc", _cancel)
     cancel.add_argument("id")
+    resume = _verb(inner, "resume", "go on with a paused or failed job, from its newest checkpoint", "ftjob_abc", _resume)
+    resume.add_argument("id")
     logs = _verb(inner, "logs", "print what a job's run has said", "ftjob_abc", _logs)
     logs.add_argument("id")
 
@@ -56,6 +58,12 @@ def _cancel(arguments: argparse.Namespace) -> int:
     from ropewalk.jobs import commands
 
     return commands.cancel_job(_place(arguments), arguments.id)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from ropewalk.jobs import commands
+
+    return commands.resume_job(_place(arguments), arguments.id)
 
 
 def _logs(arguments: argparse.Namespace) -> int:

@@ -38,7 +38,12 @@ PAGING = [
     query("after_id", STRING, "only what stands after this one"),
     query("before_id", STRING, "only what stands before this one"),
 ]
-SETTINGS = {"name": STRING, "requests_per_minute": nullable(NUMBER), "downloads": {"enum": list(workspaces.DOWNLOADS)}}
+SETTINGS = {
+    "name": STRING,
+    "requests_per_minute": nullable(NUMBER),
+    "downloads": {"enum": list(workspaces.DOWNLOADS)},
+    **{name: nullable(NUMBER) for name in workspaces.OF_JOBS},
+}
 
 
 # -- organisation and workspaces -------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ async def pause(request: Request) -> JSON:
     return JSON(await _shown(request, found))
 
 
-@operation("go on with a paused job", {200: JOB})
+@operation("go on with a paused or failed job, from its newest checkpoint", {200: JOB})
 async def resume(request: Request) -> JSON:
     """POST /v1/fine_tuning/jobs/{job_id}/resume"""
     found = await _ledger(request).resume(caller_of(request), request.path_params["job_id"], request_id_of(request))

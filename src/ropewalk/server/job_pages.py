@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from ropewalk.errors import NotFound
 from ropewalk.jobs.ledger import OPEN, Job, Ledger
+from ropewalk.jobs.recipe import reproducing
 from ropewalk.jobs.runner import JobRunner
 from ropewalk.server import words
 from ropewalk.server.visitors import Visitor, read_form, request_id_of, show, signed_in, store_of
@@ -85,6 +87,8 @@ class JobPage:
     may_cancel: bool
     may_pause: bool
     may_resume: bool
+    may_forget: bool  # give up what a failed one keeps
+    kept: Moment | None  # until when that is
     figures: tuple[tuple[str, str], ...]
     files: tuple[tuple[str, str, tuple[Part, ...]], ...]  # what for, id ('': deleted), name
     model: str
@@ -92,6 +96,8 @@ class JobPage:
     plot: Plot | None
     events: tuple[Line, ...]
     log: str
+    config: str
+    seed: int
 
 
 async def list_jobs(request: Request, visitor: Visitor) -> Response:
@@ -115,7 +121,9 @@ async def show_job(request: Request, visitor: Visitor) -> Response:
         runs=job.state in ("queued", "running"),
         may_cancel=may and job.state in OPEN and not stopping,
         may_pause=may and job.state in ("queued", "running") and not stopping,
-        may_resume=may and job.state == "paused",
+        may_resume=may and job.resumable,
+        may_forget=may and job.state == "failed" and job.resumable,
+        kept=words.moment(job.kept_until) if job.kept_until is not None and job.resumable else None,
         figures=tuple(_figures(job, steps)),
         files=tuple([await _file(request, visitor, what, id) for what, id in _files(job)]),
         model=job.model or "",
@@ -123,6 +131,8 @@ async def show_job(request: Request, visitor: Visitor) -> Response:
         plot=_plot(job, steps),
         events=tuple(Line(words.moment(one.created_at), one.message, one.level != "info") for one in events),
         log=log,
+        config=json.dumps(reproducing(job.method, job.config), indent=2, ensure_ascii=False),
+        seed=job.seed,
     )
     return await show(request, visitor, "job.html", f"Job {job.id[-8:]}", page)
 
@@ -170,6 +180,10 @@ def _figures(job: Job, steps: Mapping[int, Mapping[str, Any]]) -> list[tuple[str
         found.append(("Tokens", f"{job.trained_tokens:,}"))
     if job.started_at is not None and job.finished_at is not None:
         found.append(("Took", f"{(job.finished_at - job.started_at) / 1e6:,.0f} s"))
+    if job.device_time:
+        found.append(("Device time", words.duration(job.device_time / 1e6)))
+    if job.data_generator:
+        found.append(("Rows written by", ", ".join(job.data_generator)))
     return found
 
 

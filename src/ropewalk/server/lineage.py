@@ -1,10 +1,11 @@
-"""Where models come from, as a drawing: file -> job -> model -> verdict -> alias, each a box in its column, with lines between them."""
+"""Where models come from, as a drawing: document and who wrote rows from it -> file -> job -> model -> verdict -> alias, with lines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLUMNS = ("Files", "Jobs", "Models", "Verdicts", "Aliases")
+COLUMNS = ("Sources", "Files", "Jobs", "Models", "Verdicts", "Aliases")
+SOURCE, FILE, JOB, MODEL, VERDICT, ALIAS = range(len(COLUMNS))
 WIDTH, HEIGHT, GAP, PITCH, HEAD = 180, 52, 38, 66, 30
 LETTERS = 21  # of a line: what a box holds
 MOST_ROWS = 24
@@ -67,6 +68,9 @@ class Graph:
     def link(self, source: str, target: str) -> None:
         """What the target was made of, or stands on."""
         self._edges[source, target] = None
+
+    def linked(self, source: str, target: str) -> bool:
+        return (source, target) in self._edges
 
     def drawn(self) -> Drawing | None:
         """None where there is nothing to draw."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,17 +17,17 @@ from ropewalk.compare.promotions import Promotion
 from ropewalk.compare.records import StoredVerdict
 from ropewalk.engine.models import Listed
 from ropewalk.errors import NotFound
+from ropewalk.files.generators import generators
 from ropewalk.jobs.ledger import Job
 from ropewalk.jobs.runner import JobRunner
 from ropewalk.registry import Entry
 from ropewalk.server import compare_views as views
 from ropewalk.server import words
-from ropewalk.server.lineage import Drawing, Graph
+from ropewalk.server.lineage import ALIAS, FILE, JOB, MODEL, SOURCE, VERDICT, Drawing, Graph
 from ropewalk.server.served import Slot, slot_of
 from ropewalk.server.visitors import Visitor, address, show, signed_in, store_of
 from ropewalk.server.words import Moment
 
-RECENT = 50  # jobs and comparisons that are looked through
 DRAWN = 12  # models of the drawing, the newest and those that are served by an alias
 STATES = {"succeeded": "good", "failed": "bad"}
 
@@ -64,7 +65,7 @@ class Known:
 
     entries: dict[str, Entry]  # that the visitor may see, oldest first
     aliases: dict[str, str]
-    jobs: dict[str, Job]
+    jobs: dict[str, Job]  # that have made one of them, or are yet to make one
     given: tuple[tuple[StoredVerdict, Candidate], ...]  # newest first
     standing: dict[str, Promotion]
 
@@ -88,15 +89,14 @@ async def _known(request: Request, visitor: Visitor, names: set[str]) -> Known:
     state, store, caller = request.app.state, store_of(request), visitor.caller
     entries = {one.name: one for one in await asyncio.to_thread(state.registry.entries)}
     runner: JobRunner = state.jobs
-    jobs = {one.id: one for one in (await runner.ledger.list(caller, RECENT)).jobs}
-    given: list[tuple[StoredVerdict, Candidate]] = []
-    for one in await records.list_comparisons(store, caller, RECENT):
-        if one.state == "done":
-            for said in await records.latest(store, caller, one.id):
-                given.append((said, await get_candidate(store, caller, said.candidate_id)))
     seen = {name: entry for name, entry in sorted(entries.items(), key=lambda item: item[1].created) if name in names}
+    made_by = {entry.lineage["job"] for entry in seen.values() if "job" in entry.lineage}
+    jobs = {one.id: one for one in await runner.ledger.belonging(caller, made_by)}
+    said = await records.verdicts_about(store, caller, names)
+    about = {id: await get_candidate(store, caller, id) for id in {one.candidate_id for one in said}}
+    given = tuple((one, about[one.candidate_id]) for one in said)
     aliases = await asyncio.to_thread(state.registry.aliases)
-    return Known(seen, aliases, jobs, tuple(given), await promotions.standing(store, caller, state.registry))
+    return Known(seen, aliases, jobs, given, await promotions.standing(store, caller, state.registry))
 
 
 def _kept(known: Known, name: str) -> bool:
@@ -148,15 +148,16 @@ async def _drawn_model(graph: Graph, request: Request, visitor: Visitor, known: 
     if job is None:
         files = [id for id in entry.lineage.get("file", "").replace(",", " ").split() if id.startswith("file_")]
         made_of = [await _drawn_file(graph, request, visitor, id) for id in files]
+        made_of += _unwritten(graph, made_of, entry.lineage.get("data_generator", "").split())
     note = f"over {entry.base}" if entry.base else "base"
-    model = graph.add(2, f"model {entry.name}", _plain(entry.name), _plain(note), address("/chat", {"model": entry.name}))
+    model = graph.add(MODEL, f"model {entry.name}", _plain(entry.name), _plain(note), address("/chat", {"model": entry.name}))
     for one in made_of:
         graph.link(one, model)
     for verdict, candidate in known.given:
         if candidate.target == entry.name:
             state, href = verdict.verdict.state, f"/compare/{verdict.comparison_id}"
             said = graph.add(
-                3,
+                VERDICT,
                 f"verdict {verdict.id}",
                 str(state),
                 str(verdict.verdict.interval or "").partition(" (")[0],
@@ -168,7 +169,12 @@ async def _drawn_model(graph: Graph, request: Request, visitor: Visitor, known: 
         if name == entry.name:
             by = known.standing.get(alias)
             shown = graph.add(
-                4, f"alias {alias}", _plain(alias), "shipped on a verdict" if by else "set by hand", "", "good" if by else ""
+                ALIAS,
+                f"alias {alias}",
+                _plain(alias),
+                "shipped on a verdict" if by else "set by hand",
+                "",
+                "good" if by else "",
             )
             on = f"verdict {by.verdict_id}" if by is not None and by.verdict_id is not None else ""
             graph.link(on if any(one.id == (by.verdict_id if by else None) for one, _ in known.given) else model, shown)
@@ -176,8 +182,9 @@ async def _drawn_model(graph: Graph, request: Request, visitor: Visitor, known: 
 
 async def _drawn_job(graph: Graph, request: Request, visitor: Visitor, job: Job) -> str:
     files = [await _drawn_file(graph, request, visitor, id) for id in dict.fromkeys(job.file_ids)]
+    files += _unwritten(graph, files, job.data_generator or ())
     note = f"{job.method}, {job.state}"
-    key = graph.add(1, f"job {job.id}", f"job {job.id[-8:]}", note, f"/jobs/{job.id}", STATES.get(job.state, "open"))
+    key = graph.add(JOB, f"job {job.id}", f"job {job.id[-8:]}", note, f"/jobs/{job.id}", STATES.get(job.state, "open"))
     for file in files:
         graph.link(file, key)
     return key
@@ -187,8 +194,31 @@ async def _drawn_file(graph: Graph, request: Request, visitor: Visitor, id: str)
     try:
         file = await store_of(request).show(visitor.caller, id)
     except NotFound:
-        return graph.add(0, f"file {id}", f"…{id[-8:]}", "deleted, or another's", "", "gone")
-    return graph.add(0, f"file {id}", _plain(file.filename), words.size(file.size), f"/files/{id}")
+        return graph.add(FILE, f"file {id}", f"…{id[-8:]}", "deleted, or another's", "", "gone")
+    sources = [await _drawn_source(graph, request, visitor, one) for one in (file.lineage or {}).get("files", ())]
+    sources += [_drawn_generator(graph, name) for name in generators(file)]
+    key = graph.add(FILE, f"file {id}", _plain(file.filename), words.size(file.size), f"/files/{id}")
+    for source in sources:
+        graph.link(source, key)
+    return key
+
+
+async def _drawn_source(graph: Graph, request: Request, visitor: Visitor, id: str) -> str:
+    """A document from which rows were written."""
+    try:
+        file = await store_of(request).show(visitor.caller, id)
+    except NotFound:
+        return graph.add(SOURCE, f"source {id}", f"…{id[-8:]}", "deleted, or another's", "", "gone")
+    return graph.add(SOURCE, f"source {id}", _plain(file.filename), words.size(file.size), f"/files/{id}")
+
+
+def _drawn_generator(graph: Graph, name: str) -> str:
+    return graph.add(SOURCE, f"generator {name}", _plain(name), "wrote the rows")
+
+
+def _unwritten(graph: Graph, files: list[str], names: Iterable[str]) -> list[str]:
+    """The models that wrote rows of files that do not say so any more."""
+    return [_drawn_generator(graph, name) for name in names if not any(graph.linked(f"generator {name}", key) for key in files)]
 
 
 def _plain(name: str) -> str:

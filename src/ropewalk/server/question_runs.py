@@ -87,7 +87,9 @@ class QuestionRuns:
         if (made := await questions.made_before(self._store, job)) is not None:
             return made
         resolved = (await asyncio.to_thread(self._models.find, wanted.model, caller)).shown
-        told = Made(KIND, questions.name_of(job), (job.file_id,), {"job": job.id, **lineage(wanted, resolved, rows, shown)})
+        writer = await asyncio.to_thread(self._models.name_behind, wanted.model)
+        said = lineage(wanted, writer, resolved, rows, shown)
+        told = Made(KIND, questions.name_of(job), (job.file_id,), {"job": job.id, **said})
         name = name_of(file.filename)
         return (await self._store.put(caller, rows.lines(), name, purpose="fine-tune", made=told)).id
 

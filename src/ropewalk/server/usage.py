@@ -1,4 +1,4 @@
-"""The Usage page: what questions cost and what reading files once has saved, by day, by model and by workspace; as CSV and JSON too."""
+"""The Usage page: what questions and trainings cost and what reading files once has saved, by day, by model and by workspace."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from ropewalk.config.serving import Serving
 from ropewalk.engine.models import Models
 from ropewalk.errors import BadInput, PermissionDenied
 from ropewalk.files.token_ledger import FileTokens, of_files, sample_storage
+from ropewalk.jobs.account import trained
 from ropewalk.server import words
 from ropewalk.server.visitors import Visitor, address, show, signed_in, store_of
 from ropewalk.tenants.prices import Price, saved
@@ -45,6 +47,10 @@ class Line:
     cost: str  # '' where no price is known
     saved: str
     stored: str
+    jobs: str  # '' for none, here and below
+    trained: str
+    device: str
+    job_cost: str
     bar: Bar
 
 
@@ -56,7 +62,7 @@ class Table:
     of: str
     lines: tuple[Line, ...]
     stored: bool
-    empty: int = 0  # days without a question, which are left out
+    empty: int = 0  # days without a question or a job, which are left out
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class UsagePage:
     total: Line
     tables: tuple[Table, ...]
     priced: bool
+    trains: bool  # there was a job
     prices: tuple[str, ...]
     csv: str
     json: str
@@ -125,6 +132,7 @@ async def show_usage(request: Request, visitor: Visitor) -> Response:
         total=_line("Together", found.total, found.total.prompts + found.total.output),
         tables=tuple(tables),
         priced=any(sums.cost.amounts for sums in found.models.values()),
+        trains=found.total.jobs > 0,
         prices=tuple(_price_in_words(name, price) for name, price in sorted(prices.items()) if name in found.models),
         csv=address("/usage/csv", query),
         json=address("/usage/json", query),
@@ -167,7 +175,9 @@ async def _report(request: Request, visitor: Visitor, days: int, everything: boo
     await sample_storage(store.database)
     prices = _prices(request)
     user = None if everything else caller.user_id
-    return await report(store.database, None if everything else caller.workspace_id, days, prices.get, user)
+    serving: Serving = request.app.state.settings.serving
+    whose = None if everything else caller.workspace_id
+    return await report(store.database, whose, days, prices.get, user, trained, serving.training_price)
 
 
 def _days(request: Request) -> int:
@@ -201,7 +211,7 @@ def _prices(request: Request) -> dict[str, Price]:
 
 def _table(title: str, of: str, found: Iterable[tuple[str, Sum]], *, by_day: bool = False, stored: bool = False) -> Table:
     rows = list(found)
-    shown = [(name, sums) for name, sums in rows if sums.requests or (sums.stored and not by_day)]
+    shown = [(name, sums) for name, sums in rows if sums.requests or sums.jobs or (sums.stored and not by_day)]
     longest = max((sums.prompts + sums.output for _, sums in shown), default=0)
     lines = tuple(_line(name, sums, longest) for name, sums in shown)
     return Table(title, of, lines, stored, len(rows) - len(shown) if by_day else 0)
@@ -218,13 +228,19 @@ def _line(name: str, sums: Sum, longest: int) -> Line:
         cost=str(sums.cost),
         saved=str(sums.saved),
         stored="–" if sums.stored is None else words.size(sums.stored),
+        jobs=f"{sums.jobs:,}" if sums.jobs else "",
+        trained=f"{sums.trained:,}" if sums.jobs else "",
+        device=words.duration(sums.device_seconds) if sums.jobs else "",
+        job_cost=str(sums.training_cost),
         bar=Bar(*(round(1000 * n / max(longest, 1)) for n in (sums.cache_read, sums.prompts - sums.cache_read, sums.output))),
     )
 
 
 def _price_in_words(name: str, price: Price) -> str:
     kinds = {"input": price.input, "cached": price.cache_read, "output": price.output}
+    kinds |= {"trained": price.training} if price.training else {}
     amounts = ", ".join(f"{kind} {amount:g}" for kind, amount in kinds.items())
+    amounts += f", an hour of a device {price.device_hour:g}" if price.device_hour else ""
     return f"{name}: {amounts} {price.currency}" + (f", as of {price.as_of}" if price.as_of else "")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,15 @@ def add_verbs(verbs: Verbs) -> None:
     serve.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="trainings run at once by this process; 0: none (default: %(default)s)"
     )
+    for option, default, what in (
+        ("--jobs-running", "1", "trainings of each workspace at a time"),
+        ("--jobs-queued", "20", "trainings of each workspace that have not ended"),
+        ("--jobs-file-bytes", "2GB", "files of all these together"),
+    ):
+        metavar = "SIZE" if default.endswith("GB") else "N"
+        serve.add_argument(
+            option, default=default, metavar=metavar, help=f"{what}, where it has no limit of its own (default: {default})"
+        )
     serve.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate; with --tls-key, the server speaks HTTPS")
     serve.add_argument("--tls-key", type=Path, metavar="PEM", help="key of the certificate")
     serve.add_argument(
@@ -67,6 +78,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from ropewalk.config.serving import Serving, read_serving
     from ropewalk.server.serve import serve
     from ropewalk.server.settings import ServerSettings
+    from ropewalk.tenants.commands import parse_count, parse_size
 
     serving = _written_by(arguments, read_serving(arguments.models) if arguments.models else Serving())
     return serve(
@@ -81,9 +93,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             drain_notice_seconds=arguments.drain_notice_seconds,
             mail=configured_mail(arguments.mail),
             jobs_at_once=max(0, arguments.jobs),
+            jobs_running=_number(arguments.jobs_running, parse_count),
+            jobs_queued=_number(arguments.jobs_queued, parse_count),
+            jobs_file_bytes=_number(arguments.jobs_file_bytes, parse_size),
             serving=replace(serving, preload=(*serving.preload, *arguments.preload)),
         ),
     )
+
+
+def _number(text: str, parse: Callable[[str], int | None]) -> int:
+    """A limit that everybody has who has none of his own."""
+    found = parse(text)
+    return sys.maxsize if found is None else found
 
 
 def _written_by(arguments: argparse.Namespace, serving: Serving) -> Serving:

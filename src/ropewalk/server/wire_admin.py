@@ -10,7 +10,7 @@ from ropewalk.tenants import usage
 from ropewalk.tenants.audit import AuditReport
 from ropewalk.tenants.keys import Key
 from ropewalk.tenants.usage import Share
-from ropewalk.tenants.workspaces import Workspace
+from ropewalk.tenants.workspaces import OF_JOBS, Workspace
 
 NUMBER: Schema = {"type": "integer", "minimum": 0}
 BOOLEAN: Schema = {"type": "boolean"}
@@ -27,6 +27,7 @@ WORKSPACE = record(
         "archived_at": nullable(TIME),
         "requests_per_minute": nullable(NUMBER),
         "downloads": {"enum": ["owner", "nobody"]},
+        **{name: nullable(NUMBER) for name in OF_JOBS},
     }
 )
 API_KEY = record(
@@ -104,6 +105,7 @@ def workspace_body(workspace: Workspace) -> dict[str, Any]:
         "user_profile_id": None,
         "requests_per_minute": workspace.requests_per_minute,
         "downloads": workspace.downloads,
+        **{name: getattr(workspace, name) for name in OF_JOBS},
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ropewalk.database import now
 from ropewalk.jobs.ledger import Event, Job
-from ropewalk.jobs.recipe import METHODS, Asked, Method
+from ropewalk.jobs.recipe import METHODS, Asked, Method, reproducing
 from ropewalk.server.node import Node
 
 MAX_ID = 128
@@ -131,7 +131,15 @@ def job(found: Job, error: str | None = None) -> dict[str, Any]:
         "seed": found.seed,
         "metadata": found.metadata,
         "error": _error(found, error) if found.error_code is not None else None,
-        OWN: {"step": found.step, "steps": found.steps, "config_digest": found.config_digest},
+        OWN: {
+            "step": found.step,
+            "steps": found.steps,
+            "device_seconds": round(found.device_time / 1e6, 3),
+            "data_generator": list(found.data_generator or ()),
+            "resumable_until": None if found.kept_until is None else _seconds(found.kept_until),
+            "config_digest": found.config_digest,
+            "config": reproducing(found.method, found.config),
+        },
     }
 
 

@@ -84,6 +84,13 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """12 s, 5 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def exactly(count: int) -> str:
     """Every byte of them."""
     return f"{count:,} byte{'' if count == 1 else 's'}"

@@ -85,23 +85,27 @@ def limit(
 ) -> int:
     """Changes what is given, and prints what is used and may be."""
 
-    async def work(database: Database, _: Vault) -> usage.Share:
+    async def work(database: Database, _: Vault) -> tuple[usage.Share, dict[str, Any]]:
         if settings:
             if scope != "workspace" or id is None:
                 raise BadInput(f"{' and '.join(settings)}: only a workspace has that, and no {scope}")
             await workspaces.change_workspace(database, id, settings)
-        if limits:
-            return await usage.change_limits(database, scope, id, limits)
-        return await usage.share_of(database, scope, id)
+        share = await (usage.change_limits(database, scope, id, limits) if limits else usage.share_of(database, scope, id))
+        if scope != "workspace":
+            return share, {}
+        async with database.reading() as connection:
+            found = await workspaces.find_workspace(connection, share.id)
+        return share, {name: getattr(found, name) for name in workspaces.SETTINGS}
 
-    share = place.run(work)
+    share, set_ = place.run(work)
     used = share.usage
-    text = (
-        f"{share.scope} {share.id}\n"
-        f"  bytes  {used.used_bytes + used.reserved_bytes:,} of {_limit(used.limit_bytes)}\n"
-        f"  files  {used.used_files + used.reserved_files:,} of {_limit(used.limit_files)}"
-    )
-    _show({"scope": share.scope, "id": share.id, **asdict(used)}, text, as_json)
+    lines = [
+        f"{share.scope} {share.id}",
+        f"  bytes  {used.used_bytes + used.reserved_bytes:,} of {_limit(used.limit_bytes)}",
+        f"  files  {used.used_files + used.reserved_files:,} of {_limit(used.limit_files)}",
+        *(f"  {name.replace('_', '-')}  {_setting(value)}" for name, value in set_.items()),
+    ]
+    _show({"scope": share.scope, "id": share.id, **asdict(used), **set_}, "\n".join(lines), as_json)
     return 0
 
 
@@ -200,10 +204,11 @@ def limits_of(size: str | None, files: str | None) -> dict[str, int | None]:
     return {name: parse(text) for name, (text, parse) in given.items() if text is not None}
 
 
-def settings_of(requests_per_minute: str | None, downloads: str | None) -> dict[str, Any]:
-    """The settings that were given."""
-    found: dict[str, Any] = {} if downloads is None else {"downloads": downloads}
-    return found if requests_per_minute is None else {**found, "requests_per_minute": parse_count(requests_per_minute)}
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among what was given."""
+    parse: dict[str, Callable[[str], Any]] = {"downloads": str, "jobs_file_bytes": parse_size}
+    found = {name: given[name] for name in workspaces.SETTINGS if given[name] is not None}
+    return {name: parse.get(name, parse_count)(text) for name, text in found.items()}
 
 
 def parse_size(text: str) -> int | None:
@@ -248,6 +253,10 @@ def _show(told: Mapping[str, Any], text: str, as_json: bool) -> None:
 def _tell_more(page: workspaces.Page[Any]) -> None:
     if page.more:
         print(f"and more: --after {page.items[-1].id}")
+
+
+def _setting(value: int | str | None) -> str:
+    return "the server's default" if value is None else value if isinstance(value, str) else f"{value:,}"
 
 
 def _limit(value: int | None) -> str:

@@ -8,6 +8,7 @@ from datetime import date
 from typing import Protocol
 
 MILLION = 1_000_000
+HOUR = 3600  # seconds
 
 
 class Tokens(Protocol):
@@ -34,6 +35,8 @@ class Price:
     output: float = 0.0
     cache_read: float = 0.0
     cache_creation: float | None = None  # None: as input
+    training: float = 0.0  # for a million trained tokens, of a base
+    device_hour: float = 0.0  # in which a training holds one
     currency: str = "USD"
     as_of: str = ""  # the day on which this was the price, as 2026-11-22
 
@@ -42,6 +45,12 @@ class Price:
         creation = self.input if self.cache_creation is None else self.cache_creation
         paid = tokens.input * self.input + tokens.cache_creation * creation
         return (paid + tokens.cache_read * self.cache_read + tokens.output * self.output) / MILLION
+
+    def trained(self, tokens: int, device_seconds: float) -> float | None:
+        """What a training costs; None where no price of one is known."""
+        if not self.training and not self.device_hour:
+            return None
+        return tokens * self.training / MILLION + device_seconds * self.device_hour / HOUR
 
     def saved(self, cache_read: int) -> float:
         """What more they would have cost, had these tokens been read again."""

@@ -24,6 +24,9 @@ workspaces = Table(
     Column("archived_at", BigInteger),
     Column("sealed_key", LargeBinary),  # the workspace's key, wrapped by the root key; gone when the workspace is deleted
     Column("requests_per_minute", Integer),
+    Column("jobs_running", Integer),  # at a time; here and below, null: the server's default
+    Column("jobs_queued", Integer),  # that have not ended
+    Column("jobs_file_bytes", BigInteger),  # of the files of all these
     Column("downloads", Text, nullable=False, server_default="owner"),  # owner | nobody: may uploads be downloaded
 )
 

@@ -1,10 +1,10 @@
-"""What questions cost: by day, by model and, of all workspaces together, by workspace; with money where prices are known."""
+"""What questions and trainings cost: by day, by model and, of all workspaces together, by workspace; with money where prices are known."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +19,10 @@ from ropewalk.tenants.tables import usage as quotas
 
 COUNTERS = ("requests", "input", "cache_creation", "cache_read", "output")
 MOST_DAYS = 3660
+CSV = (
+    *("day", "model", "requests", "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens"),
+    *("cost", "saved", "currency", "jobs", "trained_tokens", "device_seconds", "training_cost", "stored_bytes"),
+)
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Sum:
     cost: Money = field(default_factory=Money)
     saved: Money = field(default_factory=Money)
     stored: int | None = None  # bytes; None: not looked at
+    jobs: int = 0  # trainings
+    trained: int = 0  # their tokens
+    device_seconds: float = 0.0
+    training_cost: Money = field(default_factory=Money)
 
     @property
     def prompts(self) -> int:
@@ -55,12 +63,33 @@ class Sum:
             "stored_bytes": self.stored,
             "cost": _amounts(self.cost),
             "saved": _amounts(self.saved),
+            "jobs": self.jobs,
+            "trained_tokens": self.trained,
+            "device_seconds": round(self.device_seconds, 3),
+            "training_cost": _amounts(self.training_cost),
         }
 
 
 @dataclass(frozen=True)
+class Trained:
+    """The jobs over one base, of one workspace, that one day counts.  jobs -> report"""
+
+    day: str
+    base: str
+    workspace_id: str
+    jobs: int
+    tokens: int
+    device_seconds: float
+
+
+# The jobs since a day, of a workspace or all, of one of its users or all.
+Training = Callable[[Database, str, str | None, str | None], Awaitable[Sequence[Trained]]]
+PriceOf = Callable[[str], Price | None]
+
+
+@dataclass(frozen=True)
 class Entry:
-    """The requests of one day to one model."""
+    """The requests of one day to one model, and the trainings over it."""
 
     day: str
     model: str
@@ -92,16 +121,22 @@ class Report:
         }
 
     def as_csv(self) -> str:
-        """A line for each day and model. Amounts are in the currency beside them."""
+        """A line for each day and model, and one without a model for what was stored on a day. Amounts are in the currency beside
+        them."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = ["day", "model", "requests", "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]
-        writer.writerow([*names, "output_tokens", "cost", "saved", "currency"])
-        for entry in self.entries:
-            currency = next(iter(entry.sum.cost.amounts), "")
-            money = [f"{found.amounts[currency]:.8f}" if currency else "" for found in (entry.sum.cost, entry.sum.saved)]
-            counts = [getattr(entry.sum, name) for name in COUNTERS]
-            writer.writerow([entry.day, entry.model, *counts, *money, currency])
+        writer.writerow(CSV)
+        lines = [*self.entries, *(Entry(day, "", found) for day, found in self.days.items() if found.stored is not None)]
+        for entry in sorted(lines, key=lambda line: line.day):
+            found = entry.sum
+            currency = next(iter({**found.cost.amounts, **found.training_cost.amounts}), "")
+            if not entry.model:
+                writer.writerow([entry.day, *[""] * (len(CSV) - 2), found.stored])
+                continue
+            money = [_told(one, currency) for one in (found.cost, found.saved)]
+            counts = [getattr(found, name) for name in COUNTERS]
+            training = [found.jobs, found.trained, f"{found.device_seconds:.3f}", _told(found.training_cost, currency)]
+            writer.writerow([entry.day, entry.model, *counts, *money, currency, *training, ""])
         return out.getvalue()
 
 
@@ -109,8 +144,10 @@ async def report(
     database: Database,
     workspace_id: str | None,
     days: int,
-    price_of: Callable[[str], Price | None],
+    price_of: PriceOf,
     user_id: str | None = None,
+    training: Training | None = None,
+    training_price: PriceOf = lambda base: None,
 ) -> Report:
     """The last `days` days, today included, UTC."""
     if not 1 <= days <= MOST_DAYS:
@@ -145,7 +182,12 @@ async def report(
             stored = {row.day: int(row.used) for row in await connection.execute(seen)}
             held_now = {row.id: int(row.used_bytes) for row in await connection.execute(held)}
             stored_now = sum(held_now.values())
-    entries = tuple(Entry(row.day, row.model, _sum(row, price_of)) for row in rows)
+    found_entries = {(row.day, row.model): Entry(row.day, row.model, _sum(row, price_of)) for row in rows}
+    jobs = await training(database, span[0], workspace_id, user_id) if training is not None else ()
+    for one in jobs:
+        entry = found_entries.setdefault((one.day, one.base), Entry(one.day, one.base, Sum()))
+        _add(entry.sum, _sum_of_jobs(one, training_price))
+    entries = tuple(found_entries[key] for key in sorted(found_entries))
     in_days = {day: Sum(stored=stored.get(day)) for day in span}
     of_models: dict[str, Sum] = {}
     total = Sum(stored=stored_now)
@@ -158,6 +200,9 @@ async def report(
         for row in of_workspaces:
             id = row.workspace_id
             _add(in_workspaces.setdefault((id, names.get(id, "")), Sum()), _sum(row, price_of))
+        for one in jobs:
+            place = one.workspace_id, names.get(one.workspace_id, "")
+            _add(in_workspaces.setdefault(place, Sum()), _sum_of_jobs(one, training_price))
     by_prompts = lambda item: (-item[1].prompts, item[0])
     return Report(
         workspace_id,
@@ -171,7 +216,7 @@ async def report(
     )
 
 
-def _sum(row: Row[Any], price_of: Callable[[str], Price | None]) -> Sum:
+def _sum(row: Row[Any], price_of: PriceOf) -> Sum:
     found = Sum(int(row.requests), int(row.input), int(row.cache_creation), int(row.cache_read), int(row.output))
     if (price := price_of(row.model)) is not None:
         found.cost.add(price.cost(found), price.currency)
@@ -179,12 +224,24 @@ def _sum(row: Row[Any], price_of: Callable[[str], Price | None]) -> Sum:
     return found
 
 
+def _sum_of_jobs(one: Trained, price_of: PriceOf) -> Sum:
+    found = Sum(jobs=one.jobs, trained=one.tokens, device_seconds=one.device_seconds)
+    price = price_of(one.base)
+    if price is not None and (cost := price.trained(one.tokens, one.device_seconds)) is not None:
+        found.training_cost.add(cost, price.currency)
+    return found
+
+
 def _add(to: Sum, more: Sum) -> None:
-    for name in COUNTERS:
+    for name in (*COUNTERS, "jobs", "trained", "device_seconds"):
         setattr(to, name, getattr(to, name) + getattr(more, name))
-    for old, new in ((to.cost, more.cost), (to.saved, more.saved)):
+    for old, new in ((to.cost, more.cost), (to.saved, more.saved), (to.training_cost, more.training_cost)):
         for currency, amount in new.amounts.items():
             old.add(amount, currency)
+
+
+def _told(money: Money, currency: str) -> str:
+    return f"{money.amounts[currency]:.8f}" if currency in money.amounts else ""
 
 
 def _amounts(money: Money) -> dict[str, float]:

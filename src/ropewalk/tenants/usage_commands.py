@@ -1,21 +1,21 @@
-"""The verb `workspaces usage`: what questions cost, as a table, JSON or CSV."""
+"""The verb `workspaces usage`: what questions and trainings cost, as a table, JSON or CSV."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 from ropewalk.database import Database
 from ropewalk.errors import BadInput
 from ropewalk.tenants.commands import Place
 from ropewalk.tenants.keys import check_user_id
-from ropewalk.tenants.prices import Price
-from ropewalk.tenants.token_report import Report, Sum, report
+from ropewalk.tenants.token_report import PriceOf, Report, Sum, Training, report
 from ropewalk.tenants.workspaces import find_workspace
 from ropewalk.vault import Vault
 
 HEADS = ("requests", "prompt tokens", "not read again", "written", "cost", "saved")
+JOB_HEADS = ("jobs", "trained tokens", "device seconds", "cost of jobs")  # where there was one
 
 
 def show_usage(
@@ -23,10 +23,12 @@ def show_usage(
     workspace: str | None,
     user: str | None,
     days: int,
-    price_of: Callable[[str], Price | None],
+    price_of: PriceOf,
     form: Literal["text", "json", "csv"],
+    training: Training | None = None,
+    training_price: PriceOf = lambda base: None,
 ) -> int:
-    """Prints what a workspace, one of its users, or all together asked in the last days."""
+    """Prints what a workspace, one of its users, or all together asked and trained in the last days."""
     if user is not None:
         if workspace is None:
             raise BadInput("--user: a user is one of a workspace; name the workspace as well")
@@ -37,7 +39,7 @@ def show_usage(
         if workspace is not None:
             async with database.reading() as connection:
                 id = (await find_workspace(connection, workspace)).id
-        return await report(database, id, days, price_of, user)
+        return await report(database, id, days, price_of, user, training, training_price)
 
     found = place.run(work)
     if form == "json":
@@ -50,26 +52,36 @@ def show_usage(
 
 
 def _text(found: Report) -> str:
+    jobs = found.total.jobs > 0
     tables = [
-        _table(f"{found.first} to {found.last}", [(day, sums) for day, sums in found.days.items() if sums.requests]),
-        _table("model", found.models.items()),
-        _table("workspace", [(name or id, sums) for (id, name), sums in found.workspaces.items() if sums.requests]),
-        _table("together", [("", found.total)]),
+        _table(f"{found.first} to {found.last}", [one for one in found.days.items() if _busy(one[1])], jobs),
+        _table("model", found.models.items(), jobs),
+        _table("workspace", [(name or id, sums) for (id, name), sums in found.workspaces.items() if _busy(sums)], jobs),
+        _table("together", [("", found.total)], jobs),
     ]
     return "\n\n".join(filter(None, tables))
 
 
-def _table(head: str, found: Iterable[tuple[str, Sum]]) -> str:
-    rows = [(name, _cells(sums)) for name, sums in found]
+def _busy(sums: Sum) -> bool:
+    return sums.requests > 0 or sums.jobs > 0
+
+
+def _table(head: str, found: Iterable[tuple[str, Sum]], jobs: bool) -> str:
+    rows = [(name, (*_cells(sums), *(_job_cells(sums) if jobs else ()))) for name, sums in found]
     if not rows:
         return ""
-    lines = [(head, HEADS), *rows]
+    heads = (*HEADS, *(JOB_HEADS if jobs else ()))
+    lines = [(head, heads), *rows]
     first = max(len(name) for name, _ in lines)
-    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(HEADS))]
+    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(heads))]
     return "\n".join(
         f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for name, cells in lines
     )
+
+
+def _job_cells(sums: Sum) -> tuple[str, ...]:
+    return f"{sums.jobs:,}", f"{sums.trained:,}", f"{sums.device_seconds:,.0f}", str(sums.training_cost) or "-"
 
 
 def _cells(sums: Sum) -> tuple[str, ...]:

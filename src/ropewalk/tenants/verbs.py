@@ -69,7 +69,7 @@ def _workspaces(group: argparse.ArgumentParser) -> None:
     used = _verb(
         inner,
         "workspaces usage",
-        "what questions cost, and what reading files once has saved: by day, by model and by workspace",
+        "what questions and trainings cost, and what reading files once has saved: by day, by model and by workspace",
         "acme --days 7 --models models.yml",
         _usage,
     )
@@ -82,18 +82,20 @@ def _workspaces(group: argparse.ArgumentParser) -> None:
 
 def _usage(arguments: argparse.Namespace) -> int:
     from ropewalk.config.serving import Serving, read_serving
+    from ropewalk.jobs.account import trained
     from ropewalk.tenants import usage_commands
 
     serving = read_serving(arguments.models) if arguments.models else Serving()
     form: Literal["csv", "json", "text"] = "csv" if arguments.csv else "json" if arguments.json else "text"
     whose = arguments.workspace, arguments.user
-    return usage_commands.show_usage(_place(arguments), *whose, arguments.days, serving.price, form)
+    training = trained, serving.training_price
+    return usage_commands.show_usage(_place(arguments), *whose, arguments.days, serving.price, form, *training)
 
 
 def _create_workspace(arguments: argparse.Namespace) -> int:
     from ropewalk.tenants import commands
 
-    settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
+    settings = commands.settings_of(vars(arguments))
     limits = commands.limits_of(arguments.limit_bytes, arguments.limit_files)
     return commands.create_workspace(_place(arguments), arguments.name, {**settings, **limits}, arguments.json)
 
@@ -129,7 +131,7 @@ def _limit(arguments: argparse.Namespace) -> int:
     scope, id = commands.scope_of(
         arguments.workspace, arguments.user, arguments.key, arguments.organization, arguments.new_workspaces
     )
-    settings = commands.settings_of(arguments.requests_per_minute, arguments.downloads)
+    settings = commands.settings_of(vars(arguments))
     limits = commands.limits_of(arguments.bytes, arguments.files)
     return commands.limit(_place(arguments), scope, id, limits, settings, arguments.json)
 
@@ -279,6 +281,9 @@ def _place(arguments: argparse.Namespace) -> Place:
 def _settings_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--requests-per-minute", metavar="N", help=f"of the workspace, {NONE} for the server's default")
     verb.add_argument("--downloads", choices=["owner", "nobody"], help="who may download what was uploaded")
+    verb.add_argument("--jobs-running", metavar="N", help=f"its trainings at a time, {NONE} for the server's default")
+    verb.add_argument("--jobs-queued", metavar="N", help=f"its trainings that have not ended, {NONE}")
+    verb.add_argument("--jobs-file-bytes", metavar="SIZE", help=f"files of all these, such as 20GB, {NONE}")
 
 
 def _paging_arguments(verb: argparse.ArgumentParser) -> None:

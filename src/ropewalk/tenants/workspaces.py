@@ -23,10 +23,13 @@ from ropewalk.vault import Vault, new_key
 
 DEFAULT = "default"  # the name of the organisation and of the workspace that the first start makes
 DOWNLOADS = ("owner", "nobody")
+OF_JOBS = ("jobs_running", "jobs_queued", "jobs_file_bytes")
+SETTINGS = ("requests_per_minute", "downloads", *OF_JOBS)
 PAGE = 1000  # the most that a list gives at once
 Item = TypeVar("Item")
 _NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,100}")
 _MOST = 1 << 62
+MOST = {"jobs_running": 10_000, "jobs_queued": 1_000_000, "jobs_file_bytes": _MOST}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Workspace:
     archived_at: int | None
     requests_per_minute: int | None  # None: the server's default
     downloads: str  # who may download what was uploaded: owner | nobody
+    jobs_running: int | None = None  # trainings at a time; here and below, None: the server's default
+    jobs_queued: int | None = None  # that have not ended
+    jobs_file_bytes: int | None = None  # of the files of all these
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ async def ensure_default(database: Database, vault: Vault) -> Workspace:
             row = {"id": organization_id, "name": DEFAULT, "created_at": now()}
             await connection.execute(insert(organizations).values(row))
         if (await connection.execute(select(workspaces.c.id).where(workspaces.c.name == DEFAULT))).scalar() is None:
-            made = await _insert(connection, vault, organization_id, DEFAULT)
+            made = await _insert(connection, vault, organization_id, DEFAULT, {})
             await append(connection, acting(None, made), "workspace_created", made.id)
         return await find_workspace(connection, DEFAULT)
 
@@ -88,22 +94,20 @@ async def create_workspace(
     *,
     limit_bytes: int | None = None,
     limit_files: int | None = None,
-    requests_per_minute: int | None = None,
-    downloads: str = "owner",
     by: Caller | None = None,
     request_id: str = "",
+    **settings: Any,
 ) -> Workspace:
-    """A new workspace with a new key; a limit that is not given is the one that the organisation has set for new workspaces."""
-    check_settings({"name": name, "requests_per_minute": requests_per_minute, "downloads": downloads})
+    """A new workspace with a new key and such of SETTINGS; a limit that is not given is the one that the organisation has set for
+    new workspaces."""
+    check_settings({"name": name, **settings})
     check_limit("limit_bytes", limit_bytes)
     check_limit("limit_files", limit_files)
     async with database.writing() as connection:
         await check_root(connection, vault)
         organization_id, _ = await organization(connection)
         await _name_is_free(connection, name)
-        made = await _insert(
-            connection, vault, organization_id, name, requests_per_minute=requests_per_minute, downloads=downloads
-        )
+        made = await _insert(connection, vault, organization_id, name, settings)
         usual = await usage(connection, "workspace", organization_id)
         limit_bytes = usual.limit_bytes if limit_bytes is None else limit_bytes
         limit_files = usual.limit_files if limit_files is None else limit_files
@@ -146,7 +150,7 @@ async def list_workspaces(
 async def change_workspace(
     database: Database, id_or_name: str, changes: Mapping[str, Any], *, by: Caller | None = None, request_id: str = ""
 ) -> Workspace:
-    """Changes name, requests_per_minute or downloads."""
+    """Changes its name, or some of SETTINGS."""
     check_settings(changes)
     async with database.writing() as connection:
         found = await find_workspace(connection, id_or_name)
@@ -222,10 +226,16 @@ def check_settings(changes: Mapping[str, Any]) -> None:
         elif setting == "requests_per_minute":
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000
             good, expected = value is None or whole, "a whole number from 1 to 1,000,000, or null for the server's default"
+        elif setting in OF_JOBS:
+            whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST[setting]
+            good, expected = (
+                value is None or whole,
+                f"a whole number from 0 to {MOST[setting]:,}, or null for the server's default",
+            )
         elif setting == "downloads":
             good, expected = value in DOWNLOADS, " or ".join(f"'{way}'" for way in DOWNLOADS)
         else:
-            good, expected = False, "one of name, requests_per_minute, downloads as the setting's name"
+            good, expected = False, f"one of name, {', '.join(SETTINGS)} as the setting's name"
         if not good:
             raise BadInput(f"{setting}: {value!r} is not a setting of a workspace; expected {expected}")
 
@@ -274,11 +284,10 @@ async def _insert(
     vault: Vault,
     organization_id: str,
     name: str,
-    *,
-    requests_per_minute: int | None = None,
-    downloads: str = "owner",
+    settings: Mapping[str, Any],
 ) -> Workspace:
-    made = Workspace(new_id("wrkspc"), organization_id, name, now(), None, requests_per_minute, downloads)
+    told = {"requests_per_minute": None, "downloads": "owner", **settings}
+    made = Workspace(new_id("wrkspc"), organization_id, name, now(), None, **told)
     sealed = vault.wrap(new_key(), workspace_purpose(made.id))
     row = {field.name: getattr(made, field.name) for field in fields(Workspace)}
     await connection.execute(insert(workspaces).values(**row, sealed_key=sealed))

@@ -16,13 +16,15 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from ropewalk.errors import ConfigError, OutputError
-from ropewalk.files.local import is_id
+from ropewalk.errors import ConfigError, NotFound, OutputError
+from ropewalk.files.generators import generators
+from ropewalk.files.local import is_id, open_local
 
 # Keys that may change between a kill and the next start: none of them changes a loss.
 NEUTRAL = frozenset(
@@ -101,14 +103,25 @@ def join_folder(path: Path) -> RunFolder:
 
 
 def lineage(result: Path) -> dict[str, str]:
-    """What an adapter or model was made by and from: its run's folder and the ids of stored files; nothing where no run made it."""
+    """What an adapter or model was made by and from: its run's folder, the ids of stored files, and the models that wrote these;
+    nothing where no run made it."""
     run = result.resolve().parent
     if not (run / "run.json").is_file():
         return {}
     config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
     sources = config.get("datasets") or config.get("pretraining_dataset") or []
     ids = [source["path"] for source in sources if is_id(source["path"])]
-    return {"run": str(run)} | ({"file": " ".join(ids)} if ids else {})
+    told = {"run": str(run)} | ({"file": " ".join(ids)} if ids else {})
+    return told | ({"data_generator": " ".join(names)} if (names := _generators(ids)) else {})
+
+
+def _generators(ids: Sequence[str]) -> list[str]:
+    """The models that wrote these files, as far as they are still there."""
+    found: dict[str, None] = {}
+    for id in ids:
+        with suppress(NotFound):
+            found |= dict.fromkeys(generators(open_local().show(id)))
+    return list(found)
 
 
 def versions() -> dict[str, str]:
