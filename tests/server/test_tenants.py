@@ -808,6 +808,13 @@ def test_a_full_organisation_does_not_tell_what_others_use(start):
     assert "7" not in told["message"]
 
 
+def test_the_page_of_security_names_all_that_needs_no_key():
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| somebody without a key"))
+    public = {path for (_, path), why in WITHOUT_IDS.items() if why.startswith("public") or path in ("/static", "/login")}
+    assert public == set(re.findall(r"`(/[^`]+)`", row))
+
+
 def test_a_log_and_the_metrics_name_no_tenants_files(server, party):
     workspace, _ = server.workspace(f"matrix {secrets.token_hex(4)}")
     somebody = party(workspace)
