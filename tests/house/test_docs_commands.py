@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from files.papers import pdf
-from house.test_docs_examples import COMMANDS, ILLUSTRATIVE, command
+from house.test_docs_examples import COMMANDS, ILLUSTRATIVE, SET, command
 from ropewalk.cli import main
 from ropewalk.files.local import LocalFiles
 from ropewalk.files.settings import Settings
@@ -21,6 +21,7 @@ from ropewalk.quickstart import facts
 from ropewalk.quickstart.run import BASE
 from ropewalk.registry import Registry
 from server.test_pages import certify
+from server.test_tracing import Collector
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = Path(__file__).parents[1] / "compare" / "pages"
@@ -168,6 +169,8 @@ def test_what_a_page_tells_people_to_type_does_what_it_says(page, desk, capsys, 
             urls = {"--database-url": request.getfixturevalue("postgres_url"), "--blobs": request.getfixturevalue("bucket_url")}
         else:
             urls = {}
+        for name, value in re.findall(r"([A-Z_]+)=(\S+) ", SET.match(line)[0]):
+            monkeypatch.setenv(name, request.getfixturevalue("telemetry")[value])
         words = desk.words(line)
         for option, url in urls.items():
             words[words.index(option) + 1] = url
@@ -180,6 +183,16 @@ def test_what_a_page_tells_people_to_type_does_what_it_says(page, desk, capsys, 
             Path(target[1]).write_text(said.out, encoding="utf-8")
         if words[:2] == ["keys", "rotate-root"]:
             monkeypatch.setenv("ROPEWALK_ROOT_KEY_FILE", words[-1])
+
+
+@pytest.fixture
+def telemetry():
+    """Addresses of collectors, as the pages have them, and here."""
+    collector = Collector()
+    yield {"http://collector:4318": f"http://127.0.0.1:{collector.server.server_port}"}
+    collector.server.shutdown()
+    collector.server.server_close()
+    assert "ropewalk_requests_in_progress" in collector.metrics()
 
 
 def test_what_is_not_typed_here_stands_in_the_pages():
@@ -196,4 +209,8 @@ def _suite(desk: Desk) -> None:
     assert main(["compare", "suite", "questions.jsonl", "--name", "mine"]) == 0
 
 
-PREPARED = {"deletion.md": _receipt, "compare.md": _suite}
+def _workspace(desk: Desk) -> None:
+    assert main(["workspaces", "create", "acme"]) == 0
+
+
+PREPARED = {"deletion.md": _receipt, "compare.md": _suite, "jobs.md": _workspace}
