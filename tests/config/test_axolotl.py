@@ -55,6 +55,14 @@ def test_keys_of_ours_without_effect_in_this_combination_are_listed_too() -> Non
         ("bnb_config_kwargs: {bnb_4bit_quant_type: fp4}\n", "not fp4"),
         ("model_quantization_config: FineGrainedFP8Config\n", "name a plain checkpoint"),
         ("torch_dtype: bfloat16\n", "write bf16: true"),
+        ("quantization: {weight_dtype: int4}\n", "`ropewalk merge`, and quantise the merged checkpoint with"),
+        ("llmcompressor: {recipe: r}\n", "compress the merged checkpoint with llm-compressor"),
+        ("plugins: [axolotl.integrations.llm_compressor.LLMCompressorPlugin]\n", "compress the merged checkpoint with"),
+        (
+            "    logprobs_field: l\n",
+            "datasets.0.logprobs_field': a teacher's probabilities are not learnt from; leave this out",
+        ),
+        ("    temperature: 2\n", "train on the text that the teacher wrote"),
     ],
 )
 def test_what_would_change_the_run_is_refused_with_a_way_out(more: str, way_out: str) -> None:

@@ -67,6 +67,8 @@ def test_a_wheel_in_an_empty_environment_and_folder_runs_the_quickstart(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((empty / "run" / "summary.json").read_text())
     assert summary["after"] > summary["before"]
+    assert summary["verdict"]["state"] in (empty / "run" / "comparison.html").read_text()  # without a server
+    assert "loading quickstart-adapter" in done.stdout  # progress, where there is no terminal
     located = [tmp_path / "env/bin/python", "-c", "import ropewalk.cli; print(ropewalk.cli.__file__)"]
     assert str(site) in subprocess.run(located, cwd=empty, env=env, capture_output=True, text=True).stdout
 

@@ -119,10 +119,14 @@ _REFUSED = {
     "pictures are shown as the base's own processor shows them, the same as when they are served; remove it": """
         image_size image_resize_algorithm processor_kwargs
     """,
-    "sparse or compressed training is not supported yet; train plainly and compress the merged result with your tool": """
-        llmcompressor
-    """,
-    "quantising the result is not supported yet; merge first and quantise the merged checkpoint": "quantization",
+    (
+        "weights are not compressed while they are trained; train plainly, `ropewalk merge`, and compress the merged checkpoint with "
+        "llm-compressor"
+    ): "llmcompressor",
+    (
+        "the result is not quantised here; `ropewalk merge`, and quantise the merged checkpoint with torchao or llm-compressor (qat trains "
+        "for it)"
+    ): "quantization",
     "GPTQ bases are not supported; name the original checkpoint and write adapter: qlora": "gptq gptq_disable_exllama",
     "FP8 compute is not supported yet; write bf16: true": "fp8",
     "NVFP4 and FP8 bases are not supported yet; name the original checkpoint and write adapter: qlora": """
@@ -197,7 +201,7 @@ _PLUGINS = {
     "LMEvalPlugin": "",
     "SpectrumPlugin": "",
     "DiffusionPlugin": "diffusion language models are not supported",
-    "LLMCompressorPlugin": "sparse or compressed training is not supported yet",
+    "LLMCompressorPlugin": "weights are not compressed while they are trained; compress the merged checkpoint with llm-compressor",
     "KDPlugin": "distillation is not supported; train on text that the teacher wrote",
     "GrokfastPlugin": "Grokfast is not supported",
     "DenseMixerPlugin": "the dense pass over experts is not supported",
@@ -282,7 +286,9 @@ _IN_FSDP = {
 # Keys of a data source that are Axolotl's and have no effect here that was asked for.
 _OF_SOURCES = {
     "this belongs into the mapping of type": "prompt_format chosen_format rejected_format completion_format",
-    "distillation is not supported yet": "logprobs_field temperature",
+    "a teacher's probabilities are not learnt from; leave this out, and train on the text that the teacher wrote": """
+        logprobs_field temperature
+    """,
     "synthetic rows are not made here; name real ones": "length sequence_length min_input_id max_input_id seed",
     "this form is no longer used; write type: chat_template with field_messages and message_property_mappings": """
         conversation field_human field_model
