@@ -13,7 +13,7 @@ import pytest
 from ropewalk.chat.template import Template
 from ropewalk.engine.request import Sampling
 from ropewalk.errors import BadInput, EngineDied
-from ropewalk.server.live_policy import OWN, LivePolicy
+from ropewalk.server.live_policy import Asked, LivePolicy
 from ropewalk.server.policy_endpoint import KEY_ENV, Policy, PolicyServer, address_of
 
 SAY = [{"role": "user", "content": "How is the weather?"}]
@@ -43,9 +43,10 @@ class FakeGenerator:
     def busy(self):
         return bool(self._writing) and not self.held
 
-    def submit(self, key, ids, *, samples, max_tokens, sampling, stop_ids):
+    def submit(self, key, ids, *, samples, max_tokens, sampling, stop_ids, ends, stops):
         assert isinstance(sampling, Sampling)
-        self.asked[key] = {"ids": list(ids), "most": max_tokens, "sampling": sampling, "stops": stop_ids}
+        told = {"most": max_tokens, "sampling": sampling, "stops": stop_ids, "ends": list(ends), "texts": stops and stops.texts}
+        self.asked[key] = {"ids": list(ids), **told}
         for sample in range(samples):
             self._writing[key, sample] = Written([], [], [], False)
 
@@ -146,7 +147,6 @@ def test_a_stream_brings_each_reply_and_its_ids(client, words):
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"stop": "a"}, "stop"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]}, "messages"),
@@ -205,7 +205,10 @@ def test_what_a_client_that_left_had_asked_is_cancelled(template, generator):
 def test_what_others_have_asked_of_the_generator_is_theirs(words):
     live = LivePolicy()
     theirs = ("prompt 3", 0, Written(words, [], [], True))
-    assert live.take([theirs, (f"{OWN}7", 0, theirs[2])]) == [theirs]
+    assert live.take([theirs, (f"{live.own}7", 0, theirs[2]), ("endpoint 999.1", 0, theirs[2])]) == [
+        theirs,
+        ("endpoint 999.1", 0, theirs[2]),
+    ]
 
 
 def test_whoever_asks_after_the_end_is_told_at_once(words):
@@ -213,7 +216,7 @@ def test_whoever_asks_after_the_end_is_told_at_once(words):
     live.close()
 
     async def ask_it():
-        await anext(live.write([1], samples=1, max_tokens=1, sampling=Sampling(), stop_ids=()))
+        await anext(live.write(Asked([1], samples=1, max_tokens=1, sampling=Sampling(), stop_ids=())))
 
     with pytest.raises(EngineDied, match="has ended"):
         asyncio.run(ask_it())

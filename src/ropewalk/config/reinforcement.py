@@ -47,6 +47,11 @@ class TrlKeys(VllmKeys):
     environment: str | None = key(
         "Own: what answers the model over several turns: module.Class or path/to/file.py:Class; its rewards are added to the others."
     )
+    harness: str | None = key(
+        "Own: code that asks the model itself, as an OpenAI client: module.function or path/to/file.py:function; what it asked is "
+        "learnt from, and its reward is added to the others."
+    )
+    harness_seconds: AboveZero = key("Own: seconds that one rollout of a harness may take.", 600.0)
     max_turns: Positive = key("Own: the most replies of an episode.", 8)
     max_episode_tokens: Positive | None = key("Own: the most tokens of an episode, prompt and all; default: sequence_len.")
     scale_rewards: Annotated[Literal["group", "batch", "none"], BeforeValidator(_scale)] | None = key(
@@ -131,10 +136,10 @@ def conflicts_of_reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
     if not run.by_rewards:
         return
     trl = run.trl
-    if trl is None or not (trl.reward_funcs or trl.environment):
+    if trl is None or not (trl.reward_funcs or trl.environment or trl.harness):
         yield (
             ("rl",),
-            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}], or trl.environment",
+            f"rl: {run.rl} needs a reward; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}], trl.environment or trl.harness",
         )
         return
     yield from _of_rewards(run, trl)
@@ -161,6 +166,12 @@ def conflicts_of_reinforcement(run: Run) -> Iterator[tuple[Place, str]]:
 
 
 def _of_rewards(run: Run, trl: TrlKeys) -> Iterator[tuple[Place, str]]:
+    if trl.harness and trl.environment:
+        yield ("trl", "harness"), "trl.harness and trl.environment exclude each other: both say what an episode is; keep one"
+    if trl.harness and "max_turns" in trl.model_fields_set:
+        yield ("trl", "max_turns"), "trl.max_turns bounds trl.environment; a harness ends by itself, remove trl.max_turns"
+    if "harness_seconds" in trl.model_fields_set and not trl.harness:
+        yield ("trl", "harness_seconds"), "trl.harness_seconds is of trl.harness; add that, or remove it"
     if trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs or ()):
         yield (
             ("trl", "reward_weights"),
@@ -189,11 +200,11 @@ def _of_rewards(run: Run, trl: TrlKeys) -> Iterator[tuple[Place, str]]:
             ("trl", "overlong_tokens"),
             f"trl.overlong_tokens {trl.overlong_tokens} are more than the {longest} of trl.max_completion_length; write less",
         )
-    if trl.overlong_tokens and trl.environment and trl.max_turns > 1:
+    if trl.overlong_tokens and (trl.harness or (trl.environment and trl.max_turns > 1)):
         yield (
             ("trl", "overlong_tokens"),
             "trl.overlong_tokens is counted from max_completion_length, the limit of one reply, and episodes have several; let the "
-            "environment reward what is short, or write max_turns: 1",
+            "environment or the harness reward what is short, or write max_turns: 1",
         )
 
 

@@ -6,7 +6,7 @@ Engine -> Event -> Reply -> ReplyEvent -> whoever asked
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tokenizers.decoders import DecodeStream
@@ -101,6 +101,19 @@ class Reply:
 @lru_cache(maxsize=1 << 16)
 def _told(template: Template, id: int) -> tuple[str, bytes | None]:
     return token_text(template.tokenizer, id)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Texts at which a sample ends."""
+
+    template: Template
+    texts: tuple[str, ...]
+    plain: bool = False  # as TextOfIds's
+
+    def begin(self) -> TextOfIds:
+        """What looks for them in one sample."""
+        return TextOfIds(self.template, self.texts, plain=self.plain)
 
 
 class TextOfIds:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol, TypeVar
 
+from ropewalk.engine.replying import Stops
 from ropewalk.engine.request import Sampling
 from ropewalk.errors import EngineDied, Overloaded
 
-OWN = "endpoint "  # begins the keys of what was asked for here
+_numbers = count()  # of those that live in this process
 IDLE_SECONDS = 0.05
 
 
@@ -44,11 +45,33 @@ class Written(Protocol):
 Of = TypeVar("Of", bound=Written)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Ids to go on from, and how."""
+
+    ids: Sequence[int]
+    samples: int
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: Sequence[int]
+    stops: Stops | None = None  # texts at which a sample ends as well
+    ends: Sequence[int] = ()  # where the ids are cut: up to there they may have been read before
+
+
 class Writes(Protocol):
     """What this needs of a generator while it submits."""
 
     def submit(
-        self, key: str, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
+        self,
+        key: str,
+        ids: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        ends: Sequence[int],
+        stops: Stops | None,
     ) -> None: ...
 
     def cancel(self, key: str) -> None: ...
@@ -64,13 +87,10 @@ class Steps(Writes, Protocol[Of]):
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Waiting:
     key: str
-    ids: Sequence[int]
-    samples: int
-    max_tokens: int
-    sampling: Sampling
-    stop_ids: Sequence[int]
+    asked: Asked
+    missing: int  # samples
     loop: asyncio.AbstractEventLoop
     coming: asyncio.Queue[tuple[int, Written] | BaseException] = field(default_factory=asyncio.Queue)  # `samples` at most
     left: bool = False  # whoever asked has gone
@@ -86,10 +106,11 @@ class LivePolicy:
 
     def __init__(self, *, waiting: int = 256, wake: Callable[[], None] = lambda: None) -> None:
         """`waiting`: the most requests that are not answered yet; `wake` is told, in the HTTP thread, that one has come."""
+        self.own = f"endpoint {next(_numbers)}."  # begins the keys of what was asked for here
         self._most, self._wake = waiting, wake
-        self._new: queue.Queue[_Asked] = queue.Queue(waiting)
+        self._new: queue.Queue[_Waiting] = queue.Queue(waiting)
         self._gone: deque[str] = deque()
-        self._under_way: dict[str, _Asked] = {}  # touched by the driving thread alone
+        self._under_way: dict[str, _Waiting] = {}  # touched by the driving thread alone
         self._unanswered = 0  # touched by the HTTP thread alone
         self._numbers = count()
         self._closed = False
@@ -109,35 +130,38 @@ class LivePolicy:
                 generator.cancel(key)
         while True:
             try:
-                asked = self._new.get_nowait()
+                waiting = self._new.get_nowait()
             except queue.Empty:
                 return
-            if asked.left:
+            if waiting.left:
                 continue
+            asked = waiting.asked
             try:
                 generator.submit(
-                    asked.key,
+                    waiting.key,
                     asked.ids,
                     samples=asked.samples,
                     max_tokens=asked.max_tokens,
                     sampling=asked.sampling,
                     stop_ids=asked.stop_ids,
+                    ends=asked.ends,
+                    stops=asked.stops,
                 )
             except Exception as error:  # it is theirs who asked
-                asked.tell(error)
+                waiting.tell(error)
             else:
-                self._under_way[asked.key] = asked
+                self._under_way[waiting.key] = waiting
 
     def take(self, finished: Iterable[tuple[str, int, Of]]) -> list[tuple[str, int, Of]]:
         """Gives what was written here to whoever asked; what is others' comes back."""
         others = []
         for key, sample, written in finished:
-            if not key.startswith(OWN):
+            if not key.startswith(self.own):
                 others.append((key, sample, written))
-            elif (asked := self._under_way.get(key)) is not None:
-                asked.tell((sample, written))
-                asked.samples -= 1
-                if not asked.samples:
+            elif (waiting := self._under_way.get(key)) is not None:
+                waiting.tell((sample, written))
+                waiting.missing -= 1
+                if not waiting.missing:
                     del self._under_way[key]
         return others
 
@@ -158,27 +182,25 @@ class LivePolicy:
         self._under_way.clear()
         while not self._new.empty():
             left.append(self._new.get_nowait())
-        for asked in left:
-            asked.tell(_ended())
+        for waiting in left:
+            waiting.tell(_ended())
 
     # -- the thread of the HTTP server
 
-    async def write(
-        self, ids: Sequence[int], *, samples: int, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
-    ) -> AsyncGenerator[tuple[int, Written], None]:
+    async def write(self, asked: Asked) -> AsyncGenerator[tuple[int, Written], None]:
         """Each sample once it is whole; closing the iterator ends them all."""
         if self._closed:
             raise _ended()
         if self._unanswered >= self._most:
             raise Overloaded(f"{self._unanswered} requests wait already, and {self._most} is the most; try again shortly")
-        asked = _Asked(f"{OWN}{next(self._numbers)}", ids, samples, max_tokens, sampling, stop_ids, asyncio.get_running_loop())
+        waiting = _Waiting(f"{self.own}{next(self._numbers)}", asked, asked.samples, asyncio.get_running_loop())
         self._unanswered += 1
-        left = samples
+        left = asked.samples
         try:
-            self._new.put_nowait(asked)  # there is room: no more are unanswered than it holds
+            self._new.put_nowait(waiting)  # there is room: no more are unanswered than it holds
             self._wake()
             while left:
-                found = await asked.coming.get()
+                found = await waiting.coming.get()
                 if isinstance(found, BaseException):
                     left = 0
                     raise found
@@ -187,8 +209,8 @@ class LivePolicy:
         finally:
             self._unanswered -= 1
             if left:
-                asked.left = True
-                self._gone.append(asked.key)
+                waiting.left = True
+                self._gone.append(waiting.key)
                 self._wake()
 
 

@@ -54,6 +54,14 @@ class Step:
     done: bool = False
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What an episode was worth that outside code has driven.  harness -> episode"""
+
+    reward: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # told beside it
+
+
 class Env(Protocol):
     """One conversation; a new object for each. `close()`, where there is one, is called at its end."""
 

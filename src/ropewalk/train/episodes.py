@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
+from ropewalk.engine.request import Sampling
 from ropewalk.train.environment import Playing, play
 from ropewalk.train.environment_pool import EnvironmentPool, limits_of
 from ropewalk.train.environment_worker import EnvironmentSpec
@@ -38,8 +39,13 @@ class Episodes:
         """How many more ids an episode of these may have."""
         return self.limits.tokens - len(ids)
 
-    def play(self, question: Question) -> Playing:
-        """One episode, whose environment is given the question's row."""
+    @property
+    def patience(self) -> float:
+        """Seconds within which some environment must have answered."""
+        return self.pool.slowest()
+
+    def play(self, question: Question, sampling: Sampling | None = None) -> Playing:
+        """One episode, whose environment is given the question's row; it is the rollouts that sample."""
         environment = self.pool.begin()
         try:
             return (yield from play(environment, question.prompt.row, self.talk, self.limits))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ropewalk.engine.engine import Engine
+from ropewalk.engine.replying import Stops, TextOfIds
 from ropewalk.engine.request import Event, Request, Sampling, Span
 from ropewalk.engine.runner import Runner
 from ropewalk.engine.scheduler import Limits
@@ -45,6 +46,17 @@ class _Writing:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    text: TextOfIds | None = None  # where it is to end at a text
+
+    stopped: bool = False  # whether it has
+
+    def stops(self, ids: Sequence[int]) -> bool:
+        """Whether the text ends with these ids."""
+        if self.text is None or self.stopped:
+            return False
+        self.text.feed(ids)
+        self.stopped = self.text.stopped_by is not None
+        return self.stopped
 
 
 class Generator:
@@ -79,6 +91,7 @@ class Generator:
         sampling: Sampling,
         stop_ids: Sequence[int],
         ends: Sequence[int] = (),
+        stops: Stops | None = None,
     ) -> None:
         """Goes on from these ids, in so many ways; they are read once.
 
@@ -98,7 +111,7 @@ class Generator:
             tempered=True,
         )
         for sample in range(samples):
-            self._writing[key, sample] = _Writing()
+            self._writing[key, sample] = _Writing(text=stops.begin() if stops else None)
         self.engine.submit(request)
 
     def cancel(self, key: str) -> None:
@@ -126,6 +139,8 @@ class Generator:
         writing = self._writing.get((event.id, event.sample))
         if writing is None:  # it was cancelled
             return None
+        if writing.stops(event.ids) and not event.finish:  # the engine's last word on it comes with the next step
+            self.engine.cancel(event.id, event.sample)
         writing.ids += event.ids
         writing.logprobs += event.logprobs
         writing.versions += [self.version] * len(event.ids)
@@ -134,5 +149,5 @@ class Generator:
             return None
         del self._writing[event.id, event.sample]
         routing = None if event.routing is None else event.routing.cpu()
-        ended = event.finish == "stop"
+        ended = event.finish == "stop" or writing.stopped
         return event.id, event.sample, Generated(writing.ids, writing.logprobs, writing.versions, ended, routing)

@@ -1,7 +1,7 @@
 """Training by rewards: each step learns from completions that the model has just written itself.
 
 questions.py  what is asked           rollouts.py   what is written and scored    standing.py  rewards, advantages
-generator.py  who writes it           episodes.py   over several turns             policy_step.py  the loss of a step
+generator.py  who writes it           episodes.py, harness.py  over more turns     policy_step.py  the loss of a step
 background.py, vllm_generator.py  and where else                                   report.py, troubles.py  what is told of it
 """
 
@@ -26,6 +26,8 @@ from ropewalk.train.distributed import World
 from ropewalk.train.environment_pool import environment_of
 from ropewalk.train.episodes import Episodes
 from ropewalk.train.generator import Generator
+from ropewalk.train.harness import Harness
+from ropewalk.train.harness_pool import harness_of
 from ropewalk.train.lessons import Examined
 from ropewalk.train.objective import Measures
 from ropewalk.train.policy_step import PolicyStep
@@ -64,10 +66,14 @@ class Rewarded:
         self.rows = len(questions.train)
         self.examines = bool(questions.evaluation)
         self.rewards = Rewards(specs_of(run) if trl.reward_funcs else (), trl.reward_num_workers)
-        environment = environment_of(run)
-        self.host = Episodes(run, environment, prepared.template) if environment else None
-        # What an environment gives counts as it is, before the rewards.
-        own = [environment.name.replace(":", ".").rpartition(".")[2]] if environment else []
+        environment, harness = environment_of(run), harness_of(run)
+        self.host: Episodes | Harness | None = None
+        if environment is not None:
+            self.host = Episodes(run, environment, prepared.template)
+        elif harness is not None:
+            self.host = Harness(run, harness, prepared.template)
+        # What an environment or a harness gives counts as it is, before the rewards.
+        own = [spec.name.replace(":", ".").rpartition(".")[2] for spec in (environment, harness) if spec is not None]
         names = [*own, *(spec.name for spec in self.rewards.specs)]
         self.report = Report(names, self.template, world)
         self.troubles = Troubles(names, [self.rewards.pool, *([self.host.pool] if self.host else ())], world)
@@ -168,22 +174,28 @@ class Rewarded:
         return background
 
     def _beside(self, writer: Generator | Background | VllmGenerator) -> PublishingWriter:
-        """The writer, which others may ask too where the run opens an address."""
-        address = self.trl.endpoint
-        if not address or not self.world.leads:
-            return writer
-        if self.opens is None:
-            raise ConfigError(f"trl.endpoint: {address} is opened by the command `ropewalk train`; run it, or remove the key")
-        opened = self.opens(
-            address,
-            name=self.base.name,
-            template=self.template,
-            longest=self.run.sequence_len,
-            version=lambda: writer.version,
-        )
-        self._open.callback(opened.stop)
-        tell(f"the model under training is asked at {opened.url}")
-        return SharedWriter(writer, opened.asked)
+        """The writer, which others ask too: where the run opens an address, and where a harness drives its episodes."""
+        shared: PublishingWriter = writer
+        if self.trl.endpoint and self.world.leads:
+            if self.opens is None:
+                raise ConfigError(
+                    f"trl.endpoint: {self.trl.endpoint} is opened by the command `ropewalk train`; run it, or remove the key"
+                )
+            opened = self.opens(
+                self.trl.endpoint,
+                name=self.base.name,
+                template=self.template,
+                longest=self.run.sequence_len,
+                version=lambda: writer.version,
+            )
+            self._open.callback(opened.stop)
+            tell(f"the model under training is asked at {opened.url}")
+            shared = SharedWriter(shared, opened.asked)
+        if isinstance(self.host, Harness):
+            opened = self.host.open(self.opens, lambda: writer.version)
+            self._open.callback(opened.stop)
+            shared = SharedWriter(shared, opened.asked)
+        return shared
 
     def _mine(self, batch: int) -> list[int]:
         """The numbers of this process's groups of a batch."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ropewalk.chat.template import Template
 from ropewalk.train.distributed import World
+from ropewalk.train.environment import Episode
 from ropewalk.train.objective import Measures
 from ropewalk.train.rewards import Array
 from ropewalk.train.rollouts import Group
@@ -54,6 +55,7 @@ class Report:
             "length_max": self._most(lengths),
             "ended": whole / max(1.0, count),
             "failed": lost / max(1.0, count),
+            **self._metrics(episodes),
         }
 
     def samples(self, groups: Sequence[Group], found: Standing, advantage: Tensor) -> list[dict[str, Any]]:
@@ -74,6 +76,13 @@ class Report:
                 }
             )
         return shown
+
+    def _metrics(self, episodes: Sequence[Episode]) -> Measures:
+        """What a harness told of its rollouts beside their rewards: means, over those that told it."""
+        told: dict[str, list[float]] = {}
+        for name, value in self.world.gather([pair for episode in episodes for pair in episode.metrics.items()]):
+            told.setdefault(f"metrics/{name}", []).append(value)
+        return {name: sum(values) / len(values) for name, values in told.items()}
 
     def _most(self, values: Sequence[int]) -> float:
         return float(max(self.world.gather([max(values, default=0)])))

@@ -27,7 +27,7 @@ MOST_FAILURES = 64  # of one reward in a row, until it is taken for broken
 def specs_of(run: Run) -> tuple[RewardSpec, ...]:
     """The rewards that a configuration names; no code of a user's is run for it."""
     trl = run.trl
-    if trl is None or not (trl.reward_funcs or trl.environment):
+    if trl is None or not (trl.reward_funcs or trl.environment or trl.harness):
         raise ConfigError(
             f"{run.where('trl')}no reward is named; add trl.reward_funcs, such as [rewards.correct] or [{{kind: numeric}}]"
         )

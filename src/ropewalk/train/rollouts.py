@@ -26,7 +26,7 @@ from ropewalk.train.questions import Question
 from ropewalk.train.reward_functions import Sample
 from ropewalk.train.rewards import Array, Rewards, as_array
 
-MOMENT = 0.05  # seconds after which a wait looks whether there is something to write
+MOMENT = 0.01  # seconds after which a wait looks whether there is something to write
 PATIENCE = 600.0  # seconds that an environment's answer is waited for, which has limits of its own
 
 
@@ -54,7 +54,11 @@ class Writer(Protocol):
 class Host(Protocol):
     """What the rollouts need of an environment."""
 
-    def play(self, question: Question) -> Playing: ...
+    @property
+    def patience(self) -> float:
+        """Seconds after which somebody must have answered."""
+
+    def play(self, question: Question, sampling: Sampling) -> Playing: ...
 
     def room(self, ids: Sequence[int]) -> int: ...
 
@@ -183,7 +187,8 @@ class Rollouts:
             self._submit(coming.key, coming.question.ids, samples, coming.sampling, seed)
             return
         for sample in range(len(coming.episodes)):
-            coming.playing[sample], coming.asked[sample] = self.host.play(coming.question), []
+            seeded = replace(coming.sampling, seed=step_seed(self.seed, coming.number, sample))
+            coming.playing[sample], coming.asked[sample] = self.host.play(coming.question, seeded), []
             self._play(coming, sample, None)
 
     def _submit(
@@ -222,12 +227,13 @@ class Rollouts:
     def _hear_environments(self, wait: bool) -> None:
         """Goes on with the episodes whose environments have answered; waits for one where there is nothing else to do."""
         if wait and self._answers:
-            futures, until = [answer for _, _, answer in self._answers], time.monotonic() + PATIENCE
+            patience = PATIENCE + (self.host.patience if self.host else 0.0)
+            futures, until = [answer for _, _, answer in self._answers], time.monotonic() + patience
             while not wait_for(futures, MOMENT, FIRST_COMPLETED).done and time.monotonic() < until:
                 if self.writer.busy:  # the environment may be asking for it
                     return
             if time.monotonic() >= until:
-                raise TrainingStopped(f"none of {len(futures)} environments has answered within {PATIENCE:g} seconds")
+                raise TrainingStopped(f"none of {len(futures)} environments has answered within {patience:g} seconds")
         ready = [entry for entry in self._answers if entry[2].done()]
         self._answers = [entry for entry in self._answers if not entry[2].done()]
         for coming, sample, answer in ready:
@@ -251,6 +257,7 @@ class Rollouts:
             own = np.array([[episode.reward] for episode in episodes], dtype=np.float64)
             scores = np.concatenate([own, scores], axis=1)
             errors = [[episode.error, *row] for episode, row in zip(episodes, errors)]
+            scores[[episode.end == "failed" for episode in episodes]] = np.nan  # nobody knows what these were worth
         return Group(coming.number, coming.question, episodes, scores, errors)
 
     def _was_idle(self) -> None:

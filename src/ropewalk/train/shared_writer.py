@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from ropewalk.chat.template import Template
 from ropewalk.train.generator import Finished, Spent
 from ropewalk.train.rollouts import Writer
+from ropewalk.train.sessions import Sessions
 
 
 class PublishingWriter(Writer, Protocol):
@@ -20,6 +21,8 @@ class PublishingWriter(Writer, Protocol):
     def spent(self) -> Spent: ...
 
     def publish(self) -> None: ...
+
+    def cancel(self, key: str) -> None: ...
 
 
 class Asked(Protocol):
@@ -51,7 +54,17 @@ class Opened(Protocol):
 class Opens(Protocol):
     """Begins to listen at an address."""
 
-    def __call__(self, address: str, *, name: str, template: Template, longest: int, version: Callable[[], int]) -> Opened: ...
+    def __call__(
+        self,
+        address: str,
+        *,
+        name: str,
+        template: Template,
+        longest: int,
+        version: Callable[[], int],
+        sessions: Sessions | None = None,
+    ) -> Opened:
+        """`sessions`: whose keys alone open it, and what is learnt of what they ask."""
 
 
 class SharedWriter:
@@ -76,6 +89,10 @@ class SharedWriter:
     def submit(self, key: str, ids: Sequence[int], **how: Any) -> None:
         """As the writer's."""
         self.writer.submit(key, ids, **how)
+
+    def cancel(self, key: str) -> None:
+        """As the writer's."""
+        self.writer.cancel(key)
 
     def publish(self) -> None:
         self.writer.publish()

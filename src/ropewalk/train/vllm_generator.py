@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ropewalk.engine.replying import Stops
 from ropewalk.engine.request import Sampling
 from ropewalk.errors import ConfigError, RopewalkError, UpstreamFailed, VerificationFailed
 from ropewalk.train.distributed import World
@@ -89,12 +90,14 @@ class VllmGenerator:
         sampling: Sampling,
         stop_ids: Sequence[int],
         ends: Sequence[int] = (),
+        stops: Stops | None = None,
     ) -> None:
         """Goes on from these ids, in so many ways, with the newest adapter; the server finds out itself what it has read before."""
         most, name = min(max_tokens, self.longest - len(ids)), self._loaded[-1]
         for sample in range(samples):
             own = replace(sampling, seed=None if sampling.seed is None else (sampling.seed + sample) % (1 << 63))
-            written = self.server.complete(name, ids, max_tokens=most, sampling=own, stop_ids=stop_ids)
+            texts = stops.texts if stops else ()
+            written = self.server.complete(name, ids, max_tokens=most, sampling=own, stop_ids=stop_ids, stops=texts)
             self._waiting[written] = key, sample, self.version, name
 
     def cancel(self, key: str) -> None:

@@ -122,7 +122,14 @@ class VllmServer:
                 raise
 
     def complete(
-        self, model: str, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop_ids: Sequence[int]
+        self,
+        model: str,
+        ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        stops: Sequence[str] = (),
     ) -> Future[Written]:
         """One completion, on its way; cancelling it breaks it off in the server too."""
         body = {
@@ -139,6 +146,7 @@ class VllmServer:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop_token_ids": list(stop_ids),
+            "stop": list(stops),
             "ignore_eos": True,  # which ids end a completion is said by stop_token_ids alone
             "skip_special_tokens": False,
             "logprobs": 0,
