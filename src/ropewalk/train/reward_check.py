@@ -87,6 +87,11 @@ def check_command(config: Path, overrides: Sequence[str], completions: Path | No
     """`ropewalk rewards check CONFIG`; 1 where a reward could say nothing of any completion."""
     run = load_run(config, overrides)
     specs = specs_of(run)
+    if run.trl is not None and run.trl.harness is not None:
+        raise ConfigError(
+            f"{run.where('trl', 'harness')}trl.harness asks a model under training, and here none is trained; try it by "
+            "`ropewalk train CONFIG max_steps=1`, or remove the key to try trl.reward_funcs alone"
+        )
     if not specs:
         raise ConfigError(
             f"{run.where('trl')}the only reward is that of trl.environment, which takes a conversation; add trl.reward_funcs to try them"
