@@ -7,6 +7,7 @@ import pytest
 from ropewalk.cli import main
 from ropewalk.config.run import parse_run
 from ropewalk.errors import DataError
+from ropewalk.train import reward_writer
 from ropewalk.train.prompts import prompts, some_prompts
 
 REWARDS = """
@@ -83,16 +84,32 @@ def test_a_configuration_without_rewards_and_a_misspelt_one_are_told_with_their_
     assert "'numric' is no kind of reward; did you mean 'numeric'?" in said
 
 
-def test_completions_are_sampled_from_the_base_for_rows_of_the_data(config, tmp_path, capsys):
+def test_completions_are_sampled_from_the_base_as_the_run_holds_it_for_rows_of_the_data(config, tmp_path, capsys, monkeypatch):
+    held, settings = [], reward_writer.EngineSettings
+    monkeypatch.setattr(
+        reward_writer, "EngineSettings", lambda *given, **named: held.append(named) or settings(*given, **named)
+    )
     (tmp_path / "own.py").write_text("def ids(completion_ids, completion, reference):\n    return len(completion_ids)\n")
     trl = {"reward_funcs": ["own.py:ids", "exact"], "num_generations": 3, "max_completion_length": 5}
-    path = config(rl="grpo", trl=trl, num_threads=1)
+    path = config(rl="grpo", adapter="qlora", trl=trl, num_threads=1)
     assert main(["rewards", "check", str(path), "--prompts", "2", "--json"]) == 0
+    assert held[0]["quantize"] == "nf4"
     report = told(capsys)
+    assert report["replies"] is None
     assert (report["groups"], report["samples"]) == (2, 6)
     assert report["rewards"][0]["failed"] == 0
     assert 1 <= report["rewards"][0]["mean"] <= 5
     assert "plus" in report["rewards"][1]["examples"][0]["prompt"]
+
+
+def test_an_environment_and_a_harness_need_more_than_given_completions(config, tmp_path, capsys):
+    rows = given(tmp_path, {"completions": ["a", "b"]})
+    path = config(rl="grpo", trl={"environment": "world.py:Twice"})
+    assert main(["rewards", "check", str(path), "--completions", rows]) == 2
+    assert "leave --completions out" in capsys.readouterr().err
+    path = config(rl="grpo", trl={"harness": "world.py:play", "reward_funcs": [{"kind": "length", "most": 3}]})
+    assert main(["rewards", "check", str(path)]) == 2
+    assert "max_steps=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

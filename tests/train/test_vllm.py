@@ -3,6 +3,7 @@
 The server is a fake with the same answers (vllm_fake.py); no real vLLM is run here.
 """
 
+import json
 import threading
 import time
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from ropewalk.cli import main
 from ropewalk.config.run import ignored_keys, load_run, parse_run
 from ropewalk.config.vllm import by_server, server_url
 from ropewalk.engine.request import Sampling
@@ -315,3 +317,51 @@ def test_sharded_trainers_give_the_server_the_gathered_adapter_and_learn_as_one_
     )
     assert len(set(loaded)) == len(loaded) >= 2
     same(tmp_path / "one", tmp_path / "two", rtol=1e-2, atol=1e-5)
+
+
+WORLD = """
+class Twice:
+    def reset(self, row):
+        if "0 plus" in row["messages"][0]["content"]:
+            raise ValueError("no world")
+        self.turns = 0
+        return row["messages"][:1]
+
+    def step(self, reply):
+        from ropewalk.train.environment import Step
+
+        self.turns += 1
+        return Step([{"role": "user", "content": "again"}], 0.25, done=self.turns == 2)
+"""
+
+
+def test_rewards_are_tried_on_episodes_that_the_server_writes_with_the_runs_adapter(config, pupil, base, tmp_path, capsys):
+    (tmp_path / "world.py").write_text(WORLD)
+    pupil.adapter.save(tmp_path / "begun")
+    with serving(base, max_model_len=256) as server:
+        trl = {
+            "use_vllm": True,
+            "vllm_server_port": server.server_address[1],
+            "environment": f"{tmp_path}/world.py:Twice",
+            "reward_funcs": [{"kind": "length", "unit": "characters", "most": 5, "weight": 2}],
+            "num_generations": 2,
+            "max_completion_length": 5,
+        }
+        keys = {"rl": "grpo", "sample_packing": False, "sequence_len": 256, "lora_model_dir": str(tmp_path / "begun")}
+        assert main(["rewards", "check", str(config(trl=trl, **keys)), "--prompts", "12", "--json"]) == 0
+        written = [body for path, body in server.asked if path == "/v1/completions"]
+        assert server.adapters == []
+    report = json.loads((said := capsys.readouterr()).out)
+    assert "world.py:Twice" in said.err
+    world, length = report["rewards"]
+    failed = world["failed"]
+    assert 0 < failed < report["samples"] == 24
+    assert len(written) == 2 * (24 - failed)  # two turns of every other
+    assert {body["model"][:15] for body in written} == {"ropewalk-check-"}
+    assert len({body["seed"] for body in written}) == len(written)
+    assert report["replies"] == pytest.approx(len(written) / 24)
+    assert (world["name"], world["mean"], world["scored"]) == ("Twice", 0.5, 24 - failed)
+    assert "ValueError: no world" in world["error"]
+    assert f"Twice failed on {failed} of 24 completions" in report["warnings"]
+    assert length["weight"] == 2
+    assert report["total"]["scored"] == 24

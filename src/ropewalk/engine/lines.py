@@ -17,6 +17,7 @@ class EngineSettings:
     weights: str = ""  # names the weights' content
     dtype: str = "auto"  # auto: the checkpoint's own on a GPU, float32 on CPU
     device: str = "auto"
+    quantize: str | None = None  # nf4, int4 or int8: the base is held so, as a run that trains over it does
     memory_bytes: int = 2 << 30  # of segments in memory
     disk_bytes: int = 20 << 30  # of segments on disk
     folder: str | None = None  # where they lie

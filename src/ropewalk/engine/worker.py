@@ -63,13 +63,14 @@ def build(settings: EngineSettings) -> Engine:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.base)
     template = Template.load(ensure_tokenizer(folder))
-    model, sight = _loaded(folder, _precision(settings, folder), settings.device)
+    model, sight = _loaded(folder, _precision(settings, folder), settings)
     runner = Runner(model)
-    arrange(runner.model)
+    if settings.quantize is None:
+        arrange(runner.model)
     adapters = Adapters(runner.model)
     prefixes = Prefixes(
         runner.layout,
-        f"{settings.weights} {runner.model.dtype} {template.digest}",
+        f"{settings.weights} {settings.quantize or runner.model.dtype} {template.digest}",
         memory_bytes=settings.memory_bytes,
         disk_bytes=settings.disk_bytes,
         folder=Path(settings.folder) if settings.folder else None,
@@ -92,15 +93,15 @@ def _precision(settings: EngineSettings, folder: Path) -> torch.dtype | str:
     return "auto" if own == "bfloat16" and quick else torch.float32
 
 
-def _loaded(folder: Path, dtype: torch.dtype | str, device: str) -> tuple[Any, Sight | None]:
-    """The model that writes, and its eyes if it has some that can be used here."""
-    if sees(folder):
+def _loaded(folder: Path, dtype: torch.dtype | str, settings: EngineSettings) -> tuple[Any, Sight | None]:
+    """The model that writes, and its eyes if it has some that can be used here; one in fewer bits has none."""
+    if sees(folder) and settings.quantize is None:
         try:
-            seeing = load_seeing(folder, dtype=dtype, device=device)
+            seeing = load_seeing(folder, dtype=dtype, device=settings.device)
             return seeing.text, Sight(seeing)
         except ModelError as error:
             log.warning("%s is served without its eyes: %s", folder, error)
-    return load_base(folder, dtype=dtype, device=device), None
+    return load_base(folder, dtype=dtype, device=settings.device, quantize=settings.quantize), None
 
 
 def _peak() -> int:

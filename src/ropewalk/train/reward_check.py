@@ -16,7 +16,7 @@ from ropewalk.errors import ConfigError
 from ropewalk.models.hub import resolve_base
 from ropewalk.train.prepare import load_template, tell
 from ropewalk.train.reward_functions import Sample, check_columns
-from ropewalk.train.reward_samples import Groups, given, sampled
+from ropewalk.train.reward_samples import Groups, Played, given, sampled
 from ropewalk.train.rewards import Array, Rewards, Scores, as_array, combine, specs_of
 
 SHOWN = 160  # characters of a text in the report
@@ -61,6 +61,7 @@ class Report:
     total: Distribution
     warnings: list[str]
     replaced: list[str]
+    replies: float | None = None  # of an episode with the environment, on average; None: completions are of one turn
 
     @property
     def usable(self) -> bool:
@@ -71,7 +72,8 @@ class Report:
         """For a terminal."""
         width = max(6, *(len(one.name) for one in self.rewards))
         head = f"{'reward':<{width}}  weight  scored  failed     mean      std      min      max  flat groups  slowest"
-        lines = [f"{self.samples} completions of {self.groups} prompts", "", head]
+        what = "completions" if self.replies is None else f"episodes of {self.replies:.1f} replies on average,"
+        lines = [f"{self.samples} {what} of {self.groups} prompts", "", head]
         lines += [_line(one, width) for one in (*self.rewards, self.total)]
         for one in self.rewards:
             for example in one.examples:
@@ -87,30 +89,34 @@ def check_command(config: Path, overrides: Sequence[str], completions: Path | No
     """`ropewalk rewards check CONFIG`; 1 where a reward could say nothing of any completion."""
     run = load_run(config, overrides)
     specs = specs_of(run)
-    if run.trl is not None and run.trl.harness is not None:
+    if run.trl is not None and run.trl.harness is not None and completions is None:
         raise ConfigError(
             f"{run.where('trl', 'harness')}trl.harness asks a model under training, and here none is trained; try it by "
             "`ropewalk train CONFIG max_steps=1`, or remove the key to try trl.reward_funcs alone"
         )
-    if not specs:
+    if completions is not None and not specs:
         raise ConfigError(
-            f"{run.where('trl')}the only reward is that of trl.environment, which takes a conversation; add trl.reward_funcs to try them"
+            f"{run.where('trl')}no reward is a function of completions, and an environment plays episodes of its own; leave --completions out"
         )
     rewards = Rewards(specs, run.trl.reward_num_workers if run.trl else 1)
+    played = None
     if completions is not None:
         groups = given(completions)
+        if run.trl and run.trl.environment:
+            tell(f"given completions are not played with trl.environment {run.trl.environment}: its reward is left out")
     else:
         base = resolve_base(run.base_model, run.revision_of_model, tell=tell)
-        tell(f"sampling {run.trl.num_generations if run.trl else 1} completions each of {prompts} prompts")
-        groups = sampled(run, base, load_template(run, base), prompts)
+        what = "completions" if run.trl is None or run.trl.environment is None else f"episodes with {run.trl.environment}"
+        tell(f"sampling {run.trl.num_generations if run.trl else 1} {what} each of {prompts} prompts")
+        groups, played = sampled(run, base, load_template(run, base), prompts)
     with rewards:
-        report = measure(rewards, groups)
+        report = measure(rewards, groups, played)
     print(json.dumps(asdict(report), indent=2) if as_json else report.text())
     return 0 if report.usable else 1
 
 
-def measure(rewards: Rewards, groups: Groups) -> Report:
-    """Scores all groups and describes what comes."""
+def measure(rewards: Rewards, groups: Groups, played: Played | None = None) -> Report:
+    """Scores all groups and describes what comes, with what the environment has said of them first."""
     columns = dict.fromkeys(name for group in groups for sample in group for name in sample.row)
     for number, spec in enumerate(rewards.specs):
         check_columns(spec.name, rewards.pool.forms[number], columns)
@@ -120,7 +126,7 @@ def measure(rewards: Rewards, groups: Groups) -> Report:
     samples = [sample for group in groups for sample in group]
     values = as_array(scores)
     sizes = [len(group) for group in groups]
-    found = []
+    found = [] if played is None else [_of_environment(played, samples, sizes)]
     for number, spec in enumerate(rewards.specs):
         column = [row[number] for row in scores]
         errors = [one.error for one in column if one.error]
@@ -136,8 +142,27 @@ def measure(rewards: Rewards, groups: Groups) -> Report:
                 examples=_examples(samples, values[:, number]),
             )
         )
-    total = _described("total", 1.0, combine(values, rewards.weights), sizes, failed=0, error="", slowest=0.0, examples=[])
-    return Report(len(groups), len(samples), found, total, _warnings(found, total), rewards.pool.replaced)
+    weights = rewards.weights
+    if played is not None:  # it counts as it is, as in the run
+        values = np.concatenate([np.array(played.rewards)[:, None], values], axis=1)
+        weights = np.concatenate([np.ones(1), weights])
+    total = _described("total", 1.0, combine(values, weights), sizes, failed=0, error="", slowest=0.0, examples=[])
+    replies = None if played is None else played.replies
+    return Report(len(groups), len(samples), found, total, _warnings(found, total), rewards.pool.replaced, replies)
+
+
+def _of_environment(played: Played, samples: Sequence[Sample], sizes: Sequence[int]) -> Distribution:
+    values = np.array(played.rewards)
+    return _described(
+        played.name,
+        1.0,
+        values,
+        sizes,
+        failed=len(played.errors),
+        error=played.errors[0] if played.errors else "",
+        slowest=0.0,
+        examples=_examples(samples, values),
+    )
 
 
 def _described(name: str, weight: float, values: Array, sizes: Sequence[int], **more: Any) -> Distribution:

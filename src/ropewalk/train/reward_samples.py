@@ -1,28 +1,47 @@
-"""Completions to try rewards on: sampled from the base by the engine, or given in a file. No torch."""
+"""Completions to try rewards on: of one turn, or of several with the run's environment; or given in a file. No torch."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import Run
-from ropewalk.engine.client import EngineClient
-from ropewalk.engine.lines import EngineSettings
-from ropewalk.engine.request import Request, Sampling, Span
+from ropewalk.engine.request import Sampling
 from ropewalk.errors import BadInput, DataError
+from ropewalk.train.environment import Episode
+from ropewalk.train.environment_pool import environment_of
+from ropewalk.train.episodes import Episodes
 from ropewalk.train.prompts import Prompt, some_prompts
+from ropewalk.train.questions import Question
 from ropewalk.train.reward_functions import Sample
+from ropewalk.train.reward_writer import Writer, writing
 
 AT_ONCE = 8  # prompts
 
+Found = TypeVar("Found")
 Groups = list[list[Sample]]  # the completions of each prompt
 
 
-def sampled(run: Run, base: Path, template: Template, count: int) -> Groups:
-    """Completions of some prompts of the run's data by its base, and its adapter where it names one."""
+@dataclass(frozen=True)
+class Played:
+    """What an environment said of the episodes, in the order of the samples."""
+
+    name: str
+    rewards: list[float]  # NaN: it failed, and nobody knows what the episode was worth
+    errors: list[str]  # of those that failed
+    replies: float  # of an episode, on average
+
+
+def sampled(run: Run, base: Path, template: Template, count: int) -> tuple[Groups, Played | None]:
+    """Completions of some prompts of the run's data, and what its environment says of them where it has one."""
     return asyncio.run(_sampled(run, base, template, some_prompts(run, count)))
 
 
@@ -53,44 +72,72 @@ def given(path: Path) -> Groups:
     return groups
 
 
-async def _sampled(run: Run, base: Path, template: Template, prompts: Sequence[Prompt]) -> Groups:
-    assert run.trl is not None
-    client = EngineClient(EngineSettings(str(base), weights=str(base), threads=run.num_threads))
+async def _sampled(run: Run, base: Path, template: Template, prompts: Sequence[Prompt]) -> tuple[Groups, Played | None]:
+    spec = environment_of(run)
+    async with writing(run, base, at_once=AT_ONCE) as writer:
+        if spec is None:
+            return await _some_at_once(prompts, lambda number, prompt: _group(writer, run, template, prompt, number)), None
+        with Episodes(run, spec, template) as host:
+            played = await _some_at_once(prompts, lambda number, prompt: _episodes(writer, run, host, prompt, number))
+    groups = [
+        [Sample("\n".join(e.replies), prompt.asked, prompt.row, tuple(e.ids[e.prompt :])) for e in group]
+        for prompt, group in zip(prompts, played)
+    ]
+    every = [episode for group in played for episode in group]
+    return groups, Played(
+        spec.name.replace(":", ".").rpartition(".")[2],
+        [math.nan if episode.end == "failed" else episode.reward for episode in every],
+        [episode.error for episode in every if episode.error],
+        sum(len(episode.replies) for episode in every) / len(every),
+    )
+
+
+async def _some_at_once(
+    prompts: Sequence[Prompt], work: Callable[[int, Prompt], Coroutine[Any, Any, list[Found]]]
+) -> list[list[Found]]:
     turn = asyncio.Semaphore(AT_ONCE)
-    try:
-        await client.start()
-        adapter = "adapter" if run.lora_model_dir else None
-        if adapter:
-            await client.load_adapter(adapter, Path(str(run.lora_model_dir)))
 
-        async def group(number: int, prompt: Prompt) -> list[Sample]:
-            async with turn:
-                return await _group(client, run, template, prompt, number, adapter)
+    async def one(number: int, prompt: Prompt) -> list[Found]:
+        async with turn:
+            return await work(number, prompt)
 
-        return list(await asyncio.gather(*(group(number, prompt) for number, prompt in enumerate(prompts))))
-    finally:
-        await client.stop()
+    return list(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))
 
 
-async def _group(
-    client: EngineClient, run: Run, template: Template, prompt: Prompt, number: int, adapter: str | None
-) -> list[Sample]:
+async def _group(writer: Writer, run: Run, template: Template, prompt: Prompt, number: int) -> list[Sample]:
     trl = run.trl
     assert trl is not None
     ids = prompt.ids(template)
     if not ids:
         raise BadInput(f"{prompt.path}:{prompt.line}: the prompt is empty")
-    request = Request(
-        id=str(number),
-        prefix=(Span(tuple(ids[:-1])),) if len(ids) > 1 else (),
-        tail=(ids[-1],),
-        max_tokens=trl.max_completion_length,
-        adapter=adapter,
-        sampling=Sampling(trl.temperature, trl.top_p, trl.top_k, trl.min_p, run.seed + number),
-        stop_ids=template.stop_ids,
-        samples=trl.num_generations,
-    )
-    found: list[list[int]] = [[] for _ in range(trl.num_generations)]
-    async for event in client.generate(request):
-        found[event.sample] += event.ids
-    return [Sample(template.decode(completion), prompt.asked, prompt.row, tuple(completion)) for completion in found]
+    found = await writer(ids, trl.num_generations, trl.max_completion_length, _sampling(run, number), template.stop_ids)
+    return [Sample(template.decode(one.ids), prompt.asked, prompt.row, tuple(one.ids)) for one in found]
+
+
+async def _episodes(writer: Writer, run: Run, host: Episodes, prompt: Prompt, number: int) -> list[Episode]:
+    trl = run.trl
+    assert trl is not None
+
+    async def episode(sample: int) -> Episode:
+        """One to its end; what its environment answers is bounded by the limits of that one's process."""
+        playing, given, turn = host.play(Question(prompt, ())), None, 0
+        while True:
+            try:
+                asked: Any = playing.send(given)
+            except StopIteration as stopped:
+                found: Episode = stopped.value
+                return found
+            if isinstance(asked, Future):
+                given = await asyncio.wrap_future(asked)
+                continue
+            most = min(trl.max_completion_length, host.room(asked))
+            (given,) = await writer(asked, 1, most, _sampling(run, number, sample, turn), host.stop_ids)
+            turn += 1
+
+    return list(await asyncio.gather(*map(episode, range(trl.num_generations))))
+
+
+def _sampling(run: Run, *place: int) -> Sampling:
+    trl = run.trl
+    assert trl is not None
+    return Sampling(trl.temperature, trl.top_p, trl.top_k, trl.min_p, Random(f"{run.seed} {place}").getrandbits(62))
