@@ -139,6 +139,7 @@ LIGHT = [
     "ropewalk.train.rewards",
     "ropewalk.train.reward_worker",
     "ropewalk.train.environment_worker",
+    "ropewalk.train.harness_worker",
 ]
 
 
