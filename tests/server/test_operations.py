@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy import select
 
 from ropewalk.cli import main
+from ropewalk.config.serving import EngineOptions, Serving
 from ropewalk.errors import BadInput
 from ropewalk.files.tables import uploads
 from ropewalk.server import logs, openapi
@@ -183,6 +184,25 @@ def test_a_request_in_progress_is_answered_before_the_server_stops(start):
                 _connect_again_and_again(host, int(port))
             connection.sendall(body[-9:])
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_reply_that_is_streamed_is_told_to_its_end_before_the_server_stops(start, tiny):
+    serving = Serving(engine=EngineOptions(threads=1))
+    with start(settings=ServerSettings(serving=serving, drain_seconds=60)) as found, found.http() as http:
+        found.app.state.registry.publish_base("tiny", tiny)
+        body = {"model": "tiny", "max_tokens": 300, "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+        host, port = found.url.removeprefix("http://").split(":")
+        with http.stream("POST", "/v1/messages", json=body) as response:
+            lines = response.iter_lines()
+            told = [next(line for line in lines if line.startswith("event: content_block_delta"))]
+            found.stop()
+            [engine] = found.run(found.app.state.models.stats()).values()
+            assert engine["requests"] == 1  # it is being answered
+            with pytest.raises(ConnectionError):  # nobody new is let in
+                _connect_again_and_again(host, int(port))
+            told += [line for line in lines if line.startswith("event: ")]
+    assert told[-1] == "event: message_stop"
+    assert "event: error" not in told
 
 
 def test_an_upload_that_does_not_end_is_cut_short_and_leaves_nothing(start):

@@ -151,3 +151,20 @@ def test_the_server_tells_of_its_requests(collector, start):
     assert "POST /v1/files" in spans
     assert "ropewalk_requests" in collector.metrics()
     assert not any(b"secret" in body for bodies in collector.got.values() for body in bodies)
+
+
+def test_a_reply_of_an_engine_is_a_span_within_its_request_and_its_tokens_are_counted(collector, asked):
+    assert tracing.configure(asked.app.state.metrics.registry.collect)
+    with asked.http() as http:
+        body = {"model": "answers", "max_tokens": 4, "messages": [{"role": "user", "content": "secret words"}]}
+        reply = http.post("/v1/messages", json=body, headers={"traceparent": PARENT}).json()
+        http.get("/health")  # answered after the spans of those before are ended
+    tracing.close()
+    spans = {span.name: span for span in collector.spans()}
+    request = spans["POST /v1/messages"]
+    assert request.trace_id.hex() == PARENT.split("-")[1]
+    within = {name: span for name, span in spans.items() if span.parent_span_id == request.span_id}
+    [inner] = within.values()
+    assert reply["usage"]["output_tokens"] in values(inner).values()
+    assert {"ropewalk_tokens", "http.server.request.duration"} <= {*collector.metrics()}
+    assert not any(b"secret" in body for bodies in collector.got.values() for body in bodies)
