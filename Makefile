@@ -1,6 +1,6 @@
 # make run    the quickstart: the whole loop on a small model, on CPU, in minutes (FAST=1: the short form)
 # make test   checks and tests
-# make check  lint, format, types, the pages, known vulnerabilities (where the advisory service can be reached)
+# make check  lint, format, types, the pages, what is installed, known vulnerabilities (where the advisory service can be reached)
 # make docs   the pages under docs/ as a site, in build/site; any warning is an error
 # make sbom   what is installed, as CycloneDX, in build/sbom.json
 # make test-sdk  the official SDKs against a running server; needs node for the TypeScript one
@@ -28,6 +28,7 @@ check: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/properdocs build --strict --quiet
+	@$(MAKE) --no-print-directory sbom
 	.venv/bin/python tests/audit.py
 
 sbom: .venv/dev.stamp

@@ -39,6 +39,7 @@ ILLUSTRATIVE = {"ropewalk jobs list|"}  # several in one line
 # Programs that no test here can run as the pages have them, and what stands for each.
 NOT_RUN = {
     "pip install": "installing asks a registry: tests/house/test_wheel.py installs the wheel, the Makefile the checkout",
+    "docker build": "no container runtime: tests/house/test_deploy.py holds the Dockerfile to what there is",
     "docker compose": "no container runtime: tests/house/test_deploy.py reads the file by its schema, and the command within",
     "kubectl": "no cluster: tests/house/test_deploy.py reads the manifests by their schemas, and what the secret is made of",
     "ray start": "one machine: tests/jobs/test_ray.py starts a cluster on it",
