@@ -24,6 +24,7 @@ OPTIONAL = {
     "triton",
     "torch.utils.tensorboard",
     "obstore",
+    "openai",
     "asyncpg",
 }
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "python_docx": "docx", "python_pptx": "pptx", "google_re2": "re2"}
