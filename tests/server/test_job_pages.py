@@ -69,3 +69,36 @@ def test_a_job_is_followed_and_cancelled_in_the_browser(asked, waiting, browser,
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("heading", level=1).get_by_text("being cancelled").wait_for()
         assert page.get_by_role("button", name="Cancel").count() == 0
+
+
+def test_a_failed_job_is_resumed_or_given_up_in_the_browser(asked, waiting, browser):
+    key, id = waiting
+    runner = asked.app.state.jobs
+
+    async def failed():
+        async with runner.ledger.database.writing() as connection:
+            values = {
+                "state": "failed",
+                "error_code": "training_failed",
+                "kept_until": now() + 86_400_000_000,
+                "finished_at": now(),
+            }
+            await connection.execute(update(jobs).where(jobs.c.id == id).values(values))
+
+    asked.run(failed())
+    with visit(browser, asked.url, viewport={"width": 360, "height": 740}) as seen:
+        page = seen.page
+        page.goto(asked.url + "/jobs")
+        seen.sign_in(key)
+        page.goto(f"{asked.url}/jobs/{id}")
+        page.get_by_text("Its checkpoints go in 1 day").wait_for()
+        assert '"sequence_len": 2048' in page.get_by_role("region", name="Configuration").inner_text()
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_role("button", name="Resume").click()
+        page.get_by_role("heading", level=1).get_by_text("queued").wait_for()
+        asked.run(failed())
+        page.goto(f"{asked.url}/jobs/{id}")
+        page.get_by_role("button", name="Give up").click()
+        page.get_by_role("heading", level=1).get_by_text("failed").wait_for()
+        page.get_by_role("button", name="Resume").wait_for(state="detached")

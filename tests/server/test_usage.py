@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,12 +17,15 @@ pytest.importorskip("playwright", reason="the package playwright is not installe
 
 from PIL import Image
 from playwright.sync_api import expect
+from sqlalchemy import update
 
 from browser import CHROMIUM, violations, visit
 from ropewalk.config.serving import EngineOptions, ServedModel, Serving
+from ropewalk.database import now
 from ropewalk.files import token_ledger
 from ropewalk.files.settings import Settings
 from ropewalk.files.token_ledger import FileTokens, Spent
+from ropewalk.jobs.tables import jobs
 from ropewalk.models.base import make_base
 from ropewalk.server.settings import ServerSettings
 from ropewalk.tenants.caller import RIGHTS, Caller
@@ -40,7 +44,7 @@ def served(root_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     data = tmp_path_factory.mktemp("usage")
     make_base(data / "tiny", "qwen3_moe", size="tiny", seed=3)
     base = str(data / "tiny")
-    price = Price(1.0, 5.0, 0.1, as_of="2026-11-22")
+    price = Price(1.0, 5.0, 0.1, training=2.0, device_hour=4.0, as_of="2026-11-22")
     serving = Serving({"tiny": ServedModel(base, price=price), "free": ServedModel(base)}, EngineOptions(threads=1))
     with running(data, Settings(data=data), ServerSettings(serving=serving)) as found:
         yield found
@@ -91,7 +95,9 @@ def test_what_questions_cost_is_told_by_file_by_day_and_by_model(served, browser
         assert float(cells[5].split()[0]) == pytest.approx(cost, abs=1e-6)
         assert float(cells[6].split()[0]) == pytest.approx(read * 0.9 / 1e6, abs=1e-6)
         expect(page.get_by_role("row", name=re.compile("^free"))).to_contain_text("–")
-        expect(page.locator("main")).to_contain_text("tiny: input 1, cached 0.1, output 5 USD, as of 2026-11-22")
+        expect(page.locator("main")).to_contain_text(
+            "tiny: input 1, cached 0.1, output 5, trained 2, an hour of a device 4 USD, as of 2026-11-22"
+        )
         with page.expect_download() as download:
             page.get_by_role("link", name="JSON").click()
         whole = json.loads(Path(download.value.path()).read_text())
@@ -148,6 +154,40 @@ def test_members_see_their_workspace_users_their_own_and_admins_all(served, brow
         for name in (workspace.name, other.name):
             expect(page.get_by_role("row", name=re.compile(f"^{name}"))).to_have_count(1)
         assert violations(page) == []
+
+
+def test_trainings_are_counted_beside_questions(served):
+    import httpx
+
+    _, key = served.workspace("usage of trainings")
+    runner = served.app.state.jobs
+    options, runner.options = runner.options, replace(runner.options, at_once=0)
+    served.app.state.registry.publish_base("tiny", served.data / "tiny")
+
+    async def ended(id):
+        values = {"state": "failed", "tries": 1, "trained_tokens": 3_000_000, "device_time": 5400_000_000, "finished_at": now()}
+        async with served.store.database.writing() as connection:
+            await connection.execute(update(jobs).where(jobs.c.id == id).values(values))
+
+    with served.http(key) as http:
+        row = json.dumps({"messages": [{"role": "user", "content": "Due?"}, {"role": "assistant", "content": "May"}]})
+        file = http.post("/v1/files", files={"file": ("rows.jsonl", row + "\n")}).json()["id"]
+        served.run(ended(http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]))
+    runner.options = options
+    with httpx.Client(base_url=served.url, headers={"origin": served.url}, follow_redirects=True) as http:
+        token = re.search(r'name="csrf" value="([^"]+)"', http.get("/login").text)[1]
+        http.post("/login", data={"csrf": token, "key": key})
+        said = re.sub(r"<[^>]+>", " ", http.get("/usage").text)
+        told = http.get("/usage/json").json()["total"]
+        lines = list(csv.DictReader(http.get("/usage/csv").text.splitlines()))
+    # Three million tokens at 2 a million, and an hour and a half at 4.
+    assert (told["jobs"], told["trained_tokens"], told["device_seconds"]) == (1, 3_000_000, 5400.0)
+    assert told["training_cost"] == {"USD": 12.0}
+    assert re.search(r"Tokens trained\s+3,000,000\s+Device time\s+90 min\s+Cost of jobs\s+12.00 USD", said)
+    assert re.search(r"tiny\s.*1\s+3,000,000\s+90 min\s+12.00 USD", said, re.DOTALL)
+    assert "trained 2, an hour of a device 4 USD" in said
+    stored, trained = sorted(lines, key=lambda line: line["model"])
+    assert (int(stored["stored_bytes"]), trained["training_cost"]) == (len(row) + 1, "12.00000000")
 
 
 @pytest.mark.parametrize("query", ["days=x", "days=0", "days=99999", "days=-1"])
