@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ropewalk.chat.template import Template
 from ropewalk.config.run import load_run
@@ -171,15 +172,28 @@ def test_at_the_start_policy_and_base_are_one(preferring, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_how_a_step_is_cut_and_packed_changes_nothing(preferring, tmp_path, method):
+def test_how_a_step_is_cut_and_packed_changes_neither_losses_nor_gradients(config, pairs, judged, tmp_path, method):
+    lines = judged.read_text().splitlines()[:16] if method == "kto" else pairs.read_text().splitlines()[:8]
+    few, rows = tmp_path / "few.jsonl", len(lines)
+    few.write_text("\n".join(lines) + "\n")
     shapes = {
-        "whole": {"micro_batch_size": 8, "sample_packing": False},
-        "cut": {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "sample_packing": False},
+        "whole": {"micro_batch_size": rows, "sample_packing": False},
+        "cut": {"micro_batch_size": 2, "gradient_accumulation_steps": rows // 2, "sample_packing": False},
+        "packed": {"micro_batch_size": rows // 2, "sample_packing": True},  # more rows than are filled
     }
+    # Every step takes all rows, and moves every weight by about its gradient: by g / (|g| + 1).
+    keys = {"max_steps": 2, "sequence_len": 256, "learning_rate": 1.0, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
+    found, moved = {}, {}
     for name, shape in shapes.items():
-        run(preferring(method, max_steps=3, output_dir=str(tmp_path / name), **shape))
-    one, two = ([(e["loss"], e["rewards/margins"]) for e in steps(tmp_path / name)] for name in shapes)
-    assert [x for pair in one for x in pair] == pytest.approx([x for pair in two for x in pair], rel=1e-4, abs=1e-5)
+        source = {"path": str(few), "type": "chat_template"}
+        run(config(rl=method, datasets=[source], output_dir=str(tmp_path / name), **keys, **shape))
+        found[name] = [e[n] for e in steps(tmp_path / name) for n in ("loss", "rewards/margins", "gradient_norm")]
+        moved[name] = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    assert found["whole"][2] > 0
+    for name in ("cut", "packed"):
+        assert found[name] == pytest.approx(found["whole"], rel=1e-3, abs=1e-5), name
+        for key, tensor in moved["whole"].items():
+            torch.testing.assert_close(moved[name][key], tensor, rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
