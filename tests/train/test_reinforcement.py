@@ -4,8 +4,6 @@ import hashlib
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -20,6 +18,7 @@ from ropewalk.train.policy_step import PolicyStep
 from ropewalk.train.progress import read_events
 from ropewalk.train.reinforcement import Rewarded
 from ropewalk.train.trainer import Fit, train
+from train.test_sharded import together
 
 REWARD = """
 def late(completion, completion_ids):
@@ -120,13 +119,17 @@ def test_a_run_that_was_ended_goes_on_with_the_same_numbers(rewarded, tmp_path, 
     assert factors(tmp_path / "run") == factors(tmp_path / "whole")
 
 
-def test_two_processes_learn_what_one_does(rewarded, tmp_path, monkeypatch):
-    fit(rewarded(output_dir=str(tmp_path / "one"), val_set_size=4))
-    path = rewarded(output_dir=str(tmp_path / "two"), val_set_size=4)
-    subprocess.run([sys.executable, "-m", "ropewalk", "train", str(path), "--processes", "2"], check=True, capture_output=True)
-    for name in ("reward", "loss", "gradient_norm", "length", "rewards/late", "ratio", "entropy"):
+@pytest.mark.parametrize(
+    "trl",
+    [{}, {"generation_batch_size": 4, "beta": 0.05}],  # four prompts a step; one, so that the second process has none
+    ids=["both", "one"],
+)
+def test_two_processes_learn_what_one_does(rewarded, tmp_path, trl):
+    fit(rewarded(trl, output_dir=str(tmp_path / "one"), val_set_size=4))
+    assert together(rewarded(trl, output_dir=str(tmp_path / "two"), val_set_size=4), tmp_path) == ([0, 0], ["", ""])
+    for name in ("reward", "loss", "gradient_norm", "length", "rewards/late", "ratio", "entropy", "kl"):
         one, two = told(tmp_path / "one", name), told(tmp_path / "two", name)
-        assert two == [pytest.approx(value, rel=1e-3, abs=1e-6) for value in one]
+        assert two == [pytest.approx(value, rel=1e-3, abs=1e-6) for value in one], name
 
 
 def test_micro_batches_and_several_updates_of_the_same_completions(rewarded, tmp_path):
