@@ -93,15 +93,19 @@ def test_every_kind_of_experts_equals_the_twin(gate):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_few_rows_with_all_experts_at_once_are_as_exact_as_one_by_one(tokens, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "of_factors"),
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=["float64", "bfloat16", "float32 factors"],
+)
+def test_few_rows_with_all_experts_at_once_are_as_exact_as_one_by_one(tokens, dtype, of_factors, monkeypatch):
     """Also where stacks are wide enough to be turned round, and where too few experts are hit for a product with all."""
     truth = Case(torch.float64, rank=4, tokens=tokens)
     case = Case(torch.float64, rank=4, tokens=tokens)
     for tensors in (case.trained, case.experts.__dict__):
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor):
-                tensors[name] = tensor.detach().to(dtype)
+                tensors[name] = tensor.detach().to(of_factors if name in ("A1", "B1", "A2", "B2") else dtype)
     with torch.no_grad():
         wanted = {"out": truth.run(expert_lora_plain)}
         plain = worst({"out": case.run(expert_lora_plain)}, wanted)
