@@ -247,22 +247,12 @@ def _code(params: Params, answer: str, reference: str) -> CheckOutcome:
     blocks = FENCE.findall(answer)
     limits = {"seconds": params.get("seconds", 5.0), "memory_bytes": params.get("memory_mb", 512) << 20}
     try:
-        sandbox.call("ropewalk.checks:run_code", (blocks[-1] if blocks else answer, params["tests"]), **limits, task="the code")
+        sandbox.call("ropewalk.tried_code:run", (blocks[-1] if blocks else answer, params["tests"]), **limits, task="the code")
     except SandboxFailed as error:
         if error.reason == "killed":  # which is not the code's doing
             raise
         return CheckOutcome(False, str(error)[:200])
     return CheckOutcome(True, "the tests pass")
-
-
-def run_code(code: str, tests: str) -> None:
-    """In the confined process: the code, and then its tests among its names. Code that ends the process has not passed.
-
-    The two share a process: code written to deceive its tests can. This scores honest answers, and keeps the others from doing harm.
-    """
-    names: dict[str, Any] = {"__name__": "answer"}
-    exec(compile(code, "answer", "exec"), names)
-    exec(compile(tests, "tests", "exec"), names)
 
 
 def _code_faults(params: Params) -> Iterator[str]:

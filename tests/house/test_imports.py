@@ -69,6 +69,7 @@ FOLDERS = {
     "tenants": {"database", "vault", "home", "ids"},
     "migrations": {"batches", "compare", "files", "jobs", "shared_registry", "tenants", "database"},
     "checks": {"patterns", "sandbox", "schemas"},
+    "tried_code": set(),
     "schemas": {"patterns"},
     "patterns": set(),
     "registry": set(),

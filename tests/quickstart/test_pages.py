@@ -113,7 +113,15 @@ def test_no_page_has_a_palette_of_its_own():
 def test_without_a_terminal_each_thing_that_is_done_is_a_line_and_each_quarter_of_it():
     console = Console(file=io.StringIO(), width=80)
     with progress(console) as tell:
-        for doing, share in [("loading", 0), ("asking", 0), ("asking", 0.2), ("asking", 0.3), ("asking", 0.9), ("asking", 1), ("ended", 1)]:
+        for doing, share in [
+            ("loading", 0),
+            ("asking", 0),
+            ("asking", 0.2),
+            ("asking", 0.3),
+            ("asking", 0.9),
+            ("asking", 1),
+            ("ended", 1),
+        ]:
             tell(doing, share)
     assert console.file.getvalue().splitlines() == ["loading", "asking", "asking: 25 %", "asking: 75 %"]
 
