@@ -1,7 +1,10 @@
 """Episodes that outside code drives: what it asked is what is learnt from, id by id."""
 
+import asyncio
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +25,9 @@ from ropewalk.train.prepare import prepare
 from ropewalk.train.progress import read_events
 from ropewalk.train.sessions import Sessions
 from ropewalk.train.trainer import fit, train
+from ropewalk.train.user_code import load_named
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 TALKING = '''
 import asyncio
@@ -376,3 +382,25 @@ def test_nothing_is_taken_after_the_end_of_a_rollout_and_each_call_has_a_seed():
     session.add([1], wrote(2), "b")
     episode = session.end(1.0, {}, "failed", "it broke")
     assert (episode.ids, episode.reward, episode.end, episode.error) == ([], 0.0, "failed", "it broke")
+
+
+def test_the_example_plays_to_the_end():
+    class Client:
+        """Halves what is left."""
+
+        def __init__(self):
+            self.chat = self.completions = self
+            self.least, self.most = 1, 100
+
+        async def create(self, *, messages, **_):
+            if messages[-1]["content"] == "higher":
+                self.least = self.guess + 1
+            elif messages[-1]["content"] == "lower":
+                self.most = self.guess - 1
+            self.guess = guess = (self.least + self.most) // 2
+            return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=f"Is it {guess}?"))])
+
+    rollout = load_named("guess_by_client.py:rollout", (str(EXAMPLES),), kind="harness", noun="function")
+    assert asyncio.run(rollout(Client(), {"number": 37})) == {"reward": 1.0, "guesses": 3}
+    assert asyncio.run(rollout(Client(), {"number": 1})) == {"reward": 1.0, "guesses": 6}
+    assert asyncio.run(rollout(Client(), {"number": 200})) == {"reward": 0.0, "guesses": 7}
