@@ -4,6 +4,7 @@
 # make docs   the pages under docs/ as a site, in build/site; any warning is an error
 # make sbom   what is installed, as CycloneDX, in build/sbom.json
 # make test-sdk  the official SDKs against a running server; needs node for the TypeScript one
+# make gpu-wheels  what a GPU machine without a network lacks, in .whl: there, WHEELS=.whl benchmarks/gpu.sh
 # make bench  ours beside its peers, which are installed into environments of their own
 # Each sets up what it needs in .venv and starts at once the second time.
 
@@ -44,6 +45,9 @@ docs: .venv/dev.stamp
 test-sdk: .venv/dev.stamp
 	.venv/bin/python tests/sdk/run.py
 
+gpu-wheels: .venv/bin/python
+	.venv/bin/python benchmarks/gpu_wheels.py .whl
+
 bench: .venv/dev.stamp
 	.venv/bin/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
@@ -64,4 +68,4 @@ bench: .venv/dev.stamp
 clean:
 	rm -rf .venv .sdk runs build dist
 
-.PHONY: run test docs sbom test-sdk check bench clean
+.PHONY: run test docs sbom test-sdk check gpu-wheels bench clean

@@ -4,10 +4,10 @@
 #     [WHEELS=folder] [PYTHON=python3] [MINUTES=25] [RESULTS=benchmarks/results] benchmarks/gpu.sh [--quick] [PART ...]
 #     DRY=1 benchmarks/gpu.sh       the same on a CPU at tiny shapes: whether every part runs
 #
-# WHEELS names a folder of wheels that came along for what the machine's Python lacks, peers among them; they go into an environment of
-# their own. Parts run in the order below, the most valuable first, each for at most so many seconds and all until MINUTES are over; one that
+# WHEELS names a folder of wheels that came along for what the machine's Python lacks, peers among them (gpu_wheels.py collects them); they
+# go into a folder of their own, before the machine's packages: one environment above another would not see those of a third. Parts run in the order below, the most valuable first, each for at most so many seconds and all until MINUTES are over; one that
 # fails or is cut off leaves the next alone. What each found goes at once into RESULTS/DEVICE/DATE.json, with the commit ($COMMIT where
-# there is no repository). PART: only these, into the same file. Exits 1 if a part fails; 77 without a GPU, nothing measured.
+# there is no repository), and beside it as a table. PART: only these, into the same file. Exits 1 if a part fails; 77 without a GPU, nothing measured.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 here=benchmarks
@@ -24,9 +24,8 @@ for word in "$@"; do
 done
 
 if [ -n "${WHEELS:-}" ]; then
-    "$python" -m venv --system-site-packages .gpu || exit 1
-    .gpu/bin/pip install --quiet --no-index --find-links "$WHEELS" --no-deps "$WHEELS"/*.whl || exit 1
-    python=$PWD/.gpu/bin/python
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu "$WHEELS"/*.whl || exit 1
+    PYTHONPATH=$PWD/.gpu${PYTHONPATH:+:$PYTHONPATH}
 fi
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -67,13 +66,17 @@ run() { # name, seconds at most, script and its arguments
 
 tiny=
 [ -n "$dry" ] && tiny=--dry-run
-run kernels 150 $here/gpu_kernels.py --device $device --quick
-run expert_kernels 240 $here/expert_kernels.py --device $device $quick
-run layers 330 $here/moe_lora.py --device $device ${tiny:-$quick} --layers-only
-for limit in 24 16 12; do
-    run "gpu_$limit" 200 $here/small_gpu.py --device $device $quick --limit-gb $limit
+run kernels 120 $here/gpu_kernels.py --device $device --quick
+run expert_kernels 150 $here/expert_kernels.py --device $device $quick
+run train 100 $here/gpu_train.py --device $device
+run layers 270 $here/moe_lora.py --device $device ${tiny:-$quick} --layers-only
+for limit in 12 16 24; do
+    run "gpu_$limit" 170 $here/small_gpu.py --device $device $quick --limit-gb $limit
 done
-run models 330 $here/moe_lora.py --device $device ${tiny:-$quick} --models-only
-run grpo "${GRPO_SECONDS:-150}" $here/grpo.py --device $device --no-peer $quick ${dry:+--steps 2}
-run serve 150 $here/serve.py --device $device $quick ${dry:+--only qwen3 --dtype float32}
+run models 300 $here/moe_lora.py --device $device ${tiny:-$quick} --models-only
+run memory 60 $here/memory.py --device $device --quick
+run loss_bands 100 $here/loss_bands.py --quick ${dry:+--steps 4 --rows "int8;experts computed again"}
+run grpo "${GRPO_SECONDS:-100}" $here/grpo.py --device $device --no-peer $quick ${dry:+--steps 2}
+run serve 100 $here/serve.py --device $device $quick ${dry:+--only qwen3 --dtype float32}
+"$python" $here/gpu_results.py show "$file"
 exit $worst

@@ -71,17 +71,31 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     device, rows = torch.device(given.device), []
     for part in (attention, experts, head, stored, engine):
-        for row in part(device, given.quick or given.device == "cpu"):
+        for row in tried(part, device, given.quick or given.device == "cpu"):
             rows.append(row)
             print(f"{row.kernel:<8} {row.case:<44} {row.how:<14} {row.error:.1e} {'' if row.passed else 'TOO FAR'}", flush=True)
+        write_json(given.json, told(rows, device))
     print(
         "\n"
         + table(["", "", "", "error", "ms"], [[r.kernel, r.case, r.how, f"{r.error:.1e}", r.milliseconds or ""] for r in rows])
     )
-    failed = [asdict(row) for row in rows if not row.passed]
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def told(rows: list[Row], device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    write_json(given.json, {"machine": machine() | {"device": name}, "failed": failed, "rows": [asdict(row) for row in rows]})
-    return 1 if failed else 0
+    failed = [asdict(row) for row in rows if not row.passed]
+    return {"machine": machine() | {"device": name}, "failed": failed, "rows": [asdict(row) for row in rows]}
+
+
+def tried(part: Callable[[torch.device, bool], Iterator[Row]], device: torch.device, quick: bool) -> Iterator[Row]:
+    """The rows of a part; one that cannot go on is a failed row, and the next part may be right."""
+    try:
+        yield from part(device, quick)
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError):
+            raise  # the device answers nothing any more
+        yield Row(part.__name__, f"{type(error).__name__}: {error}"[:200], "failed", float("inf"), 0.0)
 
 
 def attention(device: torch.device, quick: bool) -> Iterator[Row]:

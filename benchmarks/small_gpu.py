@@ -8,9 +8,10 @@ allocator's peak beside the estimate. On a CPU the plan is that of the true shap
 tiny model of the same architecture, streamed and recomputed in the same way.
 
 `loss_band` is the largest difference of the losses of a tiny model trained with that plan from those of one that keeps everything on
-the device. Streaming and recomputation change no bit, so the script ends with 1 where it is above `loss_band_of_plain`, the difference of
-two runs without them: 0, unless a kernel of the device adds up in another order each time. It also ends with 1 where a shape that the plan
-lets in runs out of memory.
+the device. Streaming and recomputation change no bit, so on a CPU the script ends with 1 where it is not 0. On a GPU kernels may add up in
+another order each time: there it ends with 1 where the band is wider than so many times `loss_band_of_plain`, the difference of two runs
+without the plan, and a little more, since two runs show chance only roughly. It also ends with 1 where a shape that the plan lets in runs
+out of memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ropewalk.models.experts import NAME, expert_modules, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.load import auto_class, load_config, pick_attention
 from ropewalk.models.lora import attach
+from ropewalk.models.norms import lean_norms
 from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import Way, recompute
 from ropewalk.models.shapes import SHAPES
@@ -54,6 +56,7 @@ DEFAULT = ("qwen3-30b-a3b", "gemma-4-26b-a4b")
 TOKENS, STEPS, WARM = 4096, 20, 3
 TINY = {"num_hidden_layers": 6, "vocab_size": 512, "vocab_size_per_layer_input": 512}
 TINY_TOKENS, TINY_STEPS = 96, 8
+CHANCE_TIMES, CHANCE_MORE = 3.0, 1e-3  # of losses near 6
 
 
 def planned(shape: str, limit: float) -> tuple[Run, Survey]:
@@ -127,6 +130,7 @@ def train(
     host = stream(model, streaming, device).host_bytes if streaming else 0
     head = output_head(model)
     adapter = attach(model, lora_spec(run, model), seed=0)
+    lean_norms(model)  # as the plan takes for granted
     if set(ways) - {"keep"}:
         recompute(model, ways)
     optimizer = make_optimizer(
@@ -254,11 +258,16 @@ def main() -> int:
     wrong = [
         shape
         for shape, row in shapes.items()
-        if row.get("loss_band", 0.0) > row.get("loss_band_of_plain", 0.0) or row.get("out_of_memory")
+        if row.get("loss_band", 0.0) > allowed(row.get("loss_band_of_plain", 0.0), device) or row.get("out_of_memory")
     ]
     if wrong:
         print(f"other losses than without the plan, or out of memory: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def allowed(of_plain: float, device: torch.device) -> float:
+    """How wide the band of losses may be, by that of two plain runs."""
+    return of_plain if device.type == "cpu" else CHANCE_TIMES * of_plain + CHANCE_MORE
 
 
 def _apart(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

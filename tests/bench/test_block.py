@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from ropewalk.bench.block import Block, race
+from ropewalk.bench import block as block_module
+from ropewalk.bench.block import Block, _a, _b, _turns, race
 from ropewalk.bench.contenders import Entrant
 from ropewalk.bench.cost import Ceiling, memory
+from ropewalk.bench.peers import FUSED
 from ropewalk.bench.shapes import Layer
+from ropewalk.kernels.expert_lora import Experts, Factors, expert_lora_plain
+from ropewalk.kernels.gates import Glu
 
 TINY = Layer("tiny", 64, 32, 8, 2)
 EVERYBODY = [Entrant("ours"), Entrant("ours", "experts"), Entrant("ours", "layer"), Entrant("grouped"), Entrant("eager")]
@@ -28,7 +32,48 @@ def test_stacks_of_four_bits_are_raced_by_those_who_can_train_through_them():
     ours, grouped = race(TINY, 48, "float32", "cpu", [Entrant("ours"), Entrant("grouped")], 1, "nf4")
     assert ours.max_error <= 1e-5
     assert ours.ms
-    assert (grouped.ms, grouped.note) == (None, "does not train through experts of nf4")
+    assert grouped.ms is None
+    assert "PEFT adapts none that is quantised" in grouped.note
+
+
+def test_a_peers_kernels_get_stacks_of_few_bits_dequantised_in_each_pass(monkeypatch):
+    """The peer here is the plain layer, through the stacks that its module has at that moment."""
+    seen = []
+
+    def peer(module, scale):
+        def compute(x, ids, weights, own):
+            seen.append(module.gate_up_proj)
+            experts = Experts(module.gate_up_proj, module.down_proj, Glu())
+            a1, b1, a2, b2 = own
+            up, down = (Factors(_a(a, 8), _b(b, 16, 8), scale) for a, b in ((a1, b1), (a2, b2)))
+            return expert_lora_plain(x, ids, weights, experts, up, down)
+
+        return compute
+
+    monkeypatch.setitem(FUSED, "axolotl", peer)
+    (row,) = race(TINY, 48, "float32", "cpu", [Entrant("axolotl")], 1, "nf4")
+    assert row.max_error <= 1e-5
+    assert (row.ms > 0, row.note) == (True, "over stacks that our kernel dequantises in each pass")
+    assert len({id(stack) for stack in seen}) == len(seen) > 2
+
+
+def test_who_fails_is_a_row_with_the_reason_and_a_race_of_nobody_ends(monkeypatch):
+    def failing(self, entrant):
+        raise ValueError("no such tile")
+
+    monkeypatch.setattr(Block, "contender", failing)
+    rows = list(race(TINY, 8, "float32", "cpu", [Entrant("ours"), Entrant("grouped")], 1))
+    assert [(row.ms, row.note) for row in rows] == [(None, "ValueError: no such tile")] * 2
+
+
+def test_the_loop_over_experts_takes_part_in_few_rounds(monkeypatch):
+    ran = []
+    monkeypatch.setattr(block_module, "milliseconds", lambda work, device: work() or 1.0)
+    block = Block(TINY, 8, torch.float32, "cpu")
+    monkeypatch.setattr(block, "forward", lambda compute: ran.append(compute) or torch.zeros(8, 64, requires_grad=True))
+    ready = {Entrant(name): [(name, [], False)] for name in ("ours", "eager")}
+    assert _turns([block], ready, 6, "cuda") == {Entrant("ours"): 1.0, Entrant("eager"): 1.0}
+    assert (ran.count("ours"), ran.count("eager")) == (7, 4)  # one to warm up
 
 
 def test_who_computes_something_else_is_not_timed(monkeypatch):

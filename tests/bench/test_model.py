@@ -1,22 +1,56 @@
 """A model under training by every contender that runs on a CPU, in this process, at tiny sizes."""
 
 import pytest
+import torch
 
 from ropewalk.bench.contenders import Entrant
 from ropewalk.bench.cost import Ceiling
-from ropewalk.bench.model import Racer, config_of, errors
+from ropewalk.bench.model import Racer, config_of, errors, one_by_one, write_truth
 from ropewalk.bench.shapes import GEMMA, QWEN, Model
+from ropewalk.models.head import output_head
 
 TINY = Model("tiny", 1, 1, 32, 64, 32, 8, 2, vocab=128, rank=8)
 
 
 def test_every_gradient_is_that_of_the_eager_model():
-    assert all(error <= 1e-5 for error in errors(TINY, ["ours", "grouped", "eager"], "float32", "cpu").values())
+    found, failed = errors(TINY, ["ours", "grouped", "eager"], "float32", "cpu")
+    assert all(error <= 1e-5 for error in found.values())
+    assert (sorted(found), failed) == (["grouped", "ours"], {})
 
 
 def test_without_peft_the_plain_layer_is_what_ours_is_compared_with():
-    found = errors(TINY, ["ours"], "float32", "cpu")
+    found, _ = errors(TINY, ["ours"], "float32", "cpu")
     assert found["ours"] <= 1e-5
+
+
+def test_a_peer_that_fails_leaves_the_others_their_errors():
+    found, failed = errors(TINY, ["ours", "liger"], "float32", "cpu")
+    assert found["ours"] <= 1e-5
+    assert "liger_kernel" in failed["liger"]
+
+
+@pytest.mark.parametrize(("dtype", "stored", "bound"), [("float32", "", 1e-5), ("bfloat16", "", 0.1), ("float32", "nf4", 1e-5)])
+def test_models_are_raced_one_by_one_and_each_is_held_beside_the_plain_one(dtype, stored, bound, tmp_path):
+    told, truth = [], str(tmp_path / "truth")
+    write_truth(TINY, dtype, "cpu", stored, truth)
+    one_by_one([(TINY, dtype, stored, truth)], [Entrant("ours"), Entrant("ours", "layer")], "cpu", 0.0, told.append)
+    assert [(row["race"], row["policy"], len(row["ms"])) for row in told] == [(0, "keep", 5), (0, "layer", 5)]
+    assert all(0 <= row["max_error"] <= bound and row["floor_ms"] > 0 and row["peak_mb"] > 0 for row in told)
+
+
+def test_a_model_that_fails_is_told_and_the_next_has_its_turn(tmp_path):
+    told, truth = [], str(tmp_path / "none")
+    one_by_one([(TINY, "float32", "", truth)], [Entrant("grouped", "offload"), Entrant("ours")], "cpu", 0.0, told.append)
+    assert "has no policy offload" in told[0]["note"]
+    assert (told[1]["max_error"], len(told[1]["ms"])) == (None, 5)
+
+
+def test_the_loss_by_pieces_is_that_of_transformers():
+    """On a GPU everybody has it."""
+    racer = Racer(TINY, Entrant("grouped"), "float32", "cpu")
+    wanted = racer.loss()
+    racer._head = output_head(racer.model)
+    assert torch.allclose(racer.loss(), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("policy", ["keep", "experts", "layer", "offload"])

@@ -9,7 +9,7 @@ from rich.console import Console
 from ropewalk.bench import contenders, moe, race, report
 from ropewalk.bench.contenders import Entrant, groups, present
 from ropewalk.bench.moe import Plan, Result, compare, plan, shown
-from ropewalk.bench.shapes import Layer, Model
+from ropewalk.bench.shapes import GEMMA, QWEN, Layer, Model
 from ropewalk.cli import main
 from ropewalk.errors import RopewalkError
 
@@ -26,6 +26,7 @@ def row(contender, policy="keep", ms=100.0, held=10.0, peak=20.0, level="model",
         "layers": 1,
         "note": "",
         "share_of_ceiling": 0.5,
+        "max_error": 1e-7,
     }
     return {**of, "contender": contender, "policy": policy, "ms": ms, "held_mb": held, "peak_mb": peak, **more}
 
@@ -89,7 +90,7 @@ case $3 in *axolotl*) exit 1 ;; esac
 echo '{"ready": true}'
 while read asked; do case $asked in
 step) echo '{"ms": [5.0]}' ;;
-kept) echo '{"held_mb": 1.0, "peak_mb": 2.0, "floor_ms": 4.0}' ;;
+kept) echo '{"held_mb": 1.0, "peak_mb": 2.0, "floor_ms": 4.0, "max_error": 1e-7}' ;;
 esac; done
 """
 
@@ -103,7 +104,76 @@ def test_processes_are_asked_in_turns_and_a_peer_that_fails_leaves_the_race(tmp_
     ours, other = race.model_rows(TINY, "float32", "cpu", [Entrant("ours"), Entrant("axolotl")], 2, told.append)
     assert (ours["ms"], ours["held_mb"], ours["share_of_ceiling"], ours["note"]) == (5.0, 1.0, 0.8, "")
     assert (other["ms"], other["note"]) == (None, "failed")
-    assert len(told) == 3  # the first turn warms up
+    assert ours["max_error"] == 1e-7
+    assert len(told) == 4  # the truth, and a turn that warms up
+
+
+ALONE = """#!/bin/sh
+case $3 in *'"what": "models"'*) ;; *) exit 1 ;; esac
+echo '{"race": 0, "policy": "keep", "ms": [4.0, 5.0, 9.0], "held_mb": 1.0, "peak_mb": 2.0, "floor_ms": 2.5, "max_error": 0.01}'
+echo '{"race": 0, "policy": "layer", "note": "OutOfMemoryError: 9 GB"}'
+"""
+
+
+def test_on_a_gpu_a_contender_has_one_process_and_what_it_did_not_tell_is_a_row_too(tmp_path, monkeypatch):
+    pretend = tmp_path / "python"
+    pretend.write_text(ALONE)
+    pretend.chmod(0o755)
+    monkeypatch.setattr(race.sys, "executable", str(pretend))
+    ways, raced = [Entrant("ours"), Entrant("ours", "layer")], [(TINY, "bfloat16", "")] * 2
+    rows = race.models_alone(raced, [tmp_path / "t"] * 2, ways, "cuda", 1.0)
+    assert [(r["ms"], r["max_error"], r["share_of_ceiling"]) for r in rows[:2]] == [(5.0, 0.01, 0.5), (None, None, None)]
+    assert [r["note"] for r in rows] == ["", "OutOfMemoryError: 9 GB", race.ENDED, race.ENDED]
+
+
+def test_on_a_gpu_the_most_valuable_runs_first():
+    full = plan("cuda")
+    assert [t for _, t, _, _ in full.layers[:4]] == [16384, 16384, 4096, 4096]
+    found = moe.queue(full, ["ours", "grouped", "axolotl"])
+    assert [[str(e) for e in entrants] for entrants, _ in found] == [
+        ["ours"], ["grouped"], ["axolotl"],
+        ["ours, experts", "ours, layer", "ours, offload"], ["grouped, layer"], ["axolotl, layer"], ["ours"],
+    ]  # fmt: skip
+    assert [{stored for _, _, stored in raced} for _, raced in found] == [{""}] * 6 + [{"nf4"}]
+    assert {(m.name, m.layers, m.tokens) for m, _, _ in found[0][1]} == {
+        (name, layers, tokens) for name in (QWEN, GEMMA) for layers in (2, 4) for tokens in (4096, 16384)
+    }
+
+
+def test_models_on_a_gpu_share_the_least_time_and_peers_of_few_bits_have_their_reasons(monkeypatch):
+    def alone(races, truths, entrants, device, seconds):
+        assert all(truth.exists() for truth in truths)
+        mine = entrants[0].name == "ours"
+        return [
+            row(entrants[0].name, ms=10.0 if mine else 20.0, max_error=0.01, stored=stored, dtype="bfloat16", floor_ms=5.0 if mine else None,
+                share_of_ceiling=0.5 if mine else None)
+            for _, _, stored in races
+        ]  # fmt: skip
+
+    monkeypatch.setattr(race, "models_alone", alone)
+    monkeypatch.setattr(race, "write_truth", lambda raced, device, file: file.touch())
+    monkeypatch.setattr(moe, "present", lambda device: (["ours", "grouped"], {}))
+    models = ((TINY, "bfloat16", ""), (TINY, "bfloat16", "nf4"))
+    *_, last = compare(Plan("cuda", (), models, 1, False, gate=False), lambda line: None)
+    assert [(r["contender"], r["stored"], r["share_of_ceiling"]) for r in last.rows] == [
+        ("ours", "", 0.5), ("grouped", "", 0.25), ("ours", "nf4", 0.5), ("grouped", "nf4", None),
+    ]  # fmt: skip
+    assert "PEFT adapts none" in last.rows[-1]["note"]
+    assert last.right
+
+
+def test_a_result_is_right_where_ours_is_exact_in_float32_and_no_worse_than_peers_in_16_bits():
+    def right(*rows):
+        return result(*rows).right
+
+    assert right(row("ours", max_error=1e-5))
+    assert not right(row("ours", max_error=1e-3))
+    assert not right(row("ours", max_error=None))
+    assert not right(row("ours", ms=None, max_error=1e-5))
+    theirs = row("grouped", dtype="bfloat16", max_error=0.04)
+    assert right(row("ours", dtype="bfloat16", max_error=0.08), theirs)
+    assert not right(row("ours", dtype="bfloat16", max_error=0.09), theirs)
+    assert not right(row("ours", dtype="bfloat16", max_error=0.06))
 
 
 def test_a_real_process_races_a_layer():
@@ -116,14 +186,15 @@ def test_a_process_that_ends_early_is_an_error_where_it_is_ours(monkeypatch):
     monkeypatch.setattr(race.sys, "executable", "/bin/false")
     with pytest.raises(RopewalkError, match="ended early"):
         race.errors(TINY, ["ours"], "cpu")
-    with pytest.raises(RopewalkError, match="ended early"):
-        race.layer_rows(Layer("s", 1, 1, 1, 1), 8, "float32", "cpu", [Entrant("ours")], 1)
+    (row,) = race.layer_rows(Layer("s", 1, 1, 1, 1), 8, "float32", "cpu", [Entrant("ours")], 1)
+    assert (row["ms"], row["note"]) == (None, race.ENDED)
+    assert not result(row).right
 
 
 @pytest.fixture
 def invented(monkeypatch):
     """Races that nobody runs."""
-    monkeypatch.setattr(race, "errors", lambda shape, names, device: {"ours": 2e-7, "grouped": 1e-7})
+    monkeypatch.setattr(race, "errors", lambda shape, names, device: ({"ours": 2e-7, "grouped": 1e-7}, {}))
     rows = [row("ours", level="layer", ms=50.0, max_error=1e-7), row("grouped", level="layer", max_error=1e-7)]
     monkeypatch.setattr(race, "layer_rows", lambda *given: rows)
     monkeypatch.setattr(
@@ -152,7 +223,7 @@ def test_bench_moe_as_json_holds_every_row(invented, tmp_path, capsys):
 
 
 def test_a_result_that_is_wrong_ends_the_race_and_the_command(invented, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(race, "errors", lambda shape, names, device: {"ours": 1e-3})
+    monkeypatch.setattr(race, "errors", lambda shape, names, device: ({"ours": 1e-3}, {}))
     assert main(["bench", "moe", "--device", "cpu", "--plot", str(tmp_path / "p.svg")]) == 1
     assert "differs from the plain layer" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from ropewalk.bench.shapes import Layer, Model
 
 
 def main(task: dict[str, Any]) -> None:
-    """One layer by everybody, one model by one contender, or how far gradients are apart."""
+    """One layer by everybody, one or many models by one contender, or how far gradients are apart."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -40,11 +40,20 @@ def main(task: dict[str, Any]) -> None:
         return
     from ropewalk.bench import model
 
+    if task["what"] == "models":
+        races = [(Model(**shape), dtype, stored, truth) for shape, dtype, stored, truth in task["races"]]
+        model.one_by_one(races, [Entrant(**e) for e in task["entrants"]], device, task["seconds"], tell)
+        return
     shape = Model(**task["shape"])
     if task["what"] == "errors":
-        tell(model.errors(shape, task["names"], task["dtype"], device))
-        return
-    model.serve(shape, Entrant(**task["entrant"]), task["dtype"], device, task["stored"], sys.stdin, tell)
+        found, failed = model.errors(shape, task["names"], task["dtype"], device)
+        tell({"errors": found, "failed": failed})
+    elif task["what"] == "truth":
+        model.write_truth(shape, task["dtype"], device, task["stored"], task["file"])
+        tell({"ready": True})
+    else:
+        entrant = Entrant(**task["entrant"])
+        model.serve(shape, entrant, task["dtype"], device, task["stored"], task["truth"], sys.stdin, tell)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Who races: ours and its peers, what each may keep for the backward pass, and who is here. No torch.
 
-    ours      experts_implementation "ropewalk" and models/lora.py
+    ours      experts_implementation "ropewalk" and models/lora.py; products: its experts by torch's grouped products, without Triton's kernels
     grouped   experts_implementation "grouped_mm" of transformers, and PEFT's target_parameters
     eager     the model's own loop over experts, and PEFT's target_parameters
     axolotl   the scattermoe_lora kernels of an installed axolotl; unsloth: the grouped path of an installed unsloth_zoo
@@ -15,9 +15,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-OURS = "ours"
+OURS, PRODUCTS = "ours", "products"
 TITLES = {
     OURS: "Ropewalk",
+    PRODUCTS: "Ropewalk by torch's products",
     "grouped": "grouped_mm + PEFT",
     "eager": "eager + PEFT",
     "axolotl": "Axolotl scattermoe_lora",
@@ -32,7 +33,12 @@ NEEDS = {
     "liger": "liger_kernel",
 }
 ON_GPU = ("axolotl", "unsloth", "liger")
-ONCE = "eager"  # so slow on a CPU that one step of it is enough to see by how much
+ONCE = "eager"  # so slow that one step of it on a CPU, or few on a GPU, are enough to see by how much
+FOUR_BITS = {  # why a peer does not train through experts of few bits
+    "grouped": "transformers quantises no stack of experts, and PEFT adapts none that is quantised",
+    "eager": "transformers quantises no stack of experts, and PEFT adapts none that is quantised",
+}
+IN_MODELS = "its models in few bits are those of bitsandbytes, which is not raced"
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def present(device: str) -> tuple[list[str], dict[str, str]]:
 
 def groups(names: list[str], device: str, *, lean: bool) -> list[list[Entrant]]:
     """Who takes turns with whom: all that keep everything beside our leaner ways, then all that keep a layer's input."""
-    first = [Entrant(name) for name in names if device != "cuda" or name != ONCE]
+    first = [Entrant(name) for name in names if device != "cuda" or name != ONCE]  # a model's steps would take it minutes there
     if not lean:
         return [first]
     ours = [Entrant(OURS, "experts"), Entrant(OURS, "layer")]

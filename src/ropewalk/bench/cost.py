@@ -5,6 +5,7 @@ On a CPU a step costs CPU milliseconds of one thread, since the machine may be b
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -78,8 +79,9 @@ class Ceiling:
         return 1e3 * sum(max(operations / self.flops, size / self.bytes) for operations, size in passes)
 
 
+@functools.cache
 def ceiling(dtype: torch.dtype, device: str) -> Ceiling:
-    """Measured: the best of some."""
+    """Measured: the best of some, once in a process."""
     size, count = (8192, 10) if device == "cuda" else (1024, 6)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)

@@ -1,15 +1,21 @@
 """One model under training by every contender: the same weights, targets, ranks and first values; a step is forward, loss, backward, AdamW.
 
-Attention and the loss are transformers' own for everybody but "liger". Ours has besides its experts and LoRA what `ropewalk train` does to
-any model: norms that keep less, and on a CPU memory that is kept between steps.
+Attention is transformers' own for everybody. So is the loss on a CPU; on a GPU, where logits of such vocabularies in float32 would not fit,
+everybody but "liger" has ours, which goes by pieces, so that what differs is the experts. Ours has besides its experts and LoRA what
+`ropewalk train` does to any model: norms that keep less, and on a CPU memory that is kept between steps.
 Legend: T tokens, E experts, k experts per token, H hidden, V vocabulary, r rank.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +29,7 @@ from ropewalk.bench.shapes import Model
 from ropewalk.kernels.quant import FORMATS
 from ropewalk.models.adapter_folder import from_disk, to_disk
 from ropewalk.models.experts import LORA, expert_modules, register_experts, stack_sizes
+from ropewalk.models.head import output_head
 from ropewalk.models.host_memory import keep_freed
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.norms import lean_norms
@@ -32,6 +39,8 @@ from ropewalk.models.shapes import SHAPES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALPHA = 2  # times the rank
+CHECKED = 64  # tokens over which gradients are compared before a step is timed
+WARM, STEPS, FEWEST = 3, 20, 5  # steps of a model that is alone: before the first that counts, at most, and at least
 SPREAD = 0.1  # of a router's weights: a trained one spreads its tokens, a fresh one is nearly even
 
 
@@ -72,11 +81,14 @@ class Racer:
         if stored:
             for name in to_quantise(self.model):
                 replace(self.model, name, FORMATS[stored].of(self.model.get_parameter(name)))
+        self._head = output_head(self.model) if device == "cuda" and entrant.name != "liger" else None
         self.trained = self._adapted()
         _fill(self.trained)
         self._policy()
         ids = torch.randint(0, config.vocab_size, (shape.rows, shape.length), generator=torch.Generator().manual_seed(1))
         self.ids = ids.to(device)
+        few = min(CHECKED, shape.length)
+        self.checked = torch.randint(0, config.vocab_size, (1, few), generator=torch.Generator().manual_seed(2)).to(device)
         self._optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-5, fused=True)
 
     def _adapted(self) -> dict[str, Tensor]:
@@ -103,9 +115,13 @@ class Racer:
         else:
             assert way == "keep", f"{self.entrant.name} has no policy {way}"
 
-    def loss(self) -> Tensor:
-        made: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
-        return made
+    def loss(self, ids: Tensor | None = None) -> Tensor:
+        ids = self.ids if ids is None else ids
+        if self._head is None:
+            made: Tensor = self.model(input_ids=ids, labels=ids).loss
+            return made
+        total, count = self._head.loss(self.model, ids, ids)
+        return total / count
 
     def step(self) -> None:
         self.loss().backward()  # type: ignore[no-untyped-call]
@@ -130,10 +146,33 @@ class Racer:
             held, peak = held + host, peak + host
         return {"held_mb": held / 1e6, "peak_mb": peak / 1e6}
 
-    def gradients(self) -> dict[str, Tensor]:
+    def timed(self, seconds: float) -> list[float]:
+        """Milliseconds of each step, of as many as the time allows."""
+        for _ in range(WARM):
+            self.milliseconds()
+        found: list[float] = []
+        end = time.monotonic() + seconds
+        while len(found) < FEWEST or (len(found) < STEPS and time.monotonic() < end):
+            found.append(self.milliseconds())
+        return found
+
+    def gradients(self, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Of every factor, as PEFT lays it out on disk."""
-        self.loss().backward()  # type: ignore[no-untyped-call]
-        return {name: to_disk(name, p.grad).cpu() for name, p in self.trained.items() if p.grad is not None}
+        self.loss(ids).backward()  # type: ignore[no-untyped-call]
+        found = {name: to_disk(name, p.grad).cpu() for name, p in self.trained.items() if p.grad is not None}
+        self._optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def error(self, truth: str) -> float:
+        """How far the gradients are from those in that file: the largest of the factors', and of experts' the one in their middle.
+
+        A token that is nearly undecided goes elsewhere where something rounds otherwise, and few experts are then far off.
+        """
+        truths = torch.load(truth, weights_only=True)
+        experts = max(stack_sizes(m, PROJECTIONS[0])[0] for _, m in expert_modules(self.model))
+        return max(
+            _apart_in_the_middle(name, g.float(), truths[name], experts) for name, g in self.gradients(self.checked).items()
+        )
 
     def floor(self, limit: Ceiling) -> float:
         """The least milliseconds of a step: operations counted once, frozen weights read once each way; no dW, nothing again."""
@@ -205,8 +244,8 @@ def _fill(trained: dict[str, Tensor]) -> None:
         parameter.data.copy_(from_disk(name, values, parameter))
 
 
-def errors(shape: Model, names: list[str], dtype: str, device: str) -> dict[str, float]:
-    """The largest difference of any factor's gradient from the plain model's, beside its norm, for each contender.
+def errors(shape: Model, names: list[str], dtype: str, device: str) -> tuple[dict[str, float], dict[str, str]]:
+    """The largest difference of any factor's gradient from the plain model's, beside its norm, for each contender; and who fails, and why.
 
     The plain model is the eager one under PEFT; where there is no PEFT, ours computed expert by expert with the delta written out.
     """
@@ -215,33 +254,104 @@ def errors(shape: Model, names: list[str], dtype: str, device: str) -> dict[str,
         if "eager" not in names
         else Racer(shape, Entrant("eager"), "float32", device).gradients()
     )
-    found = {}
+    found, failed = {}, {}
     for name in names:
-        if name != "eager":
-            mine = Racer(shape, Entrant(name), dtype, device).gradients()
-            found[name] = max(float((mine[n].float() - t).norm() / t.norm()) for n, t in truth.items())
-    return found
+        if name == "eager":
+            continue
+        try:
+            found[name] = _apart(Racer(shape, Entrant(name), dtype, device).gradients(), truth)
+        except Exception as error:
+            if name == OURS or isinstance(error, torch.AcceleratorError):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+    return found, failed
+
+
+def _apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    return max(float((found[name].float() - t).norm() / t.norm()) for name, t in truth.items())
+
+
+def _apart_in_the_middle(name: str, found: Tensor, truth: Tensor, experts: int) -> float:
+    """The norm of the difference beside the norm; of factors of experts, the median over those that have any."""
+    if "experts" not in name:
+        found, truth = found[None], truth[None]
+    elif name.endswith("lora_A"):
+        found, truth = (t.view(experts, -1, t.shape[1]) for t in (found, truth))
+    else:
+        found, truth = (t.view(len(t), -1, experts).permute(2, 0, 1) for t in (found, truth))
+    size = truth.flatten(1).norm(dim=1)
+    apart = (found - truth).flatten(1).norm(dim=1)
+    return float((apart / size)[size > 0].median())
+
+
+def write_truth(shape: Model, dtype: str, device: str, stored: str, file: str) -> None:
+    """The gradients of the plain model in float32, of the weights as they are in this dtype and format, into a file."""
+    with _plain():
+        racer = Racer(shape, Entrant(OURS), dtype, device, stored)
+        racer.model.float()
+        torch.save(racer.gradients(racer.checked), file)
 
 
 def plain_gradients(shape: Model, device: str) -> dict[str, Tensor]:
     """By `expert_lora_plain` and autograd."""
+    with _plain():
+        return Racer(shape, Entrant(OURS), "float32", device).gradients()
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Within it experts are computed by `expert_lora_plain` and autograd."""
     from unittest import mock
 
     from ropewalk.kernels.expert_lora import expert_lora_plain
 
     with mock.patch("ropewalk.models.experts.expert_lora", expert_lora_plain):
-        return Racer(shape, Entrant(OURS), "float32", device).gradients()
+        yield
 
 
 def serve(
-    shape: Model, entrant: Entrant, dtype: str, device: str, stored: str, asked: Any, tell: Callable[[Any], None]
+    shape: Model, entrant: Entrant, dtype: str, device: str, stored: str, truth: str, asked: Any, tell: Callable[[Any], None]
 ) -> None:
-    """Answers one request a line: what a step costs, and once what it keeps."""
+    """Answers one request a line: what a step costs, and once what it keeps and how far it is from the truth."""
     racer = Racer(shape, entrant, dtype, device, stored)
+    error = racer.error(truth)
     tell({"ready": True})
     for line in asked:
         if line.strip() == "kept":
-            limit = ceiling(getattr(torch, dtype), device)
-            tell({**racer.kept(), "floor_ms": racer.floor(limit)})
+            tell({**_beside(racer, dtype), "max_error": error})
         else:
-            tell({"ms": [racer.milliseconds() for _ in range(10 if device == "cuda" else 1)]})
+            tell({"ms": [racer.milliseconds()]})
+
+
+def one_by_one(
+    races: Sequence[tuple[Model, str, str, str]],
+    entrants: Sequence[Entrant],
+    device: str,
+    seconds: float,
+    tell: Callable[[Any], None],
+) -> None:
+    """Each model under each policy by one contender, held alone on the device; one that fails is told with its reason."""
+    for number, (shape, dtype, stored, truth) in enumerate(races):
+        for entrant in entrants:
+            found: dict[str, Any] = {}
+            try:
+                racer = Racer(shape, entrant, dtype, device, stored)
+                found["max_error"] = racer.error(truth) if Path(truth).exists() else None
+                found["ms"] = racer.timed(
+                    seconds
+                )  # before memory is looked at, which a kernel's search for its tiling would fill
+                found |= _beside(racer, dtype)
+            except Exception as error:
+                print(f"{entrant}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                found["note"] = f"{type(error).__name__}: {error}"[:200]
+                if isinstance(error, torch.AcceleratorError):
+                    tell({"race": number, "policy": entrant.policy, **found})
+                    raise
+            racer = None  # type: ignore[assignment]  # before the next is made
+            gc.collect()
+            torch.cuda.empty_cache()
+            tell({"race": number, "policy": entrant.policy, **found})
+
+
+def _beside(racer: Racer, dtype: str) -> dict[str, float]:
+    return {**racer.kept(), "floor_ms": racer.floor(ceiling(getattr(torch, dtype), racer.device))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.bench import race
-from ropewalk.bench.contenders import ONCE, OURS, Entrant, groups, present
+from ropewalk.bench.contenders import FOUR_BITS, IN_MODELS, ONCE, OURS, PRODUCTS, Entrant, groups, present
 from ropewalk.bench.shapes import (
     CPU_MODELS,
     DRY_LAYERS,
@@ -25,11 +26,17 @@ from ropewalk.bench.shapes import (
     Model,
     published,
 )
+from ropewalk.errors import RopewalkError
 
 WRONG = 1e-5  # of the gradients of a small model in float32
+WRONG_IN_MODEL = 1e-4  # of the gradients of a model that is raced, in float32
+WRONG_IN_BF16 = 0.05
+WORSE = 2.0  # times the error of the worst peer, in 16 bits, where a token that is nearly undecided may go elsewhere
+SECONDS = 6.0  # for the steps of one model by one contender on a GPU
 EAGER_FROM = (
     128  # experts of a model in which the loop over them races on a CPU: its steps take half a minute, and fewer show the same
 )
+LONG = 16384  # tokens of a layer from which the loop races on a GPU
 PACKAGES = ("torch", "transformers", "peft", "triton", "axolotl", "unsloth_zoo", "liger_kernel", "ropewalk")
 
 
@@ -55,12 +62,16 @@ class Result:
     missing: dict[str, str]
     errors: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # peers without an error, and why
 
     @property
     def right(self) -> bool:
         """Whether ours computed what it should, everywhere."""
-        ours = [row for row in self.rows if row["contender"] == OURS and row["level"] == "layer"]
-        return self.errors.get(OURS, 0.0) <= WRONG and all(row["ms"] for row in ours)
+        if self.errors.get(OURS, 0.0) > WRONG:
+            return False
+        return all(
+            _right(row, rows) for rows in races(self.rows).values() for row in rows if row["contender"] in (OURS, PRODUCTS)
+        )
 
     def ratios(self) -> dict[str, dict[str, Any]]:
         """For every race, how many times ours is faster than each peer at the same policy, and the share of its memory."""
@@ -69,7 +80,7 @@ class Result:
             by = {(row["contender"], row["policy"]): row for row in rows}
             for policy in ("keep", "layer"):
                 mine = by.get((OURS, policy))
-                peers = {c: row for (c, p), row in by.items() if c != OURS and p == policy and row.get("ms")}
+                peers = {c: row for (c, p), row in by.items() if c not in (OURS, PRODUCTS) and p == policy and row.get("ms")}
                 if mine is None or not mine.get("ms") or not peers:
                     continue
                 fastest = min(peers.values(), key=lambda row: row["ms"])
@@ -125,12 +136,28 @@ class Result:
             "machine": machine(self.plan.device),
             "unit": "CPU milliseconds of one thread" if self.plan.device == "cpu" else "milliseconds between events",
             "max_grad_error": self.errors,
+            "failed": self.failed,
             "missing": self.missing,
             "best_peer_ratio": {name: entry["best_peer_ratio"] for name, entry in ratios.items()},
             "ratios": ratios,
             "rows": self.rows,
             "extrapolated": self.extrapolated(),
         }
+
+
+def _right(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a row of ours was computed, and as it should."""
+    if not row.get("ms"):
+        return False
+    if row["level"] == "layer":
+        return True  # one that is wrong has no time
+    error = row["max_error"]
+    if error is None:
+        return False
+    if row["dtype"] == "float32":
+        return bool(error <= WRONG_IN_MODEL)
+    theirs = [r["max_error"] for r in rows if r["contender"] not in (OURS, PRODUCTS) and r.get("max_error") is not None]
+    return bool(error <= max(WRONG_IN_BF16, WORSE * max(theirs, default=0.0)))
 
 
 def races(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -150,9 +177,9 @@ def plan(device: str, *, quick: bool = False, dry: bool = False) -> Plan:
         layers = [(DRY_LAYERS[0], 64, dtype, ""), (DRY_LAYERS[1], 64, dtype, "nf4")]
         return Plan(device, tuple(layers), tuple((m, dtype, "") for m in DRY_MODELS), 1, False)
     if device == "cuda":
-        tokens = (4096,) if quick else (4096, 16384)
+        tokens = (4096,) if quick else (16384, 4096)
         layers = [(s, t, "bfloat16", f) for f in ("", "nf4") for t in tokens for s in TRUE_LAYERS]
-        models = [(m, "bfloat16", "") for m in published(tokens)]
+        models = [(m, "bfloat16", f) for f in ("", "nf4") for m in published(tokens)]
         return Plan(device, tuple(layers), tuple(models), 8 if quick else 20, not quick)
     both = ("float32", "bfloat16")
     layers = [(s, 512 if quick else 1024, d, "") for s in SMALL_LAYERS for d in both]
@@ -179,17 +206,26 @@ def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
     result = Result(plan, missing)
     if plan.gate:
         tell("gradients of a small model in float32")
-        result.errors = race.errors(GATE, [n for n in names if n != "liger"], plan.device)
+        result.errors, result.failed = race.errors(GATE, [n for n in names if n != "liger"], plan.device)
         yield result
         if not result.right:
             return
     for shape, tokens, dtype, stored in plan.layers:
         tell(f"{shape.name}, one layer, {dtype} {stored}, {tokens} tokens")
-        entrants = [Entrant(n) for n in names if n != "liger" and (n != "eager" or plan.device == "cpu")]
+        once = plan.device == "cpu" or tokens >= LONG
+        entrants = [Entrant(n) for n in names if n != "liger" and (n != ONCE or once)]
+        if plan.device == "cuda":
+            entrants.insert(1, Entrant(PRODUCTS))
         if plan.lean:
-            entrants += [Entrant(OURS, "experts"), *(Entrant(e.name, "layer") for e in entrants if e.name != ONCE)]
+            entrants += [
+                Entrant(OURS, "experts"),
+                *(Entrant(e.name, "layer") for e in entrants if e.name not in (ONCE, PRODUCTS)),
+            ]
         result.rows += race.layer_rows(shape, tokens, dtype, plan.device, entrants, plan.rounds, stored)
         yield result
+    if plan.device == "cuda":
+        yield from _alone(plan, names, result, tell)
+        return
     for model, dtype, stored in plan.models:
         who = [n for n in names if n != ONCE or model.experts >= EAGER_FROM or plan.device != "cpu"]
         for group in groups(who, plan.device, lean=plan.lean and plan.lean_models):
@@ -199,9 +235,53 @@ def compare(plan: Plan, tell: Callable[[str], None]) -> Iterator[Result]:
             yield result
 
 
+def _alone(plan: Plan, names: list[str], result: Result, tell: Callable[[str], None]) -> Iterator[Result]:
+    """Models one by one, each contender in a process: what keeps everything first, then leaner ways, then frozen weights of few bits."""
+    floors: dict[race.Raced, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        truths: dict[race.Raced, Path] = {}
+        for entrants, races_here in queue(plan, names):
+            for raced in races_here:
+                if raced not in truths:
+                    tell(f"{raced[0].name}, {raced[0].layers} layers, {raced[1]} {raced[2]}: the plain gradients")
+                    truths[raced] = Path(folder) / str(len(truths))
+                    try:
+                        race.write_truth(raced, plan.device, truths[raced])
+                    except RopewalkError as error:  # times are worth having all the same; the result is not called right
+                        tell(str(error))
+            tell(f"{len(races_here)} models by {', '.join(e.title for e in entrants)}")
+            rows = race.models_alone(races_here, [truths[r] for r in races_here], entrants, plan.device, SECONDS)
+            for row, raced in zip(rows, (r for r in races_here for _ in entrants), strict=True):
+                if row["floor_ms"]:
+                    floors[raced] = row["floor_ms"]
+                elif row["ms"] and raced in floors:  # the least time is that of the same operations for everybody
+                    row["share_of_ceiling"] = floors[raced] / row["ms"]
+            result.rows += rows
+            yield result
+    for raced in plan.models:
+        for name in (n for n in names if raced[2] and n != OURS):
+            result.rows.append(race.left_out(raced, name, FOUR_BITS.get(name, IN_MODELS)))
+    yield result
+
+
+def queue(plan: Plan, names: list[str]) -> list[tuple[list[Entrant], list[race.Raced]]]:
+    """Who runs which models in one process, in order."""
+    whole = [raced for raced in plan.models if not raced[2]]
+    stored = [raced for raced in plan.models if raced[2]]
+    first, *lean = groups(names, plan.device, lean=plan.lean and plan.lean_models)
+    found = [([entrant], whole) for entrant in first if entrant.policy == "keep"]
+    for name in names if lean else []:
+        ways = [e for e in dict.fromkeys((*first, *lean[0])) if e.name == name and e.policy != "keep"]
+        found += [(ways, whole)] if ways else []
+    found += [([Entrant(OURS)], stored)]
+    return [(entrants, raced) for entrants, raced in found if raced]
+
+
 def races_of(plan: Plan) -> int:
     """How many results `compare` gives."""
     names, _ = present(plan.device)
+    if plan.device == "cuda":
+        return int(plan.gate) + len(plan.layers) + len(queue(plan, names)) + 1
     return (
         int(plan.gate)
         + len(plan.layers)

@@ -1,4 +1,7 @@
-"""The referee of a race: contenders at work in processes of their own, taking turns in another order each round. No torch."""
+"""The referee of a race: contenders at work in processes of their own. No torch.
+
+On a CPU they take turns, in another order each round, since the machine may be busy; a GPU holds one of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ropewalk.bench.contenders import ONCE, OURS, Entrant
@@ -17,6 +22,8 @@ from ropewalk.bench.shapes import Layer, Model
 from ropewalk.errors import RopewalkError
 
 Tell = Callable[[str], None]
+Raced = tuple[Model, str, str]  # shape, dtype, format of the frozen weights
+ENDED = "its process ended early; its error is above"
 
 
 class Child:
@@ -78,10 +85,11 @@ def _environment(device: str) -> dict[str, str]:
     }
 
 
-def errors(shape: Model, names: list[str], device: str) -> dict[str, float]:
-    """How far each contender's gradients of a small model are from the plain ones', in float32."""
+def errors(shape: Model, names: list[str], device: str) -> tuple[dict[str, float], dict[str, str]]:
+    """How far each contender's gradients of a small model are from the plain ones', in float32; and why a peer has none."""
     with Child(device, what="errors", shape=asdict(shape), names=names, dtype="float32") as child:
-        return {name: float(value) for name, value in child.read().items()}
+        found = child.read()
+    return {name: float(value) for name, value in found["errors"].items()}, dict(found["failed"])
 
 
 def layer_rows(
@@ -91,15 +99,63 @@ def layer_rows(
     task = {"tokens": tokens, "dtype": dtype, "rounds": rounds, "stored": stored, "entrants": [asdict(e) for e in entrants]}
     with Child(device, what="layer", shape=asdict(shape), **task) as child:
         rows = list(child.lines())
-    if len(rows) < len(entrants):
-        raise RopewalkError(f"the process that raced {shape.name} ended early; its error is above")
+    told = {(row["contender"], row["policy"]) for row in rows}
+    empty = dict.fromkeys(("max_error", "ms", "held_mb", "peak_mb", "share_of_ceiling"))
+    of = {"shape": shape.name, "dtype": dtype, "stored": stored, "tokens": tokens, **empty, "note": ENDED}
+    rows += [{**of, **_named(e)} for e in entrants if (e.name, e.policy) not in told]
     return [{"level": "layer", **row} for row in rows]
+
+
+def _named(entrant: Entrant) -> dict[str, str]:
+    """As a row names it."""
+    return {"contender": entrant.name, "policy": entrant.policy}
 
 
 def model_rows(
     shape: Model, dtype: str, device: str, entrants: Sequence[Entrant], rounds: int, tell: Tell, stored: str = ""
 ) -> list[dict[str, Any]]:
     """A step of a model by everybody, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        tell(f"{shape.name}, {dtype}: the plain gradients")
+        truth = write_truth((shape, dtype, stored), device, Path(folder) / "truth")
+        return _in_turns(shape, dtype, device, entrants, rounds, tell, stored, str(truth))
+
+
+def write_truth(raced: Raced, device: str, file: Path) -> Path:
+    """The gradients that those of every contender are held beside."""
+    shape, dtype, stored = raced
+    with Child(device, what="truth", shape=asdict(shape), dtype=dtype, stored=stored, file=str(file)) as child:
+        child.read()
+    return file
+
+
+def models_alone(
+    races: Sequence[Raced], truths: Sequence[Path], entrants: Sequence[Entrant], device: str, seconds: float
+) -> list[dict[str, Any]]:
+    """A step of each model under each policy by one contender, which has the device to itself; one that fails is a row with its reason."""
+    (name,) = {e.name for e in entrants}
+    task = [(asdict(shape), dtype, stored, str(truth)) for (shape, dtype, stored), truth in zip(races, truths, strict=True)]
+    with Child(device, what="models", races=task, entrants=[asdict(e) for e in entrants], seconds=seconds) as child:
+        found = {(row["race"], row["policy"]): row for row in child.lines()}
+    rows = []
+    for number, (shape, dtype, stored) in enumerate(races):
+        for entrant in entrants:
+            row = found.get((number, entrant.policy), {"note": ENDED})
+            floor = row.get("floor_ms") if name == OURS else None
+            note = str(row.get("note", ""))
+            rows.append(_row(shape, dtype, stored, entrant, row.get("ms") or [], row, floor, note, device))
+    return rows
+
+
+def left_out(raced: Raced, name: str, why: str) -> dict[str, Any]:
+    """The row of who does not take part in a race."""
+    shape, dtype, stored = raced
+    return _row(shape, dtype, stored, Entrant(name), [], {}, None, why, "cuda")
+
+
+def _in_turns(
+    shape: Model, dtype: str, device: str, entrants: Sequence[Entrant], rounds: int, tell: Tell, stored: str, truth: str
+) -> list[dict[str, Any]]:
     children: dict[Entrant, Child] = {}
     took: dict[Entrant, list[float]] = {e: [] for e in entrants}
     notes: dict[Entrant, str] = {}
@@ -107,7 +163,7 @@ def model_rows(
     try:
         for entrant in entrants:
             children[entrant] = Child(
-                device, what="model", shape=asdict(shape), entrant=asdict(entrant), dtype=dtype, stored=stored
+                device, what="model", shape=asdict(shape), entrant=asdict(entrant), dtype=dtype, stored=stored, truth=truth
             )
         for entrant in list(children):
             _or_leave(entrant, children, notes, lambda child: child.read())
@@ -169,6 +225,8 @@ def _row(
         "ms": ms,
         "held_mb": kept.get("held_mb"),
         "peak_mb": kept.get("peak_mb"),
+        "max_error": kept.get("max_error"),
         "share_of_ceiling": floor / ms if floor and ms else None,
+        "floor_ms": floor,
         "note": note or ("once" if device == "cpu" and entrant.name == ONCE else ""),
     }

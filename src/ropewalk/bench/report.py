@@ -25,6 +25,8 @@ def show(result: Result, console: Console) -> None:
     if result.errors:
         found = ", ".join(f"{TITLES[name]} {error:.0e}" for name, error in result.errors.items())
         console.print(f"gradients of a small model in float32, the largest relative difference from the plain model's: {found}")
+    for name, why in result.failed.items():
+        console.print(f"{TITLES[name]} did not compute them: {why}")
     for name, rows in races(result.rows).items():
         table = Table(title=name, title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)

@@ -87,7 +87,8 @@ def expert_lora(
     a1, b1, s1 = (up.A, up.B, up.scale) if up else (None, None, 0.0)
     a2, b2, s2 = (down.A, down.B, down.scale) if down else (None, None, 0.0)
     trained = (*experts.gate.parameters, *experts.post_norm_parameters)
-    plan = _Plan(experts, s1, s2, rows in ("grouped", "fused"), fused=_fused(rows, x, experts), forced=forced)
+    fused = rows == "fused" or (not forced and rows == "grouped" and _fused(x, experts))
+    plan = _Plan(experts, s1, s2, rows in ("grouped", "fused"), fused=fused, forced=forced)
     given = (x, ids, weights, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2, *trained)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):
         return cast(Tensor, _ExpertLora.apply(plan, *given))  # type: ignore[no-untyped-call]
@@ -211,13 +212,11 @@ def _dense(stack: Stack, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- where Triton's kernels run
 
 
-def _fused(rows: str, x: Tensor, experts: Experts) -> bool:
+def _fused(x: Tensor, experts: Experts) -> bool:
     """Whether Triton's kernels compute this layer: a gate in closed form, frozen stacks, no norm of single rows."""
-    if rows == "fused":
-        return True
     fits = isinstance(experts.gate, Glu | ClampedGlu) and experts.post_norm is None
     given = (experts.up, experts.down, experts.up_bias, experts.down_bias)
-    return rows == "grouped" and fits and not any(t.requires_grad for t in given if isinstance(t, Tensor)) and usable(x.device)
+    return fits and not any(t.requires_grad for t in given if isinstance(t, Tensor)) and usable(x.device)
 
 
 def _fused_layer(plan: _Plan, x: Tensor, stacks: Sequence[Any], factors: Sequence[Tensor | None]) -> Any:
