@@ -68,15 +68,10 @@ class Few(Grouped):
         return torch.bmm(apart, stack).flatten(0, 1)
 
     def mm_lora(self, x: Tensor, stack: Tensor | Turned | Stored, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """x @ stack + scale * x @ a @ b; in 16 bits the stack's product comes turned round, and the factors' part meets it there."""
-        short = x.element_size() == 2 and a.dtype == b.dtype and a.dtype in (x.dtype, torch.float32)
+        """x @ stack + scale * x @ a @ b; in 16 bits the stack's product is added to the factors', all turned round."""
+        short = x.element_size() == 2 and a.dtype == x.dtype and b.dtype == x.dtype
         if short and isinstance(stack, Tensor) and min(stack.shape[1:]) > NARROW and self._hit * HIT[2] >= len(self._counts):
-            apart = x.view(len(self._counts), -1, x.shape[1])
-            if a.dtype == torch.float32:
-                more = torch.bmm(torch.bmm(apart.float(), a), b)
-                turned = torch.bmm(stack.transpose(1, 2), apart.transpose(1, 2))
-                return torch.add(turned.transpose(1, 2), more, alpha=scale, out=x.new_empty(more.shape)).flatten(0, 1)
-            apart = apart.transpose(1, 2)
+            apart = x.view(len(self._counts), -1, x.shape[1]).transpose(1, 2)
             turned = torch.bmm(b.transpose(1, 2), torch.bmm(a.transpose(1, 2), apart))
             if scale != 1.0:
                 turned.mul_(scale)
