@@ -355,7 +355,9 @@ def report(result: dict[str, Any]) -> str:
         for name, r in result["bugs"].items()
     ]
     head = ["method", "seed", "held out", f"last {LAST}", f"first {LAST}", "CPU s", ""]
-    lines = [table(head, rows), f"planted bugs caught: {result['planted_caught']} of {result['planted']}"]
+    worst = [[name, method["heldout"], method["curve"], method["cpu_s"]] for name, method in result["methods"].items()]
+    lines = [table(head, rows), "", table(["method", "held out, worst", "curve, worst", "CPU s, most"], worst), ""]
+    lines += [f"planted bugs caught: {result['planted_caught']} of {result['planted']}"]
     lines += [
         f"gate {name}: {'passed' if g['passed'] else 'FAILED'} ({g['held']} of {g['of']})"
         for name, g in result["gates"].items()
