@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from train.rewarded import keys_of
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -54,25 +56,44 @@ def config(base, rows, tmp_path, monkeypatch):
     """Writes a configuration file (keys given replace or add) and gives its path."""
     monkeypatch.setenv("ROPEWALK_HOME", str(tmp_path / "home"))
 
-    def write(**keys):
-        values = {
-            "base_model": str(base),
-            "datasets": [{"path": str(rows), "type": "chat_template"}],
-            "output_dir": str(tmp_path / "run"),
-            "adapter": "lora",
-            "lora_r": 4,
-            "sequence_len": 64,
-            "sample_packing": True,
-            "micro_batch_size": 2,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "lr_scheduler": "constant",
-            "warmup_steps": 0,
-            "num_threads": 1,
-        } | keys
-        path = tmp_path / "run.yml"
-        lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None]
-        path.write_text("\n".join(lines) + "\n")
-        return path
+    return lambda **keys: written(tmp_path, base, rows, keys)
+
+
+def written(folder, base, rows, keys):
+    """The path of a configuration file in the folder."""
+    values = {
+        "base_model": str(base),
+        "datasets": [{"path": str(rows), "type": "chat_template"}],
+        "output_dir": str(folder / "run"),
+        "adapter": "lora",
+        "lora_r": 4,
+        "sequence_len": 64,
+        "sample_packing": True,
+        "micro_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "num_threads": 1,
+    } | keys
+    path = folder / "run.yml"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def rewarded(config, tmp_path):
+    """Writes a configuration that learns to write the later half of the vocabulary, and gives its path."""
+    return lambda trl=None, **keys: config(**keys_of(tmp_path, trl, **keys))
+
+
+@pytest.fixture(scope="session")
+def rewarding(base, rows, tmp_path_factory):
+    """The same for runs that several tests look at, each in a folder of its own."""
+
+    def write(trl=None, **keys):
+        folder = tmp_path_factory.mktemp("rewarding")
+        return written(folder, base, rows, keys_of(folder, trl, **keys))
 
     return write

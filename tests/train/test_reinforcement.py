@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import socket
 import threading
@@ -16,14 +17,11 @@ from ropewalk.errors import ConfigError, TrainingStopped
 from ropewalk.train.generator import Generator
 from ropewalk.train.policy_step import PolicyStep
 from ropewalk.train.progress import read_events
-from ropewalk.train.reinforcement import Rewarded
-from ropewalk.train.trainer import Fit, train
+from ropewalk.train.reinforcement import Rewarded, writes_alone
+from ropewalk.train.survey import survey
+from ropewalk.train.trainer import Fit
+from train.rewarded import fit, steps, told
 from train.test_sharded import together
-
-REWARD = """
-def late(completion, completion_ids):
-    return sum(id > 130 for id in completion_ids) / 8
-"""
 
 
 @pytest.fixture(scope="session")
@@ -35,35 +33,6 @@ def outspoken(base, tmp_path_factory):
     tensors["lm_head.weight"] *= 20
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture
-def rewarded(config, tmp_path):
-    """A configuration that learns to write the later half of the vocabulary."""
-    (tmp_path / "rewards.py").write_text(REWARD)
-
-    def write(trl=None, **keys):
-        block = {
-            "reward_funcs": [f"{tmp_path}/rewards.py:late"],
-            "num_generations": 4,
-            "generation_batch_size": 16,
-            "max_completion_length": 8,
-        } | (trl or {})
-        return config(**{"rl": "grpo", "trl": block, "sample_packing": None, "max_steps": 3, "learning_rate": 0.03} | keys)
-
-    return write
-
-
-def fit(path):
-    return train(load_run(path), quiet=True)
-
-
-def steps(folder):
-    return [e for e in read_events(folder / "events.jsonl") if e["event"] == "step"]
-
-
-def told(folder, *names):
-    return [[e[name] for name in names] for e in steps(folder)]
 
 
 def factors(folder):
@@ -146,27 +115,24 @@ def test_micro_batches_and_several_updates_of_the_same_completions(rewarded, tmp
 
 
 @pytest.mark.parametrize(
-    "trl",
+    ("rl", "trl"),
     [
-        {"loss_type": "reinforce++", "beta": 0.1},
-        {"loss_type": "gspo", "beta": 0.1, "overlong_tokens": 4},
-        {"loss_type": "cispo", "correction": "decoupled", "correction_weight": "tis"},
-        {"loss_type": "rloo", "mask_truncated_completions": True, "scale_rewards": "none"},
+        ("grpo", {"loss_type": "reinforce++", "beta": 0.1}),
+        ("gdpo", {"loss_type": "cispo", "correction": "decoupled", "correction_weight": "tis", "overlong_tokens": 4}),
+        ("grpo", {"loss_type": "rloo", "mask_truncated_completions": True, "scale_rewards": "none"}),
     ],
 )
-def test_methods_with_their_options_take_their_steps(rewarded, tmp_path, trl):
-    result = fit(rewarded(trl, max_steps=2))
-    assert result.steps == 2
-    assert all(torch.isfinite(torch.tensor(step["loss"])) for step in steps(tmp_path / "run"))
+def test_methods_with_their_options_take_their_steps(rewarded, tmp_path, rl, trl):
+    trl = {"reward_funcs": [f"{tmp_path}/rewards.py:late", {"kind": "length", "most": 4, "weight": 0.5}]} | trl
+    assert fit(rewarded(trl, rl=rl, max_steps=2)).steps == 2
+    for step in steps(tmp_path / "run"):
+        assert math.isfinite(step["loss"])
+        assert step["gradient_norm"] > 0 or step["ended"] == 0
+        cost = step["rewards/late"] + 0.5 * step["rewards/length"] - step["reward"]
+        assert 0 < cost < 1 + 1e-9 if trl.get("overlong_tokens") else cost == pytest.approx(0, abs=1e-9)
     if trl.get("beta"):
         first, _ = told(tmp_path / "run", "kl")
         assert first[0] == pytest.approx(0, abs=1e-6)
-
-
-def test_rewards_that_are_standardised_apart(rewarded, tmp_path):
-    path = rewarded({"reward_funcs": [f"{tmp_path}/rewards.py:late", {"kind": "length", "most": 4}]}, rl="gdpo", max_steps=2)
-    fit(path)
-    assert {"rewards/late", "rewards/length"} <= set(steps(tmp_path / "run")[0])
 
 
 def test_the_base_is_held_once_and_stays_as_it_is(rewarded, monkeypatch):
@@ -185,6 +151,47 @@ def test_the_base_is_held_once_and_stays_as_it_is(rewarded, monkeypatch):
     assert shares(pupil.model, generator.model)
     own = {id(p) for p in generator._ours}
     assert not own & {id(p) for _, p in pupil.trainable()}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_weight_learns_by_rewards_beside_a_base_to_compare_with(rewarded, tmp_path, monkeypatch, ahead):
+    seen = []
+    start = Rewarded.start
+
+    def watched(self, pupil, *rest):
+        start(self, pupil, *rest)
+        seen.append((pupil, self.writer, {name: p.detach().clone() for name, p in pupil.trainable()}))
+
+    monkeypatch.setattr(Rewarded, "start", watched)
+    trl = {"beta": 0.1, "async_prefetch": ahead}
+    fit(rewarded(trl, adapter=None, lora_r=None, learning_rate=1e-3))
+    ((pupil, generator, before),) = seen
+    assert all(not torch.equal(p, before[name]) for name, p in pupil.trainable())
+    assert all(torch.equal(p, before[name]) for name, p in pupil.reference.named_parameters())
+    assert shares(pupil.model, generator.model)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    found = told(tmp_path / "run", "staleness_max", "mismatch", "kl")
+    assert found[0] == [0, pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-6)]
+    assert all(kl > 1e-6 for _, _, kl in found[1:])
+    if ahead:
+        assert max(age for age, _, _ in found) == 1
+    else:  # the generator reads what the optimizer has just written
+        assert all(age == 0 and apart < 1e-5 for age, apart, _ in found)
+
+
+def test_a_thread_never_reads_weights_that_the_optimizer_writes():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert writes_alone(gpu, 1, adapter=True)
+    assert not any(
+        (writes_alone(gpu, 1, adapter=False), writes_alone(gpu, 0, adapter=True), writes_alone(cpu, 1, adapter=True))
+    )
+
+
+def test_memory_for_the_second_base_is_reckoned_with(rewarded, base):
+    plain, held = (
+        survey(base, load_run(rewarded({"beta": beta}, adapter=None, lora_r=None))).memory["weights"] for beta in (0.0, 0.1)
+    )
+    assert held == 2 * plain > 0
 
 
 def shares(model, twin):
@@ -293,9 +300,13 @@ def test_what_goes_wrong_where_it_is_written_is_raised_where_it_is_learnt(reward
 
 
 def test_completions_of_equal_reward_teach_nothing(rewarded, tmp_path):
-    (tmp_path / "rewards.py").write_text("def late(completion):\n    return 1.0\n")
-    fit(rewarded(max_steps=2))
-    assert told(tmp_path / "run", "reward", "reward_std", "varied", "loss", "gradient_norm") == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 2
+    path = rewarded(max_steps=2)
+    (tmp_path / "rewards.py").write_text("def late(completion):\n    return 0.7\n")  # which less its mean is not 0
+    fit(path)
+    assert (
+        told(tmp_path / "run", "reward", "reward_std", "varied", "loss", "gradient_norm")
+        == [[0.7, pytest.approx(0, abs=1e-12), 0.0, 0.0, 0.0]] * 2
+    )
 
 
 ASKING = '''
