@@ -13,6 +13,7 @@ from ropewalk.doctor.findings import Finding, Looking, State
 
 CORE = ("torch", "transformers", "peft", "tokenizers", "safetensors", "sqlalchemy", "starlette", "pypdfium2")
 FEATURES = {
+    "harness": "training by rewards whose episodes code of your own drives (trl.harness)",
     "data": "training rows from Parquet and from data sets of the hub",
     "gpu": "optimizers with 8-bit state",
     "postgres": "the rows in PostgreSQL (--database-url)",
