@@ -1,10 +1,13 @@
 """The one command for a GPU: order, time limits, and one file that says what each part found, with a Python that only pretends to measure."""
 
+import importlib.util
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,70 @@ def test_a_second_call_adds_to_the_days_file_and_without_time_nothing_starts(mea
     assert done.returncode == 0
     assert (found["parts"]["kernels"]["status"], found["parts"]["serve"]["status"]) == ("0", "no time left")
     assert len(ran) == 1
+
+
+def test_wheels_that_came_along_are_seen_from_an_environment_within_another(tmp_path):
+    """As on a machine whose Python is one: a third would not see the packages of the first."""
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "ropewalk_probe-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("ropewalk_probe.py", "")
+        for name, text in (
+            ("METADATA", "Metadata-Version: 2.1\nName: ropewalk_probe\nVersion: 1\n"),
+            ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+            ("RECORD", ""),
+        ):
+            wheel.writestr(f"ropewalk_probe-1.dist-info/{name}", text)
+    pretend = tmp_path / "python"
+    pretend.write_text(
+        "#!/bin/sh\ncase $1 in -m) ;; *gpu_results.py) "
+        f"{sys.executable} -c 'import ropewalk_probe, torch; print(ropewalk_probe.__file__)' >&2; exit 1 ;; esac\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    pretend.chmod(0o755)
+    copy = tmp_path / "copy"
+    (copy / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "gpu.sh", copy / "benchmarks")
+    given = {"PYTHON": str(pretend), "WHEELS": str(tmp_path / "wheels"), "DRY": "1"}
+    done = subprocess.run(["sh", str(copy / "benchmarks" / "gpu.sh")], env=os.environ | given, capture_output=True, text=True)
+    assert done.returncode == 77
+    assert str(copy / ".gpu" / "ropewalk_probe.py") in done.stderr
+
+
+def test_what_was_found_is_a_table_too(tmp_path):
+    row = {
+        "contender": "ours",
+        "shape": "s",
+        "dtype": "bfloat16",
+        "stored": "",
+        "tokens": 8,
+        "policy": "keep",
+        "ms": 6.5,
+        "held_mb": 1.0,
+    }
+    found = {"rows": [row], "best_peer_ratio": {"s, keep": 1.5}, "ratios": {"s, keep": {"times_faster": {"grouped": 2.5}}}}
+    parts = {
+        "layers": {"status": "0", "seconds": 9, "found": found},
+        "gpu_12": {"status": "124", "seconds": 9, "found": {"shapes": {"qwen": {"fits": True, "tokens_per_s": 1000.0}}}},
+        "memory": {"status": "no time left", "seconds": 0},
+    }
+    file = tmp_path / "2026-01-01.json"
+    file.write_text(json.dumps({"name": "GPU", "commit": "abc", "parts": parts}))
+    said = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_results.py", "show", file], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "2026-01-01.md").read_text().strip() == said.stdout.strip()
+    for wanted in ("GPU, 2026-01-01, abc", "cut off", "no time left", "times as fast as grouped", "6.50", "tokens_per_s"):
+        assert wanted in said.stdout
+
+
+@pytest.mark.parametrize("asked", ["torch>=2", "huggingface_hub>=1.0", "numpy"])
+def test_wheels_are_collected_of_what_a_machine_with_torch_lacks(asked):
+    path = ROOT / "benchmarks" / "gpu_wheels.py"
+    spec = importlib.util.spec_from_file_location("gpu_wheels", path)
+    wheels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheels)
+    project = f'[project]\ndependencies = ["{asked}", "sqlalchemy[asyncio]>=2.1"]'
+    assert wheels.needed(project) == ["sqlalchemy[asyncio]>=2.1"]
 
 
 def test_without_a_gpu_nothing_is_measured(measure):

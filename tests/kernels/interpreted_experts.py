@@ -5,6 +5,8 @@ The interpreter is right in float32 alone. Sizes fill no block: 37 and 21 column
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -171,3 +173,56 @@ def test_stored_experts_are_read_as_the_twin_reads_them(shape, kind):
         found = dequantised(stack, first, count, out)
         close(found, dequantised_plain(stack, first, count, torch.empty_like(out)), 1e-7)
         assert (out[count:] == 7).all()
+
+
+STRIDE = 2**26  # numbers between two rows: the 33rd row of a tensor begins at 2^31
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """Lays a matrix out with such a stride, in a file that is all holes but for its rows."""
+
+    def lay(rows):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        size = (len(rows) - 1) * STRIDE + rows.shape[1]
+        file.touch()
+        os.truncate(file, 4 * size)
+        laid = torch.from_file(str(file), shared=True, size=size).as_strided(rows.shape, (STRIDE, 1))
+        laid.copy_(rows)
+        assert (len(rows) - 1) * laid.stride(0) > 2**31
+        return laid
+
+    return lay
+
+
+def test_rows_are_found_beyond_the_reach_of_32_bits(far_apart):
+    """Of what is gathered, of what is not, and of what is put back to its tokens."""
+    way, tiles, slots, _ = routed("even")  # 68 rows of 34 tokens
+    w, a = torch.randn(E, 21, 16), torch.randn(E, 10, 3)
+    tokens, rows, gate_up, narrow = (
+        torch.randn(slots // 2, 21),
+        torch.randn(slots, 21),
+        torch.randn(slots, 20),
+        torch.randn(slots, 3),
+    )
+    far_tokens, far_rows, far_gate_up = far_apart(tokens), far_apart(rows), far_apart(gate_up)
+    close(
+        expert_gemm(far_tokens, w, tiles, slots, token=way.token, tiling=SMALL),
+        expert_gemm_plain(tokens, w, way.ends, slots, token=way.token),
+    )
+    close(expert_gemm(far_rows, w, tiles, slots, tiling=SMALL), expert_gemm_plain(rows, w, way.ends, slots))
+    for found, truth in zip(
+        expert_glu(far_gate_up, way.weight, Glu("silu"), tiles, a),
+        expert_glu_plain(gate_up, way.weight, Glu("silu"), way.ends, a),
+    ):
+        close(found, truth)
+    close(combine(far_rows, way.place, way.ends, 2), combine_plain(rows, way.place, way.ends, 2))
+    for wide, far, token in ((tokens, far_tokens, way.token), (rows, far_rows, None)):
+        close(expert_gram(narrow, far, way.ends, 1.0, token=token), expert_gram_plain(narrow, wide, way.ends, 1.0, token=token))
+
+
+def test_products_are_written_beyond_the_reach_of_32_bits(far_apart):
+    way, tiles, slots, _ = routed("even")
+    x, w = torch.randn(slots, 21), torch.randn(E, 21, 16)
+    out = far_apart(torch.zeros(slots, 16))
+    close(expert_gemm(x, w, tiles, slots, tiling=SMALL, out=out), expert_gemm_plain(x, w, way.ends, slots))
