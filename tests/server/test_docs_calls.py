@@ -1,11 +1,14 @@
 """What the pages have people ask a server is asked: every block of Python and every call of curl, in the order of its page."""
 
 import ast
+import asyncio
 import inspect
 import os
 import re
 import shutil
 import subprocess
+import sys
+import types
 
 import openai
 import pytest
@@ -52,6 +55,20 @@ def here(text, asked):
     return re.sub(r'model="(house|quickstart)"', 'model="answers"', text)
 
 
+def verifiers():
+    """What the page on rewards calls of verifiers 0.1.14, which needs more than a test should install."""
+
+    class Environment:
+        async def run_rollout(self, question, client, model, sampling):
+            told = {"reward": float(question["answer"] == "42"), "metrics": {"turns": 2.0}}
+            return told | {"error": client is None and "there is no client"}
+
+    found = types.ModuleType("verifiers")
+    found.load_environment = lambda name: Environment()
+    found.OpenAIChatCompletionsClient = lambda client: client
+    return found
+
+
 def ask(page, asked, desk, **names):
     """Runs the blocks of a page, one after the other, and returns what they have named."""
     for block in PYTHON[page]:
@@ -63,7 +80,8 @@ def ask(page, asked, desk, **names):
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in PYTHON.items() if blocks and name not in {*NOT_RUN, *OWN}])
-def test_the_python_of_a_page_does_what_it_says(page, asked, desk):
+def test_the_python_of_a_page_does_what_it_says(page, asked, desk, monkeypatch):
+    monkeypatch.setitem(sys.modules, "verifiers", verifiers())
     names = ask(page, asked, desk)
     SEEN.get(page, lambda names: None)(names)
 
@@ -97,6 +115,10 @@ def test_a_job_is_begun_as_the_page_says(start, tiny, desk):
 def _rewards(names):
     assert [names["correct"](text, "42") for text in ("42", "43")] == [1.0, 0.0]
     assert names["lengths"](["four"], ["p"]) == [-0.04]
+    episode, row = names["Verifiers"]().rollout, {"prompt": "What is it?", "answer": "42"}
+    assert asyncio.run(episode("a client", row)) == {"reward": 1.0, "turns": 2.0}
+    with pytest.raises(RuntimeError, match="there is no client"):
+        asyncio.run(episode(None, row))
 
 
 def _messages(names):
