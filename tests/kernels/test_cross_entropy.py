@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ropewalk.kernels.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 
@@ -141,3 +142,22 @@ def test_the_logits_never_exist_whole():
     with LargestTensor() as watch:
         plain_linear_cross_entropy(hidden, weight, labels).backward()
     assert watch.largest == 5003 * 600
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "each"), [(torch.float32, None, 4), (torch.bfloat16, None, 6), (torch.float32, 5.0, 8)]
+)
+def test_a_chunks_logits_are_held_once_beside_what_they_are_made_of(dtype, softcap, each):
+    """Bytes of a logit: 4, in 16 bits 2 more for those that the head gave or takes, and 4 for the slope of a cap."""
+    rows, width, vocabulary = 64, 16, 5003
+    hidden, weight, labels, _ = inputs(3 * rows, width, vocabulary, dtype)
+    labels = labels.clamp(min=0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        linear_cross_entropy(hidden, weight.detach(), labels, softcap=softcap, chunk=rows)
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    besides = hidden.nbytes + rows * width * 8 + 3 * rows * 64  # the gradient, a chunk's rows, and numbers of each row
+    assert rows * vocabulary * each <= most <= rows * vocabulary * each + besides

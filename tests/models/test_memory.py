@@ -7,11 +7,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from ropewalk.kernels.quant import Nf4
 from ropewalk.models.experts import NAME, expert_modules, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.memory import Estimate, Memory, estimate, free
+from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import WAYS, recompute
 from ropewalk.models.streaming import Streaming, stream
 from ropewalk.models.tiny import tiny_config
@@ -172,3 +174,45 @@ def test_the_total_is_the_sum():
 
 def test_free_memory_is_a_plausible_number():
     assert 2**20 < free(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize(("architecture", "way"), [("qwen3_moe", "keep"), ("qwen3_moe", "layer"), ("llama", "keep")])
+def test_weights_of_4_bits_are_counted_as_they_are_dequantised(architecture, way, tmp_path):
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    model, adapter = build(architecture, "meta", **sizes)
+    options = {"rows": ROWS, "tokens": TOKENS, "dtype": torch.float32, "on_gpu": False, "adapter": adapter.parameters()}
+    found = Estimate(model, quantize="nf4", **options).of(way)
+    model, _ = build(architecture, "cpu", full=True, **sizes)
+    weights = dict(model.named_parameters())
+    for name in to_quantise(model):
+        replace(model, name, Nf4.of(weights[name].detach()))
+    attach(model, LoraSpec(r=8), seed=0)
+    model.train()
+    recompute(model, way)
+    measured = allocated(model, tmp_path / "trace.json")
+    assert abs(found.activations + found.workspace - measured) <= 0.12 * measured
+
+
+def test_on_a_gpu_the_estimate_is_that_of_the_kernels_that_run():
+    """Triton's hold one scratch at a time; without them both stacks are dequantised whole, and more rows are passed on."""
+    made = {}
+    for fused in (True, False):
+        model, adapter = build("qwen3_moe", "meta", hidden_size=512, moe_intermediate_size=256, num_experts=64)
+        options = {"rows": ROWS, "tokens": TOKENS, "adapter": adapter.parameters(), "fused": fused}
+        made[fused] = [Estimate(model, quantize=kind, **options).of("layer").activations for kind in (None, "nf4")]
+    stack = 64 * 3 * 256 * 512 * 2  # bytes of gate_up and down in bfloat16
+    assert made[True][0] < made[False][0]
+    assert stack * 0.9 <= made[False][1] - made[False][0] <= stack * 1.1
+    assert made[True][1] - made[True][0] <= stack * 2 // 3 * 1.1  # the larger of the two
+
+
+def test_masks_are_kept_by_every_layer_that_has_one_and_by_none_that_attends_by_spans():
+    """[1, 1, T, T] in bfloat16 for each of two layers, which hold what is added to scores, and the mask itself."""
+    made = {}
+    for packed, spans in ((False, False), (True, False), (True, True)):
+        model, adapter = build("llama", "meta", num_hidden_layers=2, num_key_value_heads=4, num_attention_heads=4)
+        options = {"rows": 1, "tokens": 2048, "adapter": adapter.parameters(), "packed": packed, "spans": spans}
+        made[packed, spans] = Estimate(model, **options).of("keep").activations
+    assert made[True, True] == made[False, False]
+    mask = 2048 * 2048
+    assert made[True, False] - made[False, False] >= 2 * 2 * mask

@@ -23,9 +23,15 @@ SCRATCH = 2**28  # bytes of dequantised experts, both halves together
 Fill = Callable[[Any, int, int, Tensor], Tensor]  # (stack, first, count, out [some, N, K]) -> the beginning of out
 
 
-def experts_at_once(stack: Quantised, dtype: torch.dtype) -> int:
-    """How many experts fit half the scratch."""
-    return min(stack.shape[0], max(1, SCRATCH // 2 // max(1, stack.shape[1:].numel() * dtype.itemsize)))
+def experts_at_once(shape: torch.Size, dtype: torch.dtype) -> int:
+    """How many experts of a stack fit half the scratch."""
+    return min(shape[0], max(1, SCRATCH // 2 // max(1, shape[1:].numel() * dtype.itemsize)))
+
+
+def scratch_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    """What the scratch takes for a stack."""
+    step = experts_at_once(shape, dtype)
+    return min(2, -(-shape[0] // step)) * step * shape[1:].numel() * dtype.itemsize
 
 
 def dequantised_plain(stack: Quantised, first: int, count: int, out: Tensor) -> Tensor:
@@ -38,7 +44,7 @@ def some_at_a_time(
     stack: Quantised, dtype: torch.dtype, fill: Fill = dequantised_plain, lane: Lane | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """(first, weights [some, N, K] of the experts from first on), which hold until the next are asked for."""
-    experts, step = stack.shape[0], experts_at_once(stack, dtype)
+    experts, step = stack.shape[0], experts_at_once(stack.shape, dtype)
     firsts = range(0, experts, step)
     halves = [torch.empty(step, *stack.shape[1:], dtype=dtype, device=stack.device) for _ in firsts[:2]]
     lane = lane or lane_of(stack.device)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
-from ropewalk.kernels.cross_entropy import IGNORED, accumulator, of_chunk, rows_at_once, whole_logits
+from ropewalk.kernels.cross_entropy import CHUNK, IGNORED, accumulator, of_chunk, rows_on, whole_logits
 
 _How = tuple[float | None, float, float, int]  # softcap, scale, temperature, rows of a chunk
 
@@ -34,14 +35,14 @@ def linear_log_probs(
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float = 1.0,
-    chunk: int = 2048,
+    chunk: int = CHUNK,
     entropy: bool = False,
 ) -> LogProbs:
     """log p(label) of each row [N], 0 where the label is -100, over hidden [N, H], in float32 (float64 for float64 input).
 
     The logits are `cap(scale * (hidden @ weight.T + bias)) / temperature`, weight [V, H], bias [V], `cap(z) = softcap * tanh(z / softcap)`.
     """
-    rows = min(chunk, rows_at_once(weight.shape[0], on_gpu=hidden.device.type != "cpu"))
+    rows = min(chunk, rows_on(hidden.device, weight.shape[0]))
     entropies = hidden.new_zeros(len(labels), dtype=accumulator(hidden)) if entropy else None
     how = softcap, scale, temperature, rows
     found = _LinearLogProbs.apply(hidden, weight, bias, labels, how, entropies, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
@@ -92,13 +93,22 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_x = hidden.new_empty((len(rows), hidden.shape[1])) if need_x else None
         for start in range(0, len(rows), chunk):
             picked = rows[start : start + chunk]
-            z, part = _head(hidden[picked], weight, bias), None if entropies is None else found.new_empty(len(picked))
-            log_p, dz = of_chunk(z, labels[picked], softcap, scale, need_x, temperature=temperature, entropy=part)
+            part = None if entropies is None else found.new_empty(len(picked))
+            log_p, dz = of_chunk(
+                linear(hidden[picked], weight, bias),
+                labels[picked],
+                softcap,
+                scale,
+                need_x,
+                temperature=temperature,
+                entropy=part,
+            )
             found[picked] = log_p
             if entropies is not None and part is not None:
                 entropies[picked] = part
             if grad_x is not None and dz is not None:
                 torch.mm(dz.to(hidden.dtype), weight, out=grad_x[start : start + chunk])
+            del dz  # or the next chunk's logits would be made beside this one's
         again = need_w or need_b
         ctx.save_for_backward(rows, grad_x, *((hidden, weight, bias, labels) if again else (None,) * 4))
         ctx.shape, ctx.how, ctx.needs = hidden.shape, how, (need_w, need_b)
@@ -118,18 +128,16 @@ class _LinearLogProbs(torch.autograd.Function):
             d_bias = torch.zeros_like(bias, dtype=upstream.dtype) if ctx.needs[1] else None
             for start in range(0, len(rows), chunk):
                 picked = rows[start : start + chunk]
-                z = _head(hidden[picked], weight, bias)
-                _, dz = of_chunk(z, labels[picked], softcap, scale, True, temperature=temperature)
+                _, dz = of_chunk(
+                    linear(hidden[picked], weight, bias), labels[picked], softcap, scale, True, temperature=temperature
+                )
                 assert dz is not None
-                dz = dz * -upstream[picked].unsqueeze(1)  # of log p, not of -log p
+                dz *= -upstream[picked].unsqueeze(1)  # of log p, not of -log p
                 if d_weight is not None:
                     d_weight += dz.to(hidden.dtype).T @ hidden[picked]
                 if d_bias is not None:
-                    d_bias += dz.sum(0)
+                    d_bias += dz.sum(0, dtype=d_bias.dtype)
+                del dz
             d_weight = None if d_weight is None else d_weight.to(weight.dtype)
             d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
-
-
-def _head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias).to(accumulator(x))

@@ -10,7 +10,7 @@ d head width.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ropewalk.kernels.cross_entropy import rows_at_once
+from ropewalk.kernels.cross_entropy import CHUNK, rows_at_once
 from ropewalk.kernels.expert_rows import ROWS_PER_TILE
-from ropewalk.models.experts import LORA, RECOMPUTE, expert_modules, projections, stack_sizes
+from ropewalk.kernels.expert_scratch import scratch_bytes
+from ropewalk.kernels.gates import AnyGate
+from ropewalk.models.experts import LORA, RECOMPUTE, expert_modules, gate_of, projections, stack_sizes
 from ropewalk.models.head import instead_of, nothing, run
 from ropewalk.models.recompute import Way, decoder_layers, recompute
 from ropewalk.models.score_head import last_layer
@@ -39,6 +41,17 @@ POINTWISE = frozenset(
         *(_aten.gelu.default, _aten.gelu_backward.default, _aten.silu.default),
     )
 )
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where the measured run will be: kernels keep and pass different things there."""
+
+    on_gpu: bool = False
+    fused: bool = False  # Triton's kernels run
+    packed: bool = False  # several samples in a row, which a mask keeps apart
+    spans: bool = False  # attention by spans (train/branching.py), without masks
+    stored: Collection[int] = ()  # the ids of the parameters that will be kept in fewer bits
 
 
 @dataclass(frozen=True)
@@ -120,10 +133,11 @@ class Courses:
     """What passes over [rows, tokens] take beyond weights and gradients, each way of the layers measured when it is first asked for.
 
     The model lies on the meta device and carries its adapter. "offload" is "layer" without the layer's input, which waits on the host.
+    `situation` is where it will run.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, tokens: int, *, on_gpu: bool, packed: bool = False) -> None:
-        self._model, self._rows, self._tokens, self._on_gpu, self._packed = model, rows, tokens, on_gpu, packed
+    def __init__(self, model: PreTrainedModel, rows: int, tokens: int, situation: Situation) -> None:
+        self._model, self._rows, self._tokens, self._situation = model, rows, tokens, situation
         self._layers = decoder_layers(model)
         self._chosen, self._like = kinds(self._layers)
         self._known: dict[Way, Course] = {}
@@ -154,14 +168,14 @@ class Courses:
         if way not in self._known:
             if way == "offload" and self._layers:
                 course = self._course("layer")
-                course = _offloaded(course, self._model, self._rows * self._tokens) if self._on_gpu else course
+                course = _offloaded(course, self._model, self._rows * self._tokens) if self._situation.on_gpu else course
             else:
                 course = self._measured(way)
             self._known[way] = course
         return self._known[way]
 
     def _measured(self, way: Way) -> Course:
-        with _standing_in(self._model, on_gpu=self._on_gpu, packed=self._packed):
+        with _standing_in(self._model, self._situation):
             recompute(self._model, way)
             try:
                 return _course(self._model, self._layers, self._chosen, self._rows, self._tokens)
@@ -174,13 +188,14 @@ class Courses:
 
 
 @contextmanager
-def _standing_in(model: PreTrainedModel, *, on_gpu: bool, packed: bool) -> Iterator[None]:
+def _standing_in(model: PreTrainedModel, situation: Situation) -> Iterator[None]:
     """Within it the model trains by stand-ins for what depends on values and what a kernel hides."""
+    global _here
     _register()
-    _Situation.on_gpu, _Situation.packed = on_gpu, packed
+    _here = situation
     before = model.get_experts_implementation() if any(True for _ in expert_modules(model)) else None
     attention, training = model.config._attn_implementation, model.training
-    if attention != "eager":  # which keeps what it keeps in plain sight
+    if attention != "eager" or situation.spans:  # eager attention keeps what it keeps in plain sight
         model.set_attn_implementation(NAME)
     if before is not None:
         model.set_experts_implementation(NAME)
@@ -306,11 +321,7 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return loss
 
 
-class _Situation:
-    """Where the measured run will be: kernels keep and pass different things there."""
-
-    on_gpu = False
-    packed = False  # several samples in a row, which a mask keeps apart
+_here = Situation()
 
 
 def _register() -> None:
@@ -321,7 +332,9 @@ def _register() -> None:
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
-    made: Tensor | None = sdpa_mask(*args, **options | ({"allow_is_causal_skip": False} if _Situation.packed else {}))
+    if _here.spans:
+        return None
+    made: Tensor | None = sdpa_mask(*args, **options | ({"allow_is_causal_skip": False} if _here.packed else {}))
     return made
 
 
@@ -333,99 +346,174 @@ def _experts_stand_in(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> T
         _, inputs, outputs = stack_sizes(module, name)
         sizes += [inputs, outputs, 0 if found is None else found.A.shape[1]]
         factors += [] if found is None else [found.A, found.B]
-    again = module.__dict__.get(RECOMPUTE, False)
-    out: Tensor = _ExpertsStandIn.apply(x, ids, weights, tuple(sizes), again, *factors)  # type: ignore[no-untyped-call]
+    way = _rows_of(module)
+    how = _How(
+        way, tuple(sizes), module.__dict__.get(RECOMPUTE, False), *(_scratch(module, n, way, x) for n in projections(module))
+    )
+    out: Tensor = _ExpertsStandIn.apply(x, ids, weights, how, *factors)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass(frozen=True)
+class _How:
+    """Of which sizes, and by which kernels."""
+
+    way: str  # "fused", "grouped" or "tiles"
+    sizes: tuple[int, ...]  # of up: inputs, outputs and rank; of down the same
+    again: bool
+    up: int  # bytes in which weights of fewer bits are dequantised
+    down: int
+
+
+def _rows_of(module: Any) -> str:
+    """As kernels/expert_lora.py chooses."""
+    if not _here.on_gpu:
+        return "tiles"
+    frozen = not any(p.requires_grad for name, p in module.named_parameters() if LORA not in name.split("."))
+    closed = not isinstance(gate_of(module), AnyGate) and not getattr(module, "has_post_expert_norm", False)
+    return "fused" if _here.fused and frozen and closed else "grouped"
+
+
+def _scratch(module: Any, name: str, way: str, x: Tensor) -> int:
+    stack = getattr(module, name)
+    if id(stack) not in _here.stored:
+        return 0
+    if way == "fused":
+        return scratch_bytes(stack.shape, x.dtype)
+    return int((stack.numel() if way == "grouped" else stack[0].numel()) * x.dtype.itemsize)
 
 
 class _ExpertsStandIn(torch.autograd.Function):
     """kernels/expert_lora.py in sizes: kept are x, the routing and, unless they are made again, gate_up [S, N], xa and ha [S, r]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, sizes: tuple[int, ...], again: bool, *factors: Tensor
-    ) -> Tensor:
-        hidden, n, r1, inner, _, r2 = sizes
-        slots, on_gpu = ids.numel(), _Situation.on_gpu
+    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, how: _How, *factors: Tensor) -> Tensor:
+        hidden, n, r1, inner, _, r2 = how.sizes
+        slots = ids.numel()
         ordered, order = torch.sort(ids.reshape(-1), stable=True)
-        routing = [order, torch.empty_like(order), weights.reshape(-1).clone(), *([] if on_gpu else [torch.empty_like(order)])]
+        more = {"fused": 2, "grouped": 1, "tiles": 2}[how.way]
+        routing = [order, weights.reshape(-1).clone(), *(torch.empty_like(order) for _ in range(more))]
         del ordered
-        kept = [x.new_empty(slots, width) for width in (n, r1, r2) if width and not again]
-        if on_gpu:
+        kept = [x.new_empty(slots, width) for width in (n, r1, r2) if width and not how.again]
+        turned = _turned(x, factors)
+        if how.way == "fused":
+            made = [x.new_empty(slots, width) for width in (n, r1, r2) if width and how.again]
+            stored = _bytes(x, how.up)
+            del stored
+            h, y, stored = x.new_empty(slots, inner), x.new_empty(slots, hidden), _bytes(x, how.down)
+            del stored
+            out = torch.empty_like(x)
+            del made, h, y
+        elif how.way == "grouped":
             # x of the rows, gate_up, and what is added to it; then h, y, and what is added to that
+            dense = _bytes(x, how.up + how.down)
             rows = x.new_empty(slots, hidden)
-            made = x.new_empty(slots, n) if again else None
+            again = x.new_empty(slots, n) if how.again else None
             added = x.new_empty(slots, n)
             del added
             h, y, added = (x.new_empty(slots, width) for width in (inner, hidden, hidden))
             out = torch.empty_like(x)
-            del rows, made, h, y, added
+            del dense, rows, again, h, y, added
         else:
             wide = x.new_empty(x.shape, dtype=torch.float32)
-            tile = x.new_empty(ROWS_PER_TILE, 2 * hidden + inner + (n if again else 0))
-            del tile
+            tile = x.new_empty(ROWS_PER_TILE, 2 * hidden + inner + (n if how.again else 0))
+            stored = _bytes(x, how.up + how.down)
+            del tile, stored
             out = wide.to(x.dtype)
-        ctx.save_for_backward(x, *routing, *kept)
-        ctx.factors, ctx.sizes, ctx.shape, ctx.again = [f.shape for f in factors], sizes, weights.shape, again
+        del turned
+        ctx.save_for_backward(x, *routing, *kept, *factors)
+        ctx.how, ctx.shape, ctx.factors = how, weights.shape, len(factors)
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, order, *_ = ctx.saved_tensors
-        hidden, n, _, inner, _, _ = ctx.sizes
+        x, order, *others = ctx.saved_tensors
+        how = ctx.how
+        factors = others[len(others) - ctx.factors :]
+        hidden, n, r1, inner, _, r2 = how.sizes
         slots = order.numel()
-        grads = [x.new_empty(shape) for shape in ctx.factors]
-        weights = x.new_empty(slots, dtype=torch.float32)
-        again = n if ctx.again else 0
-        if _Situation.on_gpu:
-            # x and dy of the rows, gate_up where it is made again, h, what was activated, dh, d gate_up; then dx and what is added to it
-            rows = [x.new_empty(slots, width) for width in (hidden, hidden, again, inner, inner, inner, n, hidden, hidden)]
+        again = n if how.again else 0
+        turned = _turned(x, factors)
+        if how.way == "fused":
+            if again:
+                made = [x.new_empty(slots, width) for width in (n, r1, r2, inner)]
+                del made[-1]
+            low, dh = [x.new_empty(slots, width) for width in (r2, r1)], x.new_empty(slots, inner)
+            stored = _bytes(x, how.down)
+            del stored
+            weights = x.new_empty(slots, dtype=torch.float32)
+            d_gate_up = x.new_empty(slots, n)
+            grads = [torch.empty_like(f, dtype=torch.float32) for f in factors]
+            del dh
+            rows, stored = x.new_empty(slots, hidden), _bytes(x, how.up)
+            del stored
             dx = torch.empty_like(x)
-            del rows
+            del rows, d_gate_up, low
+            grads = [wide.to(f.dtype) for wide, f in zip(grads, factors)]
         else:
-            wide = x.new_empty(x.shape, dtype=torch.float32)
-            tile = x.new_empty(ROWS_PER_TILE, 3 * hidden + 4 * inner + n + again)
-            del tile
-            dx = wide.to(x.dtype)
-        del weights
-        return dx, None, upstream.new_empty(ctx.shape), None, None, *grads
+            grads = [x.new_empty(f.shape) for f in factors]
+            weights = x.new_empty(slots, dtype=torch.float32)
+            if how.way == "grouped":
+                # x and dy of the rows, gate_up where it is made again, h, what was activated, dh, d gate_up; then dx and what is added
+                dense = _bytes(x, how.up + how.down)
+                rows = [x.new_empty(slots, width) for width in (hidden, hidden, again, inner, inner, inner, n, hidden, hidden)]
+                dx = torch.empty_like(x)
+                del rows, dense
+            else:
+                wide = x.new_empty(x.shape, dtype=torch.float32)
+                tile, stored = x.new_empty(ROWS_PER_TILE, 3 * hidden + 4 * inner + n + again), _bytes(x, how.up + how.down)
+                del tile, stored
+                dx = wide.to(x.dtype)
+        del weights, turned
+        return dx, None, upstream.new_empty(ctx.shape), None, *grads
+
+
+def _turned(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors as they are multiplied, where they are kept in another type."""
+    return [x.new_empty(f.shape) for f in factors if f.dtype != x.dtype]
+
+
+def _bytes(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, dtype=torch.uint8)
 
 
 def _attention_stand_in(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **unused: Any
 ) -> tuple[Tensor, None]:
     """query [B, h, T, d] -> [B, T, h, d]."""
-    repeated = mask is not None or not key.shape[-1] == value.shape[-1] <= 256  # for every head, as transformers has it
+    # For every head, as transformers has it
+    repeated = not _here.spans and (mask is not None or not key.shape[-1] == value.shape[-1] <= 256)
     if repeated and key.shape[1] != query.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    out: Tensor = _AttentionStandIn.apply(query, key, value)  # type: ignore[no-untyped-call]
+    out: Tensor = _AttentionStandIn.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
     return out, None
 
 
 class _AttentionStandIn(torch.autograd.Function):
-    """Fused attention in sizes: kept are its inputs, its output and one number per row."""
+    """Fused attention in sizes: kept are its inputs, its output, one number per row, and a mask as what is added to scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = query.new_empty(
             len(query), query.shape[2], query.shape[1], value.shape[-1]
         )  # as it is wanted: heads side by side
         each = query.new_empty(query.shape[:3], dtype=torch.float32)
-        if not _Situation.on_gpu and value.shape[-1] != query.shape[-1]:
+        if not (_here.on_gpu or _here.spans) and value.shape[-1] != query.shape[-1]:
             # Values of another width have no fused kernel on CPU: the attention of every pair is kept.
             each = query.new_empty(*query.shape[:3], key.shape[2])
             scores = torch.empty_like(each)
             del scores
-        ctx.save_for_backward(query, key, value, out, each)
+        added = None if mask is None else query.new_empty(mask.shape)
+        ctx.save_for_backward(query, key, value, out, each, added)
         return out
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, each = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, each, _ = ctx.saved_tensors
         if each.dim() == 4:
             scores = [torch.empty_like(each), torch.empty_like(each)]
             del scores
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _LossStandIn(torch.autograd.Function):
@@ -433,15 +521,19 @@ class _LossStandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, capped: bool) -> Tensor:
-        rows = min(len(hidden), rows_at_once(weight.shape[0], _Situation.on_gpu))
+        rows = min(len(hidden), CHUNK, rows_at_once(weight.shape[0], _here.on_gpu, _here.fused))
         grad = torch.empty_like(hidden)
         grad_w = weight.new_empty(weight.shape, dtype=torch.float32) if weight.requires_grad else None
         x = hidden.new_empty(rows, hidden.shape[1])
-        wide = hidden.new_empty(rows, weight.shape[0]).float()
-        slope = torch.empty_like(wide) if capped else None
-        log_p = torch.empty_like(wide)
-        narrow = log_p.to(hidden.dtype)
-        del narrow, log_p, slope, wide, x
+        given = hidden.new_empty(rows, weight.shape[0])
+        if not _here.fused:
+            wide = given.float()
+            del given
+            slope = torch.empty_like(wide) if capped else None
+            del slope
+            given = wide.to(hidden.dtype)
+            del wide
+        del given, x
         ctx.save_for_backward(grad, grad_w)
         ctx.dtype = weight.dtype
         return hidden.new_empty((), dtype=torch.float32)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ropewalk.kernels.eight_bits import BLOCK, SMALL
 from ropewalk.models.experts import expert_modules
-from ropewalk.models.measure import Courses
+from ropewalk.models.measure import Courses, Situation
 from ropewalk.models.quantized import to_quantise
 from ropewalk.models.recompute import WAYS, Way, decoder_layers
 from ropewalk.models.streaming import SLOTS, Part, Streaming, aligned, streamed
@@ -40,8 +40,10 @@ class Memory:
     adapter: int
     gradients: int
     optimizer: int
-    activations: int  # with the logits of a chunk, and what the passes need for a moment
-    workspace: int  # the device's own, and weights while they are dequantised
+    activations: (
+        int  # with the logits of a chunk, and what the passes need for a moment, experts while they are dequantised among it
+    )
+    workspace: int  # the device's own, and a matrix while it is dequantised
     generator: int = 0  # keys and values of what is being written, where a model learns by rewards
     host: int = 0  # in the host's memory, and not in the total: weights that are streamed, inputs of layers that wait there
 
@@ -60,7 +62,9 @@ class Estimate:
 
     The model lies on the meta device with its adapter attached, and is changed: its weights take on `dtype`. adapter: its parameters, or
     None for full fine-tuning. accumulates: whether gradients are there before a pass begins. master: whether the optimizer holds what is
-    trained in 16 bits in float32 too. in_backward: whether gradients are used, and gone, as soon as they have come.
+    trained in 16 bits in float32 too. in_backward: whether gradients are used, and gone, as soon as they have come. fused: whether
+    Triton's kernels run, as on a GPU they do if nothing is said. packed: whether a mask keeps samples apart; spans: whether attention goes
+    by spans, without masks.
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class Estimate:
         master: bool = False,
         in_backward: bool = False,
         slots: int = 0,
+        fused: bool | None = None,
         packed: bool = False,
+        spans: bool = False,
     ) -> None:
         ours = {id(parameter) for parameter in adapter or ()}
         base = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
@@ -108,7 +114,9 @@ class Estimate:
         self._passing = [_dequantised([p for p in layer.parameters() if names.get(id(p)) in few_bits]) for layer in layers]
         self._grown = [sum(p.nbytes for p in layer.parameters() if id(p) in taught) for layer in layers]
         self.experts = any(True for _ in expert_modules(model))
-        self._courses = Courses(model, rows, tokens, on_gpu=on_gpu, packed=packed)
+        stored = frozenset(id(parameter) for name, parameter in base.items() if name in few_bits)
+        fused = on_gpu if fused is None else fused
+        self._courses = Courses(model, rows, tokens, Situation(on_gpu, fused, packed, spans, stored))
 
     def quantised(self, quantize: str | None) -> int:
         """The bytes of the base held in this format."""
@@ -201,10 +209,9 @@ def estimate(model: PreTrainedModel, *, recompute: Way = "keep", **options: Any)
     return Estimate(model, **options).of(recompute)
 
 
-def _dequantised(stacks: Sequence[Tensor]) -> int:
-    """What a layer's weights take while they are dequantised: both of its stacks of experts, or one matrix."""
-    wide = sorted((p.nbytes for p in stacks if p.dim() == 3), reverse=True)[:2]
-    return max(sum(wide), max((p.nbytes for p in stacks if p.dim() < 3), default=0))
+def _dequantised(weights: Sequence[Tensor]) -> int:
+    """What a matrix takes while it is dequantised, the largest of a layer; its experts are measured where they pass."""
+    return max((p.nbytes for p in weights if p.dim() < 3), default=0)
 
 
 def _keys_and_values(model: PreTrainedModel) -> int:

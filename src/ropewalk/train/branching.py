@@ -212,6 +212,14 @@ def _taking(running: _Running) -> Iterator[None]:
         _running.pop()
 
 
+def may_branch(model: Any) -> bool:
+    """Whether nothing in the model's configuration speaks against it."""
+    try:
+        return bool(_layout_of(model))
+    except _Unfit:
+        return False
+
+
 def _layout_of(model: Any) -> Layout:
     try:
         layout = Layout.of(model.config.get_text_config(decoder=True))

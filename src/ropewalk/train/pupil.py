@@ -273,7 +273,7 @@ class Pupil:
         own = self.config.attention or type(self.head) is not Head or self.head.isolation == "one row"
         if own or not _spans_pay(self.model.device):
             return False
-        return self.config.packing or _slides_within(self.model, self.config.sequence_len)
+        return self.config.packing or slides_within(self.model, self.config.sequence_len)
 
     def _in_one_row(
         self, ids: Tensor, labels: Tensor, position_ids: Tensor, model: PreTrainedModel | None = None
@@ -389,7 +389,7 @@ def _spans_pay(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and compiles())
 
 
-def _slides_within(model: PreTrainedModel, length: int) -> bool:
+def slides_within(model: PreTrainedModel, length: int) -> bool:
     """Whether a layer's window is shorter than a row."""
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)

@@ -16,6 +16,8 @@ from ropewalk.config.preference import compares_with_base
 from ropewalk.config.run import Run
 from ropewalk.config.vllm import by_server
 from ropewalk.errors import ModelError
+from ropewalk.kernels.branching import compiles
+from ropewalk.kernels.triton_kernels import usable
 from ropewalk.models.experts import expert_modules
 from ropewalk.models.load import auto_class, load_config, override, pick_device
 from ropewalk.models.lora import Adapter, Coverage, attach
@@ -23,7 +25,8 @@ from ropewalk.models.memory import Estimate, Memory, free
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.recompute import Way
 from ropewalk.models.streaming import Part, Streaming
-from ropewalk.train.pupil import lora_spec, scored_by
+from ropewalk.train.branching import may_branch
+from ropewalk.train.pupil import lora_spec, scored_by, slides_within
 from ropewalk.train.questions import groups_of
 
 FILLED = 0.95  # of the memory there is
@@ -134,7 +137,9 @@ def _memory(
         master=run.float32_master,
         in_backward=run.step_in_backward,
         slots=_slots(run),
+        fused=room.on_gpu and (room.planned or usable(torch.device("cuda"))),
         packed=run.packing and room.on_gpu,  # on a CPU packed samples are kept apart without a mask
+        spans=_spans(model, run, room),
     )
     if run.adapter is None and compares_with_base(run):
         found.weights *= 2  # the base, to compare with
@@ -155,6 +160,13 @@ def _memory(
             f"{_way_out(found, memory, run, ways)}"
         )
     return memory, ways, streaming
+
+
+def _spans(model: PreTrainedModel, run: Run, room: Room) -> bool:
+    """Whether attention goes by spans, without masks, as far as can be told before a model is loaded."""
+    runs = not room.on_gpu or room.planned or compiles()
+    apart = run.packing or slides_within(model, run.sequence_len)
+    return bool(runs and apart and not run.attention and sharing(run) == 1 and scored_by(run) is None and may_branch(model))
 
 
 def sharing(run: Run) -> int:
