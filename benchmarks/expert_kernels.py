@@ -320,7 +320,7 @@ class Case:
         count = self.shape.experts
         for kind in (Nf4, Int4, Int8):
             kept: Any = kind.of(self.up)
-            step = experts_at_once(kept, self.dtype)
+            step = experts_at_once(kept.shape, self.dtype)
             out = self.up.new_empty(step, *self.up.shape[1:])
 
             def ours(kept: Any = kept, step: int = step, out: Any = out) -> list[Tensor]:
