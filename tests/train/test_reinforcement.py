@@ -259,6 +259,32 @@ def test_an_environment_answers_and_its_rewards_are_learnt_from(rewarded, tmp_pa
     assert 2 <= first["length"] <= 16
 
 
+def test_a_later_turn_reads_only_what_has_come_since_the_last(rewarded, tmp_path, monkeypatch):
+    (tmp_path / "guessing.py").write_text(GUESSING.replace("turns == 2", "turns == 3"))
+    lengths, known = {}, {}
+    submit, take = Generator.submit, Generator._take
+
+    def submitted(self, key, ids, **named):
+        lengths[key] = len(ids)
+        submit(self, key, ids, **named)
+
+    def taken(self, event):
+        known.setdefault(event.id, event.read)
+        return take(self, event)
+
+    monkeypatch.setattr(Generator, "submit", submitted)
+    monkeypatch.setattr(Generator, "_take", taken)
+    trl = {"environment": f"{tmp_path}/guessing.py:Guessing", "reward_funcs": None, "generation_batch_size": 4}
+    fit(rewarded(trl, sequence_len=128, max_steps=1))
+    assert len(lengths) == 12  # three turns of four episodes
+    begins = [f"0/{sample}/0" for sample in range(4)]
+    assert sorted(known[key] for key in begins) == [0] + [lengths[begins[0]] - 1] * 3  # read by one for all
+    for sample in range(4):
+        for turn in (1, 2):
+            # The last id of a prompt is read with the reply.
+            assert known[f"0/{sample}/{turn}"] == lengths[f"0/{sample}/{turn - 1}"] - 1
+
+
 def test_the_experts_that_wrote_are_those_that_learn(rewarded, monkeypatch):
     learns, picked = PolicyStep._quietly, []
 

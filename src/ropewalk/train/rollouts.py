@@ -92,7 +92,7 @@ class _Coming:
     sampling: Sampling
     episodes: list[Episode | None]
     playing: dict[int, Playing] = field(default_factory=dict)  # sample -> its episode
-    asked: dict[int, list[int]] = field(default_factory=dict)  # sample -> ids of every turn's prompt
+    cuts: dict[int, list[int]] = field(default_factory=dict)  # sample -> up to where each turn's prompt was read for later ones
     scores: Future[Any] | None = None
 
     @property
@@ -188,7 +188,7 @@ class Rollouts:
             return
         for sample in range(len(coming.episodes)):
             seeded = replace(coming.sampling, seed=step_seed(self.seed, coming.number, sample))
-            coming.playing[sample], coming.asked[sample] = self.host.play(coming.question, seeded), []
+            coming.playing[sample], coming.cuts[sample] = self.host.play(coming.question, seeded), []
             self._play(coming, sample, None)
 
     def _submit(
@@ -217,12 +217,12 @@ class Rollouts:
         if isinstance(asked, Future):
             self._answers.append((coming, sample, asked))
             return
-        before = coming.asked[sample]
-        seed = step_seed(self.seed, coming.number, sample, len(before))
-        # A first prompt is the whole group's: all but its last id is read once for all of them.
-        ends = before or [len(asked) - 1]
-        self._submit(f"{coming.key}/{sample}/{len(before)}", asked, 1, coming.sampling, seed, [n for n in ends if n])
-        before.append(len(asked))
+        cuts = coming.cuts[sample]
+        turn = len(cuts)
+        # All but a prompt's last id is read once: a first prompt for the whole group, any for the turns after it.
+        cuts.append(len(asked) - 1)
+        seed = step_seed(self.seed, coming.number, sample, turn)
+        self._submit(f"{coming.key}/{sample}/{turn}", asked, 1, coming.sampling, seed, [cut for cut in cuts if cut])
 
     def _hear_environments(self, wait: bool) -> None:
         """Goes on with the episodes whose environments have answered; waits for one where there is nothing else to do."""
