@@ -321,6 +321,27 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path):
     asyncio.run(body())
 
 
+def test_the_device_time_of_a_silent_run_is_written_down_while_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.jobs.runner.COUNT_SECONDS", 0.1)
+
+    async def body():
+        async with yard(tmp_path / "data") as (here, me):
+            ledger = here.ledger()
+            async with here.running(ledger, grace_seconds=0.1) as runner:
+                job = await here.ask(me, ledger, await here.put(me), steps=500)
+                await here.at(me, ledger, job, lambda found: found.step >= 1)
+                os.kill(child(runner.folder_of(job.id)), signal.SIGSTOP)
+                await asyncio.sleep(0.2)  # its last words are taken down
+                silent = await ledger.show(me, job.id)
+                later = await here.at(me, ledger, job, lambda found: found.device_time >= silent.device_time + 300_000)
+                assert (later.state, later.step) == ("running", silent.step)
+                await ledger.want(me, job.id, "cancel")
+                ended = await here.ended(me, ledger, job)
+                assert ended.device_time > later.device_time
+
+    asyncio.run(body())
+
+
 def test_a_job_ends_with_the_file_that_it_learns_from(tmp_path):
     async def body():
         async with yard(tmp_path / "data") as (here, me):

@@ -38,6 +38,7 @@ from ropewalk.tracing import traced
 
 POLL_SECONDS = 2.0  # another process may have taken in a job, or have died
 LOOK_SECONDS = 0.5  # at a run
+COUNT_SECONDS = 10.0  # of a silent run, until its device time is written down: what a server that is killed may lose of it
 MOST_FAILURES = 3  # a run that crashes so often by itself is not begun again
 AGAIN_SECONDS = 5.0
 OF_FILE = "invalid_training_file"  # the error's code, as OpenAI's clients know it
@@ -61,6 +62,11 @@ class Meter:
 
     def __init__(self, devices: int) -> None:
         self._devices, self._from = devices, time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be written down, though nothing has happened."""
+        return time.monotonic() >= self._from + COUNT_SECONDS
 
     def read(self) -> int:
         """Microseconds that are not yet written down."""
@@ -371,7 +377,7 @@ class JobRunner:
 
     async def _look(self, job: Job, tail: EventTail, meter: Meter, *, last: bool = False) -> Order | None:
         told, values = await asyncio.to_thread(tail.read)
-        if told or last:
+        if told or last or meter.is_due:
             held = meter.read()
             if not await self.ledger.tell(job, told, **values, device_time=jobs.c.device_time + held):
                 return "lost"
