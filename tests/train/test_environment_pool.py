@@ -12,7 +12,7 @@ import pytest
 from ropewalk.chat.template import Template
 from ropewalk.config.run import parse_run
 from ropewalk.errors import BadInput, ConfigError, TrainingStopped
-from ropewalk.train import environment_pool
+from ropewalk.train import outage
 from ropewalk.train.environment import Failed, Generated, Step, run_episode
 from ropewalk.train.environment_pool import EnvironmentPool, environment_of, limits_of
 from ropewalk.train.environment_worker import EnvironmentSpec, load, step_of
@@ -145,14 +145,17 @@ def test_what_an_environment_does_wrong_is_a_failure_that_says_so(folder):
 
 
 def test_an_environment_that_only_fails_stops_the_run_with_its_error(folder, monkeypatch):
-    monkeypatch.setattr(environment_pool, "MOST_FAILURES", 2)
+    monkeypatch.setattr(outage, "MOST_FAILURES", 2)
+    monkeypatch.setattr(outage, "OUTAGE_SECONDS", 0.0)
     with pool(folder) as envs:
         for reply in ("raise", "a", "raise", "raise"):
             env = envs.begin()
             env.reset({})
             answers(env, reply)
             env.close()
-        with pytest.raises(TrainingStopped, match=r"(?s)failed in 2 episodes in a row; the last time: .*no such column"):
+        with pytest.raises(
+            TrainingStopped, match=r"(?s)failed 2 episodes in a row, for 0 seconds; the last time: .*no such column"
+        ):
             envs.begin()
 
 

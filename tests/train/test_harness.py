@@ -15,7 +15,7 @@ from ropewalk.config.run import load_run, parse_run
 from ropewalk.engine.request import Sampling
 from ropewalk.errors import BadInput, ConfigError, TrainingStopped
 from ropewalk.server.policy_endpoint import open_policy
-from ropewalk.train import harness_pool
+from ropewalk.train import harness_pool, outage
 from ropewalk.train.environment import Failed, Generated, Outcome
 from ropewalk.train.harness_pool import HarnessPool, harness_of
 from ropewalk.train.harness_worker import HarnessSpec, load, outcome_of
@@ -197,7 +197,8 @@ def asked(rollouts, what):
 
 
 def test_what_a_harness_does_wrong_is_a_failure_that_says_so(folder, monkeypatch):
-    monkeypatch.setattr(harness_pool, "MOST_FAILURES", 5)
+    monkeypatch.setattr(outage, "MOST_FAILURES", 5)
+    monkeypatch.setattr(outage, "OUTAGE_SECONDS", 0.0)
     with pool(folder) as rollouts:
         for what, said in [
             ("raise", "KeyError: 'no such column'"),
@@ -213,9 +214,7 @@ def test_what_a_harness_does_wrong_is_a_failure_that_says_so(folder, monkeypatch
             assert found == said if isinstance(said, Outcome) else said in found.error
             assert "harness_worker.py" not in getattr(found, "error", "")
         assert rollouts.failures == 7
-        with pytest.raises(
-            TrainingStopped, match=r"(?s)harness 'own_broken.rollout' failed in 5 rollouts in a row; .*SystemExit"
-        ):
+        with pytest.raises(TrainingStopped, match=r"(?s)harness 'own_broken.rollout' failed 5 rollouts in a row, .*SystemExit"):
             asked(rollouts, "fine")
         assert rollouts.replaced == []
 

@@ -1,5 +1,6 @@
 """Rewards that models give: a judge over HTTP with its kept marks, and a reward model."""
 
+import asyncio
 import json
 import sqlite3
 import threading
@@ -7,6 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ropewalk.engine import upstream
+from ropewalk.errors import UpstreamFailed
+from ropewalk.train import reward_judge
 from ropewalk.train.reward_builtins import read_spec
 from ropewalk.train.reward_functions import Sample
 from ropewalk.train.reward_judge import question
@@ -14,12 +18,13 @@ from ropewalk.train.rewards import Rewards
 
 
 class Judge(ThreadingHTTPServer):
-    """A server that marks an answer by its length, in both wire forms; `broken` makes it talk nonsense."""
+    """A server that marks an answer by its length, in both wire forms; `broken` makes it talk nonsense, `down` has it refuse."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.asked: list[tuple[str, str]] = []
         self.broken = False
+        self.down = 0  # a status
 
     @property
     def url(self):
@@ -31,6 +36,9 @@ class Answer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         words = body["messages"][0]["content"]
         self.server.asked.append((self.path, words))
+        if self.server.down:
+            self.send_error(self.server.down)
+            return
         answer = words.split("Answer\n")[1].split("\n")[1]
         text = "no idea" if self.server.broken else f'{{"mark": {min(10, len(answer))}}}'
         openai = self.path.endswith("chat/completions")
@@ -101,6 +109,46 @@ def test_a_judge_that_gives_no_mark_says_nothing_of_the_answer_and_is_asked_agai
         assert "the judge fair said 'no idea'; expected a mark from 0 to 10" in score.error
         judge.broken = False
         assert values(rewards.score([Sample("abc", "?")])) == [0.3]
+
+
+def asks(judge, tmp_path):
+    return reward_judge.judge({"url": judge.url, "model": "fair", "least": 0, "cache": str(tmp_path / "marks.sqlite")})
+
+
+def test_an_outage_of_a_judge_that_has_answered_is_waited_for(judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_judge, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(upstream, "PAUSE_SECONDS", 0.01)
+
+    async def body():
+        ask = asks(judge, tmp_path)
+        judge.down = 502
+        with pytest.raises(UpstreamFailed):  # which is perhaps at another address
+            await ask("x", "?")
+        judge.down = 0
+        assert await ask("x", "?") == 0.1
+        judge.down, before = 502, len(judge.asked)
+        waiting = asyncio.gather(*(ask("x" * length, "?") for length in range(2, 10)))
+        while len(judge.asked) < before + 8 * 2 * upstream.TRIES:
+            await asyncio.sleep(0.01)
+        judge.down = 0
+        assert await waiting == [length / 10 for length in range(2, 10)]
+        judge.down = 502
+        monkeypatch.setattr(reward_judge, "PATIENCE_SECONDS", 0.1)
+        with pytest.raises(UpstreamFailed):
+            await ask("another", "?")
+
+    asyncio.run(body())
+
+
+def test_a_judge_that_is_busy_is_waited_for_from_the_start(judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_judge, "PAUSE_SECONDS", 0.01)
+
+    async def body():
+        judge.down = 429
+        asyncio.get_running_loop().call_later(0.2, setattr, judge, "down", 0)
+        assert await asks(judge, tmp_path)("xyz", "?") == 0.3
+
+    asyncio.run(body())
 
 
 def test_an_answer_cannot_close_the_lines_that_it_stands_between():

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from ropewalk.errors import BadInput, TrainingStopped
-from ropewalk.train import reward_pool
-from ropewalk.train import rewards as rewards_module
+from ropewalk.train import outage, reward_pool
 from ropewalk.train.reward_builtins import RewardSpec, build, read_spec
 from ropewalk.train.reward_functions import Sample, form_of
 from ropewalk.train.rewards import Rewards, as_array, combine
@@ -185,11 +184,24 @@ def test_an_exception_of_a_function_is_a_zero_with_its_traceback(folder):
 
 
 def test_a_reward_that_only_fails_stops_the_run_with_its_error(folder, monkeypatch):
-    monkeypatch.setattr(rewards_module, "MOST_FAILURES", 5)
+    monkeypatch.setattr(outage, "MOST_FAILURES", 5)
     with Rewards(named(folder, "raises")) as rewards:
-        rewards.score(of("1", "x", "x", "x", "x", "2"))
+        rewards.score(of("x", "x", "x", "x"))
         with pytest.raises(TrainingStopped, match=r"(?s)'raises' failed 5 times in a row; the last time: .*int\(completion\)"):
-            rewards.score(of(*"xxxxx"))
+            rewards.score(of("x"))
+
+
+def test_a_reward_that_has_worked_may_fail_for_a_while(folder, monkeypatch):
+    monkeypatch.setattr(outage, "MOST_FAILURES", 5)
+    monkeypatch.setattr(outage, "OUTAGE_SECONDS", 0.3)
+    with Rewards(named(folder, "raises")) as rewards:
+        rewards.score(of("1", *"xxxxxxxxx"))  # all at once
+        time.sleep(0.3)
+        rewards.score(of("2", *"xxxxxxxxx"))
+        assert rewards.failures == [18]
+        time.sleep(0.3)
+        with pytest.raises(TrainingStopped, match=r"'raises' failed 10 times in a row, for \d seconds; the last time: "):
+            rewards.score(of("x"))
 
 
 def test_functions_run_outside_of_this_process_and_none_is_left_behind(folder, capfd):

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from ropewalk.errors import TrainingStopped
-from ropewalk.train import progress, rewards
+from ropewalk.train import outage, progress
 from ropewalk.train.progress import Screen
 from ropewalk.train.run_plots import plots_of
 from train.rewarded import events, fit, steps
@@ -52,7 +52,7 @@ def test_failures_and_replaced_workers_are_counted_and_told_with_their_traceback
 
 
 def test_a_reward_that_does_nothing_but_fail_for_several_steps_ends_the_run(rewarded, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "MOST_FAILURES", 20)
+    monkeypatch.setattr(outage, "MOST_FAILURES", 20)
     path = rewarded({"reward_funcs": [f"{tmp_path}/rewards.py:never"]}, max_steps=4)
     (tmp_path / "rewards.py").write_text(FAILING)
     with pytest.raises(TrainingStopped, match=r"(?s)'never' failed 20 times in a row; the last time: .*no idea of anything"):

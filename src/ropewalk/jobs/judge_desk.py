@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ropewalk.errors import BadInput, Overloaded, RopewalkError
+from ropewalk.errors import BadInput, Overloaded, RateLimited, RopewalkError
 from ropewalk.tenants.caller import Caller
 
 PLACE = "ROPEWALK_JUDGES"  # where the child reads the socket's path
@@ -87,7 +87,7 @@ class JudgeDesk:
         while True:
             try:
                 return await self._asks(self._owner, model, words, least, most)
-            except Overloaded as error:
+            except (Overloaded, RateLimited) as error:
                 if time.monotonic() + error.retry_after > late:
                     raise
                 await asyncio.sleep(error.retry_after)

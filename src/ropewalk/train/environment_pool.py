@@ -18,6 +18,7 @@ from ropewalk.errors import BadInput, ConfigError, TrainingStopped
 from ropewalk.train.environment import Failed, Limits, Step
 from ropewalk.train.environment_tools import ToolCall
 from ropewalk.train.environment_worker import EnvironmentSpec
+from ropewalk.train.outage import Outage
 from ropewalk.train.reward_builtins import SECONDS
 from ropewalk.train.reward_functions import Message
 from ropewalk.train.user_code import split_name
@@ -25,7 +26,6 @@ from ropewalk.train.worker_pool import WorkerPool
 from ropewalk.train.worker_process import Call, Work, WorkerProcess
 
 WORKER = "ropewalk.train.environment_worker"
-MOST_FAILURES = 64  # episodes in a row, until an environment is taken for broken
 
 
 def environment_of(run: Run) -> EnvironmentSpec | None:
@@ -53,18 +53,14 @@ class EnvironmentPool(WorkerPool):
         self.spec = spec
         self.tools: tuple[Tool, ...] = ()  # known once it has started
         self.failures = 0  # episodes that failed
-        self._in_a_row = 0
-        self._last_error = ""
+        self._outage = Outage(f"environment '{spec.name}'", "episodes")
         self._episodes = itertools.count()
         self._living: dict[int, dict[int, PooledEnv]] = {lane: {} for lane in range(workers)}
         super().__init__("environment", WORKER, [Work((lane,), spec, spec.name) for lane in range(workers)])
 
     def begin(self) -> PooledEnv:
         """The environment of one episode, in the process that holds fewest; raises where all that ran lately failed."""
-        if self._in_a_row >= MOST_FAILURES:
-            raise TrainingStopped(
-                f"environment '{self.spec.name}' failed in {MOST_FAILURES} episodes in a row; the last time: {self._last_error}"
-            )
+        self._outage.check()
         with self._room:
             lane = min(self._living, key=lambda one: len(self._living[one]))
             env = PooledEnv(self, lane, next(self._episodes))
@@ -91,7 +87,8 @@ class EnvironmentPool(WorkerPool):
         with self._room:
             known = self._living[env.lane].pop(env.episode, None) is not None
             held = known and env.begun and not env.lost
-            self._in_a_row = self._in_a_row if env.failed or not known else 0
+            if known and not env.failed:
+                self._outage.worked()
         if held:
             with suppress(TrainingStopped):  # then it has ended already
                 self.add([self._call(env, "close", None, Future())])
@@ -112,9 +109,10 @@ class EnvironmentPool(WorkerPool):
     def _told(self, env: PooledEnv, coming: Future[Any], said: Any) -> None:
         if isinstance(said, Failed):
             with self._room:
-                self.failures += not env.failed
-                self._in_a_row += not env.failed
-                env.failed, self._last_error = True, said.error
+                if not env.failed:
+                    self.failures += 1
+                    self._outage.failed(said.error)
+                env.failed = True
         if not coming.done():
             coming.set_result(said)
 

@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from ropewalk.config.run import Run
-from ropewalk.errors import BadInput, ConfigError, TrainingStopped
+from ropewalk.errors import BadInput, ConfigError
 from ropewalk.train.environment import Failed, Outcome
 from ropewalk.train.harness_worker import AskedRollout, HarnessSpec
+from ropewalk.train.outage import Outage
 from ropewalk.train.user_code import split_name
 from ropewalk.train.worker_pool import WorkerPool
 from ropewalk.train.worker_process import Call, Work
@@ -21,7 +22,6 @@ from ropewalk.train.worker_process import Call, Work
 WORKER = "ropewalk.train.harness_worker"
 AT_ONCE = 256  # rollouts of one process
 GRACE_SECONDS = 5.0  # beside the limit that a process keeps itself, until one that is blocked is ended
-MOST_FAILURES = 64  # rollouts in a row, until a harness is taken for broken
 
 
 def harness_of(run: Run) -> HarnessSpec | None:
@@ -42,17 +42,13 @@ class HarnessPool(WorkerPool):
     def __init__(self, spec: HarnessSpec, workers: int = 1) -> None:
         self.spec = spec
         self.failures = 0  # rollouts that failed
-        self._in_a_row = 0
-        self._last_error = ""
+        self._outage = Outage(f"harness '{spec.name}'", "rollouts")
         self._running = [0] * workers
         super().__init__("harness", WORKER, [Work((lane,), spec, spec.name, AT_ONCE) for lane in range(workers)])
 
     def run(self, row: Mapping[str, Any], url: str, key: str) -> Future[Outcome | Failed]:
         """What a rollout will have been worth; raises where all that ran lately failed."""
-        if self._in_a_row >= MOST_FAILURES:
-            raise TrainingStopped(
-                f"harness '{self.spec.name}' failed in {MOST_FAILURES} rollouts in a row; the last time: {self._last_error}"
-            )
+        self._outage.check()
         coming: Future[Outcome | Failed] = Future()
         with self._room:
             lane = min(range(len(self._running)), key=self._running.__getitem__)
@@ -77,9 +73,8 @@ class HarnessPool(WorkerPool):
             self._running[lane] -= 1
             if isinstance(said, Failed):
                 self.failures += 1
-                self._in_a_row += 1
-                self._last_error = said.error
+                self._outage.failed(said.error)
             else:
-                self._in_a_row = 0
+                self._outage.worked()
         if not coming.done():
             coming.set_result(said)

@@ -12,18 +12,21 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ropewalk.config.serving import Remote
 from ropewalk.engine.upstream import Upstream, http_client
-from ropewalk.errors import BadInput, UpstreamFailed
+from ropewalk.errors import BadInput, Overloaded, RateLimited, UpstreamFailed
 from ropewalk.home import home
 
 RUBRIC = "How good is the answer: is it right, complete, and no longer than it needs to be?"
 SILENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 60.0  # with one that is busy, or that has answered before; half of what a call may take
+PAUSE_SECONDS = 1.0  # until it is asked again, twice as long each time
 MARK_TOKENS = 200
 MOST_SAID = 1 << 20
 SERVER = "ropewalk:"  # a url: the server that runs this training as a job asks the model (jobs/judge_desk.py)
@@ -47,14 +50,17 @@ def judge(params: Mapping[str, Any]) -> Judge:
     marks = Marks(Path(params["cache"]) if "cache" in params else home() / "cache" / "rewards" / "marks.sqlite")
     asked: dict[str, asyncio.Future[float]] = {}  # two equal answers are asked for once
     upstream: list[Upstream] = []  # made in the loop that uses it
+    patience = Patience()
+
+    async def said_of(words: str) -> str:
+        if socket:
+            return await ask_server(socket, params["model"], words, least, most)
+        if not upstream:
+            upstream.append(Upstream(params["model"], remote, http_client(SILENCE_SECONDS)))
+        return await ask(upstream[0], words)
 
     async def mark_of(key: str, words: str) -> float:
-        if socket:
-            mark = _mark(params["model"], await ask_server(socket, params["model"], words, least, most), least, most)
-        else:
-            if not upstream:
-                upstream.append(Upstream(params["model"], remote, http_client(SILENCE_SECONDS)))
-            mark = await ask(upstream[0], words, least, most)
+        mark = _mark(params["model"], await patience.ask(lambda: said_of(words)), least, most)
         marks.keep(key, mark)
         return mark
 
@@ -85,8 +91,32 @@ def question(rubric: str, prompt: Any, completion: str, least: float, most: floa
     )
 
 
-async def ask(upstream: Upstream, words: str, least: float, most: float) -> float:
-    """The mark that a model gives."""
+class Patience:
+    """Asks again in an outage, which is no answer's fault; who has never answered may be another than the one that is meant."""
+
+    def __init__(self) -> None:
+        self._has_answered = False
+
+    async def ask(self, asks: Callable[[], Awaitable[str]]) -> str:
+        """What it answers; raises why it does not."""
+        late, pause = time.monotonic() + PATIENCE_SECONDS, PAUSE_SECONDS
+        while True:
+            try:
+                said = await asks()
+            except (UpstreamFailed, Overloaded, RateLimited) as error:
+                busy = isinstance(error, (Overloaded, RateLimited))
+                wait = max(pause, error.retry_after) if busy else pause
+                if not (busy or self._has_answered) or time.monotonic() + wait > late:
+                    raise
+            else:
+                self._has_answered = True
+                return said
+            await asyncio.sleep(wait)
+            pause *= 2
+
+
+async def ask(upstream: Upstream, words: str) -> str:
+    """What a model says."""
     # Messages and chat completions share these.
     body = {
         "model": upstream.remote.model,
@@ -96,11 +126,9 @@ async def ask(upstream: Upstream, words: str, least: float, most: float) -> floa
     }
     if upstream.remote.api == "anthropic":
         blocks = (await upstream.ask("messages", body)).get("content")
-        text = "".join(str(block.get("text", "")) for block in blocks or () if isinstance(block, dict))
-    else:
-        choices = (await upstream.ask("chat/completions", body)).get("choices") or [{}]
-        text = str((choices[0].get("message") or {}).get("content") or "")
-    return _mark(upstream.name, text, least, most)
+        return "".join(str(block.get("text", "")) for block in blocks or () if isinstance(block, dict))
+    choices = (await upstream.ask("chat/completions", body)).get("choices") or [{}]
+    return str((choices[0].get("message") or {}).get("content") or "")
 
 
 async def ask_server(socket: str, model: str, words: str, least: float, most: float) -> str:

@@ -81,7 +81,8 @@ def failed(spec: RewardSpec, error: BaseException, seconds: float) -> Score:
         isinstance(error, SandboxFailed) and error.reason == "killed"
     )
     if isinstance(error, TimeoutError) and seconds >= spec.seconds:
-        return Score(0.0, f"reward '{spec.name}' took longer than {spec.seconds:g} seconds", seconds)
+        late = f"reward '{spec.name}' took longer than {spec.seconds:g} seconds"
+        return Score(None if spec.kind == "judge" else 0.0, late, seconds)  # a judge's silence says nothing of an answer
     own = isinstance(error, (BadInput, UpstreamFailed, Overloaded, RateLimited))
     said = str(error) if own else f"reward '{spec.name}' raised:\n{told(error)}"
     return Score(None if blameless else 0.0, said, seconds)

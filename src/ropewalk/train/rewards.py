@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropewalk.config.run import Run
-from ropewalk.errors import BadInput, ConfigError, TrainingStopped
+from ropewalk.errors import BadInput, ConfigError
+from ropewalk.train.outage import Outage
 from ropewalk.train.reward_builtins import SECONDS, RewardSpec, read_spec
 from ropewalk.train.reward_functions import Sample, Score
 from ropewalk.train.reward_pool import RewardPool, Scores
 
 Array = NDArray[np.float64]
-MOST_FAILURES = 64  # of one reward in a row, until it is taken for broken
 
 
 def specs_of(run: Run) -> tuple[RewardSpec, ...]:
@@ -54,7 +54,7 @@ class Rewards:
         self.weights: Array = np.array([spec.weight for spec in self.specs])
         self.pool = RewardPool(self.specs, workers)
         self.failures = [0] * len(self.specs)  # of each reward, in all
-        self._in_a_row = [0] * len(self.specs)
+        self._outages = [Outage(f"reward '{spec.name}'", "times") for spec in self.specs]
 
     def __enter__(self) -> Rewards:
         self.pool.start()
@@ -71,12 +71,13 @@ class Rewards:
         """Counts failures, of scores that `pool.submit` gave too; a reward that does nothing but fail stops the run with its error."""
         for row in scores:
             for number, score in enumerate(row):
-                self.failures[number] += bool(score.error)
-                self._in_a_row[number] = self._in_a_row[number] + 1 if score.error else 0
-                if self._in_a_row[number] >= MOST_FAILURES:
-                    raise TrainingStopped(
-                        f"reward '{self.specs[number].name}' failed {MOST_FAILURES} times in a row; the last time: {score.error}"
-                    )
+                outage = self._outages[number]
+                if not score.error:
+                    outage.worked()
+                    continue
+                self.failures[number] += 1
+                outage.failed(score.error)
+                outage.check()
         return scores
 
 
