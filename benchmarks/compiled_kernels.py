@@ -1,9 +1,10 @@
-"""The Triton kernels of an expert layer compiled for GPUs that are not here: whether they compile, and what of a GPU they take.
+"""The Triton kernels of an expert layer and of rotary positions compiled for GPUs that are not here: whether they compile, and what of a GPU they take.
 
     python benchmarks/compiled_kernels.py [--sm N ...] [--quick] [--json FILE]
 
-An expert layer goes forward and backward over tensors that say they lie on a GPU; nothing is launched, and what would be is compiled down
-to machine code by the assembler that comes with Triton. Shared memory beyond the device's and registers spilled are counted.
+An expert layer goes forward and backward, and queries are turned, over tensors that say they lie on a GPU; nothing is launched, and what
+would be is compiled down to machine code by the assembler that comes with Triton. Shared memory beyond the device's and registers
+spilled are counted.
 Exits 1 if a kernel does not compile or takes more shared memory than there is; 77 without Triton.
 """
 
@@ -15,8 +16,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +31,7 @@ from measure import machine, table, write_json
 from ropewalk.kernels import expert_lora as layers
 from ropewalk.kernels.gates import ClampedGlu, Gate, Glu
 from ropewalk.kernels.quant import Int8, Nf4
+from ropewalk.kernels.rotary import Form
 
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of a block, CUDA's own tables
 
@@ -71,6 +74,13 @@ CASES = (
     Case("float32", 128, 256, 128, Glu("gelu"), dtype=torch.float32),
 )
 
+TURNS = {  # heads, D, angles of a token, type
+    "rotary, 32 heads of 128": (Form(), 32, 128, 128, torch.bfloat16),
+    "rotary, 16 heads of 256, 64 turned": (Form(), 16, 256, 64, torch.bfloat16),
+    "rotary, neighbours in float32": (Form("neighbours", wide=True), 32, 128, 128, torch.bfloat16),
+    "rotary, parted, float32": (Form("parted", "first"), 128, 64, 64, torch.float32),
+}
+
 
 class Pretend(TorchFunctionMode):
     """Tensors say that they lie on a GPU, and lie here."""
@@ -87,7 +97,7 @@ class Pretend(TorchFunctionMode):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", choices=tuple(SHARED), help="kinds of GPU (default: all, or 90 if quick)")
-    parser.add_argument("--quick", action="store_true", help="the first layer alone")
+    parser.add_argument("--quick", action="store_true", help="the first of layers and of rotary positions")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
@@ -95,10 +105,10 @@ def main() -> int:
         return 77
     rows = []
     for sm in given.sm or ((90,) if given.quick else SHARED):
-        for case in CASES[: 1 if given.quick else len(CASES)]:
-            for row in compiled(sm, case):
+        for case, work in works(given.quick).items():
+            for row in compiled(sm, case, work):
                 rows.append(row)
-                print(f"SM{sm} {case.name}: {row.kernel} {'' if row.passed else 'FAILED'} {row.note}", flush=True)
+                print(f"SM{sm} {case}: {row.kernel} {'' if row.passed else 'FAILED'} {row.note}", flush=True)
     head = ["SM", "case", "kernel", "shared", "registers", "spilled", "warps", ""]
     print(table(head, [[r.sm, r.case, r.kernel, r.shared, r.registers, r.spilled, r.warps, r.note] for r in rows]))
     failed = [asdict(row) for row in rows if not row.passed]
@@ -106,8 +116,15 @@ def main() -> int:
     return int(bool(failed))
 
 
-def compiled(sm: int, case: Case) -> Iterator[Row]:
-    """Every kernel that one layer would launch on such a GPU."""
+def works(quick: bool) -> dict[str, Callable[[], None]]:
+    """What launches kernels, by its name."""
+    few = 1 if quick else None
+    layers = {case.name: partial(layer, case) for case in CASES[:few]}
+    return layers | {name: partial(turned, *TURNS[name]) for name in list(TURNS)[:few]}
+
+
+def compiled(sm: int, case: str, work: Callable[[], None]) -> Iterator[Row]:
+    """Every kernel that it would launch on such a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -140,14 +157,14 @@ def compiled(sm: int, case: Case) -> Iterator[Row]:
         triton.runtime.driver.set_active(driver)
         note = ""
         try:
-            layer(case)
+            work()
         except Exception as error:
             note = f"{type(error).__name__}: {error}"[:400]
         for name, made in found.items():
             registers, spilled = assembled(made, sm)
-            yield Row(sm, case.name, name, made.metadata.shared, SHARED[sm], registers, spilled, made.metadata.num_warps)
+            yield Row(sm, case, name, made.metadata.shared, SHARED[sm], registers, spilled, made.metadata.num_warps)
         if note:
-            yield Row(sm, case.name, "layer", 0, SHARED[sm], None, None, 0, note)
+            yield Row(sm, case, "whole", 0, SHARED[sm], None, None, 0, note)
 
 
 def layer(case: Case) -> None:
@@ -171,6 +188,16 @@ def layer(case: Case) -> None:
         assert made is not None
         out, kept, way = made
         layers._try_fused_backward(plan, x, way, out, kept, rest, [True] * 12)
+
+
+def turned(form: Form, heads: int, size: int, angles: int, dtype: torch.dtype) -> None:
+    """Queries turned and their gradients turned back."""
+    from ropewalk.kernels.rotary_fused import turn
+
+    x = torch.randn(2, 8, heads, size, dtype=dtype).transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 8, angles, dtype=dtype)
+    for back in (False, True):
+        turn(x, cos, sin, form, 1, back=back)
 
 
 def assembled(made: Any, sm: int) -> tuple[int | None, int | None]:
