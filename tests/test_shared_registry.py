@@ -60,10 +60,11 @@ def test_what_a_server_knew_before_is_brought_along_and_commands_see_it(tmp_path
     (tmp_path / "jobs" / "house").mkdir(parents=True)
     alone.publish_base("base", tmp_path)
     alone.publish_adapter("house", tmp_path / "jobs" / "house", "base")
-    environment = {**os.environ, "ROPEWALK_HOME": str(tmp_path), "ROPEWALK_DATABASE_URL": postgres_url}
     command = [sys.executable, "-W", "error", "-m", "ropewalk", "models"]
-    for verb in (["ship", "answers", "house"], ["list"]):
-        done = subprocess.run([*command, *verb], capture_output=True, text=True, env=environment)
+    by_environment = {"ROPEWALK_HOME": str(tmp_path), "ROPEWALK_DATABASE_URL": postgres_url}
+    by_flags = ["--data", str(tmp_path), "--database-url", postgres_url]
+    for verb, more in ((["ship", "answers", "house"], by_environment), (["list", *by_flags], {})):
+        done = subprocess.run([*command, *verb], capture_output=True, text=True, env={**os.environ, **more})
         assert (done.returncode, done.stderr) == (0, "")
     assert "answers -> house" in done.stdout
     assert json.loads(alone.file.read_text())["aliases"] == {}

@@ -41,7 +41,11 @@ def json_argument(verb: argparse.ArgumentParser) -> None:
 def database_arguments(verb: argparse.ArgumentParser) -> None:
     """Where the state is: --data and --database-url."""
     verb.add_argument("--data", type=Path, help="folder of the state (default: $ROPEWALK_HOME, else ~/.ropewalk)")
-    verb.add_argument("--database-url", metavar="URL", help="postgresql+asyncpg://... (default: SQLite in the data folder)")
+    verb.add_argument(
+        "--database-url",
+        metavar="URL",
+        help="postgresql+asyncpg://... (default: $ROPEWALK_DATABASE_URL, else SQLite in the data folder)",
+    )
 
 
 def store_arguments(verb: argparse.ArgumentParser) -> None:
@@ -52,7 +56,15 @@ def store_arguments(verb: argparse.ArgumentParser) -> None:
 
 def blobs_argument(verb: argparse.ArgumentParser) -> None:
     """--blobs"""
-    verb.add_argument("--blobs", metavar="URL", help="s3://BUCKET/PREFIX, gs://... or az://... (default: the data folder)")
+    verb.add_argument(
+        "--blobs",
+        metavar="URL",
+        help="s3://BUCKET/PREFIX, gs://... or az://... (default: $ROPEWALK_BLOBS, else the data folder)",
+    )
+
+
+# What is said of commands without these arguments.
+BY_ENVIRONMENT = "files by their ids are those of $ROPEWALK_HOME, $ROPEWALK_DATABASE_URL and $ROPEWALK_BLOBS"
 
 
 def settings_of(arguments: argparse.Namespace, **more: Any) -> Settings:
@@ -63,11 +75,9 @@ def settings_of(arguments: argparse.Namespace, **more: Any) -> Settings:
     return Settings(**{name: value for name, value in given.items() if value is not None}, **more)
 
 
-def registry() -> Registry:
-    """This machine's models, or those that it shares with others."""
-    import os
-
-    from ropewalk.home import home
+def registry_of(arguments: argparse.Namespace) -> Registry:
+    """The models that the arguments mean: this machine's, or those that it shares with others."""
     from ropewalk.shared_registry import open_registry
 
-    return open_registry(home(), os.environ.get("ROPEWALK_DATABASE_URL"))
+    settings = settings_of(arguments)
+    return open_registry(settings.data, settings.database_url)

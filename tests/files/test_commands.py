@@ -127,6 +127,19 @@ def test_the_receipt_lists_the_adapters_trained_on_the_file(say: Say, notes: Pat
     assert json.loads(say("delete", id))["adapters"] == ["added", "house"]
 
 
+def test_files_and_models_are_those_of_the_folder_that_is_named(say: Say, notes: Path, tmp_path: Path) -> None:
+    elsewhere = ["--data", str(tmp_path / "elsewhere")]
+    id = say("put", notes, *elsewhere).strip()
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"datasets": [{"path": id}]}}))
+    assert main(["models", "add", "base", str(tmp_path), *elsewhere]) == 0
+    assert main(["models", "add", "house", str(adapter), "--base", "base", *elsewhere]) == 0
+    assert Registry(tmp_path / "home" / "registry").entries() == []
+    assert say("list") == ""
+    assert json.loads(say("delete", id, *elsewhere))["adapters"] == ["house"]
+
+
 def test_workspaces_do_not_see_each_other(say: Say, notes: Path) -> None:
     open_local().run(lambda store, _: create_workspace(store.database, store.vault, "second"))
     id = say("put", notes, "--workspace", "second").strip()

@@ -32,6 +32,19 @@ def test_every_verb_shows_an_example():
     assert [p.prog for p in every_parser(parser()) if not (p.epilog or "").startswith("example: ropewalk ")] == []
 
 
+# These open neither a store nor a registry.
+APART = {"merge", "base make", "models pull", "compare selftest", "config schema", "config docs", "bench moe"}
+
+
+def test_every_verb_over_a_store_says_how_it_is_found():
+    silent = set()
+    for verb in every_parser(parser()):
+        leaf = not any(isinstance(action, argparse._SubParsersAction) for action in verb._actions)
+        if leaf and "$ROPEWALK_DATABASE_URL" not in verb.format_help():
+            silent.add(verb.prog.removeprefix("ropewalk "))
+    assert silent == APART
+
+
 def test_a_command_without_a_verb_prints_help_and_exits_2(capsys):
     assert main(["models"]) == 2
     assert "pull" in capsys.readouterr().err

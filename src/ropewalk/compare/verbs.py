@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ropewalk.verbs import Verb, Verbs, add_verb, json_argument, registry, settings_of, store_arguments
+from ropewalk.verbs import Verb, Verbs, add_verb, json_argument, registry_of, settings_of, store_arguments
 
 if TYPE_CHECKING:
     from ropewalk.compare.commands import Place
@@ -189,7 +189,9 @@ def _place(arguments: argparse.Namespace) -> Place:
     from ropewalk.config.serving import Serving, read_serving
 
     given: Path | None = getattr(arguments, "models", None)
-    return Place(settings_of(arguments), registry(), read_serving(given) if given else Serving(), arguments.workspace)
+    return Place(
+        settings_of(arguments), registry_of(arguments), read_serving(given) if given else Serving(), arguments.workspace
+    )
 
 
 def _add(arguments: argparse.Namespace) -> int:

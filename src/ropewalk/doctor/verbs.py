@@ -28,7 +28,8 @@ def add_verbs(verbs: Verbs) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from ropewalk.doctor.run import doctor
 
+    settings = settings_of(arguments)
     needed = set(arguments.need)
-    needed |= {"postgres"} if (arguments.database_url or "").startswith("postgresql") else set()
-    needed |= {"buckets"} if "://" in (arguments.blobs or "") else set()
-    return doctor(settings_of(arguments), needed, test=not arguments.no_self_test, as_json=arguments.json)
+    needed |= {"postgres"} if (settings.database_url or "").startswith("postgresql") else set()
+    needed |= {"buckets"} if "://" in (settings.blobs or "") else set()
+    return doctor(settings, needed, test=not arguments.no_self_test, as_json=arguments.json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ropewalk.verbs import Verbs, add_verb, registry, settings_of, store_arguments
+from ropewalk.verbs import Verbs, add_verb, registry_of, settings_of, store_arguments
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -26,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    known = registry()
+    known = registry_of(arguments)
     known.resolve(arguments.name)  # an unknown name is told before anything is loaded
     import asyncio
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ropewalk.verbs import Verb, Verbs, add_verb, json_argument, registry, settings_of, store_arguments
+from ropewalk.verbs import Verb, Verbs, add_verb, json_argument, registry_of, settings_of, store_arguments
 
 if TYPE_CHECKING:
     from ropewalk.files.local import LocalFiles
@@ -76,7 +76,7 @@ def local_files(arguments: argparse.Namespace) -> LocalFiles:
     """The files of the workspace and store that the arguments mean."""
     from ropewalk.files.local import LocalFiles
 
-    return LocalFiles(settings_of(arguments), arguments.workspace, lambda id: registry().trained_on(id))
+    return LocalFiles(settings_of(arguments), arguments.workspace, registry_of(arguments).trained_on)
 
 
 def _put(arguments: argparse.Namespace) -> int:
@@ -143,7 +143,7 @@ def _questions(arguments: argparse.Namespace) -> int:
             raise BadInput(f"--{option} is {getattr(arguments, option)}; expected {least} or more")
     wanted = Wanted(arguments.model, arguments.each, arguments.chunk, arguments.most)
     settings, place = settings_of(arguments), arguments.workspace
-    made = asyncio.run(write_questions(settings, registry(), place, arguments.id, wanted, arguments.models))
+    made = asyncio.run(write_questions(settings, registry_of(arguments), place, arguments.id, wanted, arguments.models))
     print(json.dumps(as_dict(made)) if arguments.json else made.id)
     return 0
 

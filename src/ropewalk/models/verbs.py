@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ropewalk.verbs import Verbs, add_verb, registry
+from ropewalk.verbs import Verb, Verbs, add_verb, database_arguments, registry_of, settings_of
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -42,27 +42,16 @@ def _base(group: argparse.ArgumentParser) -> None:
 
 def _models(group: argparse.ArgumentParser) -> None:
     inner = group.add_subparsers(metavar="VERB")
-    add_verb(inner, "list", "list what is published, and what each alias points at", "ropewalk models list", _list)
-    add = add_verb(
-        inner,
-        "add",
-        "publish a base, or an adapter over a published base",
-        "ropewalk models add house runs/qwen3-30b/adapter --base qwen3",
-        _add,
-    )
+    _published(inner, "list", "list what is published, and what each alias points at", "", _list)
+    summary = "publish a base, or an adapter over a published base"
+    add = _published(inner, "add", summary, "house runs/qwen3-30b/adapter --base qwen3", _add)
     add.add_argument("name")
     add.add_argument("folder", type=Path)
     add.add_argument("--base", help="name of the base that an adapter goes over; leave out for a base")
-    ship = add_verb(inner, "ship", "point an alias at a published name", "ropewalk models ship answers house", _ship)
+    ship = _published(inner, "ship", "point an alias at a published name", "answers house", _ship)
     ship.add_argument("alias")
     ship.add_argument("name")
-    back = add_verb(
-        inner,
-        "rollback",
-        "point an alias at what it pointed at before",
-        "ropewalk models rollback answers",
-        _rollback,
-    )
+    back = _published(inner, "rollback", "point an alias at what it pointed at before", "answers", _rollback)
     back.add_argument("alias")
     pull = add_verb(
         inner,
@@ -73,6 +62,12 @@ def _models(group: argparse.ArgumentParser) -> None:
     )
     pull.add_argument("name", help="name on the hub, such as Qwen/Qwen3-30B-A3B")
     pull.add_argument("--revision", help="commit, tag or branch (default: the newest, whose commit is printed)")
+
+
+def _published(inner: Verbs, name: str, summary: str, example: str, run: Verb) -> argparse.ArgumentParser:
+    verb = add_verb(inner, name, summary, f"ropewalk models {name} {example}".rstrip(), run)
+    database_arguments(verb)
+    return verb
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -95,30 +90,33 @@ def _make(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    for entry in registry().entries():
+    known = registry_of(arguments)
+    for entry in known.entries():
         print(f"{entry.name}  {entry.kind}{f' over {entry.base}' if entry.base else ''}  {entry.path}")
-    for alias, name in registry().aliases().items():
+    for alias, name in known.aliases().items():
         print(f"{alias} -> {name}")
     return 0
 
 
 def _add(arguments: argparse.Namespace) -> int:
+    from ropewalk.files.local import LocalFiles
     from ropewalk.train.folder import lineage
 
+    known, made = registry_of(arguments), lineage(arguments.folder, LocalFiles(settings_of(arguments)))
     if arguments.base:
-        registry().publish_adapter(arguments.name, arguments.folder, arguments.base, lineage(arguments.folder))
+        known.publish_adapter(arguments.name, arguments.folder, arguments.base, made)
     else:
-        registry().publish_base(arguments.name, arguments.folder, lineage(arguments.folder))
+        known.publish_base(arguments.name, arguments.folder, made)
     return 0
 
 
 def _ship(arguments: argparse.Namespace) -> int:
-    print(f"{arguments.alias} -> {registry().ship(arguments.alias, arguments.name).name}")
+    print(f"{arguments.alias} -> {registry_of(arguments).ship(arguments.alias, arguments.name).name}")
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    print(f"{arguments.alias} -> {registry().rollback(arguments.alias).name}")
+    print(f"{arguments.alias} -> {registry_of(arguments).rollback(arguments.alias).name}")
     return 0
 
 

@@ -23,7 +23,7 @@ from ropewalk.config.run import load_run
 from ropewalk.errors import OutputError
 from ropewalk.files.catalog import File
 from ropewalk.files.local import LocalFiles, open_local
-from ropewalk.home import home
+from ropewalk.files.settings import Settings
 from ropewalk.quickstart import facts
 from ropewalk.quickstart.comparison import Compared, compare, ship_it
 from ropewalk.quickstart.comparison_page import write_comparison
@@ -33,6 +33,7 @@ from ropewalk.quickstart.question import Asking, Dialogue
 from ropewalk.quickstart.rewarded import BEGINS, Improved, improve, write_questions
 from ropewalk.quickstart.telling import progress, show, tell, tell_improved
 from ropewalk.registry import Registry
+from ropewalk.shared_registry import open_registry
 from ropewalk.train.trainer import Result, train
 
 BASE = Path(__file__).parent / "base"
@@ -85,7 +86,8 @@ def quickstart(fast: bool = False, folder: Path = Path("runs/quickstart")) -> Pa
     began, size, console = time.monotonic(), FAST if fast else FULL, Console(highlight=False)
     trained_on, held_out = facts.split()
     rows, asked = facts.questions(trained_on, len(facts.KINDS)), facts.questions(held_out, size.per_country)
-    files, registry = open_local(), Registry(home() / "registry")
+    files, settings = open_local(), Settings()
+    registry = open_registry(settings.data, settings.database_url)
 
     console.rule("1  file -> store")
     write_data(folder, [*trained_on, *held_out], rows, asked)

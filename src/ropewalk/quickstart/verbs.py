@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from ropewalk.verbs import Verbs, add_verb
+from ropewalk.verbs import BY_ENVIRONMENT, Verbs, add_verb
 
 PORT = 8700  # what `ropewalk serve` listens on by itself
 
@@ -22,7 +22,12 @@ def add_verbs(verbs: Verbs) -> None:
         "ropewalk quickstart --dir runs/quickstart",
         _quickstart,
     )
-    verb.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where everything goes (default: %(default)s)")
+    verb.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help=f"where everything goes but stored files and models (default: %(default)s); {BY_ENVIRONMENT}",
+    )
     verb.add_argument("--fast", action="store_true", help="the short form: fewer steps, fewer controls")
     verb.add_argument(
         "--serve",

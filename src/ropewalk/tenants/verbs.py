@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ropewalk.verbs import Verb, Verbs, add_verb, blobs_argument, database_arguments, json_argument, settings_of
+from ropewalk.verbs import Verb, Verbs, add_verb, blobs_argument, database_arguments, json_argument, registry_of, settings_of
 
 if TYPE_CHECKING:
     from ropewalk.tenants.commands import Place
@@ -117,11 +117,8 @@ def _delete_workspace(arguments: argparse.Namespace) -> int:
     from ropewalk.files import commands
     from ropewalk.files.verbs import local_files
     from ropewalk.jobs.closing import forgetting
-    from ropewalk.shared_registry import open_registry
 
-    settings = settings_of(arguments)
-    registry = open_registry(settings.data, settings.database_url)
-    forgetters = [forget, forgetting(registry, settings.data.expanduser())]
+    forgetters = [forget, forgetting(registry_of(arguments), settings_of(arguments).data.expanduser())]
     return commands.delete_workspace(local_files(arguments), arguments.receipts, arguments.yes, forgetters)
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from ropewalk.errors import ConfigError, NotFound, OutputError
 from ropewalk.files.generators import generators
-from ropewalk.files.local import is_id, open_local
+from ropewalk.files.local import LocalFiles, is_id
 
 # Keys that may change between a kill and the next start: none of them changes a loss.
 NEUTRAL = frozenset(
@@ -102,8 +102,8 @@ def join_folder(path: Path) -> RunFolder:
     return folder
 
 
-def lineage(result: Path) -> dict[str, str]:
-    """What an adapter or model was made by and from: its run's folder, the ids of stored files, and the models that wrote these;
+def lineage(result: Path, files: LocalFiles) -> dict[str, str]:
+    """What an adapter or model was made by and from: its run's folder, the ids of stored `files`, and the models that wrote these;
     nothing where no run made it."""
     run = result.resolve().parent
     if not (run / "run.json").is_file():
@@ -112,15 +112,15 @@ def lineage(result: Path) -> dict[str, str]:
     sources = config.get("datasets") or config.get("pretraining_dataset") or []
     ids = [source["path"] for source in sources if is_id(source["path"])]
     told = {"run": str(run)} | ({"file": " ".join(ids)} if ids else {})
-    return told | ({"data_generator": " ".join(names)} if (names := _generators(ids)) else {})
+    return told | ({"data_generator": " ".join(names)} if (names := _generators(ids, files)) else {})
 
 
-def _generators(ids: Sequence[str]) -> list[str]:
+def _generators(ids: Sequence[str], files: LocalFiles) -> list[str]:
     """The models that wrote these files, as far as they are still there."""
     found: dict[str, None] = {}
     for id in ids:
         with suppress(NotFound):
-            found |= dict.fromkeys(generators(open_local().show(id)))
+            found |= dict.fromkeys(generators(files.show(id)))
     return list(found)
 
 

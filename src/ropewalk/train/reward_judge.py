@@ -104,9 +104,9 @@ class Patience:
             try:
                 said = await asks()
             except (UpstreamFailed, Overloaded, RateLimited) as error:
-                busy = isinstance(error, (Overloaded, RateLimited))
-                wait = max(pause, error.retry_after) if busy else pause
-                if not (busy or self._has_answered) or time.monotonic() + wait > late:
+                asked = error.retry_after if isinstance(error, (Overloaded, RateLimited)) else None
+                wait = max(pause, asked or 0.0)
+                if (asked is None and not self._has_answered) or time.monotonic() + wait > late:
                     raise
             else:
                 self._has_answered = True

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ropewalk.verbs import Verbs, add_verb, json_argument
+from ropewalk.verbs import BY_ENVIRONMENT, Verbs, add_verb, json_argument
 
 if TYPE_CHECKING:
     from ropewalk.config.run import Run
@@ -60,7 +60,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _config_argument(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with Axolotl's keys")
+    verb.add_argument("config", type=Path, metavar="CONFIG", help=f"a YAML file with Axolotl's keys; {BY_ENVIRONMENT}")
     verb.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values laid over the file's, such as learning_rate=1e-4"
     )
