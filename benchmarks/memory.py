@@ -29,7 +29,9 @@ from ropewalk.models.experts import NAME, expert_modules, register_experts
 from ropewalk.models.head import output_head
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.memory import CONTEXT, Estimate
+from ropewalk.models.norms import lean_norms
 from ropewalk.models.recompute import recompute
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.streaming import Streaming, stream
 
 OFF_BY = 0.05
@@ -97,7 +99,10 @@ def made(shape: str, device: str, larger: int = 1, dtype: torch.dtype = torch.fl
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape](**sizes(shape, larger)), dtype=dtype)
     if any(True for _ in expert_modules(model)):
         model.set_experts_implementation(NAME)
-    return model, attach(model, LoraSpec(r=8), seed=0)
+    adapter = attach(model, LoraSpec(r=8), seed=0)
+    lean_norms(model)  # as in training
+    lean_rotary(model)
+    return model, adapter
 
 
 def measured(shape: str, tokens: int, way: Any, streaming: Streaming | None = None) -> tuple[int, int]:

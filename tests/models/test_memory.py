@@ -13,8 +13,10 @@ from ropewalk.models.head import output_head
 from ropewalk.models.load import load_base
 from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.memory import Estimate, Memory, estimate, free
+from ropewalk.models.norms import lean_norms
 from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import WAYS, recompute
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.streaming import Streaming, stream
 from ropewalk.models.tiny import tiny_config
 
@@ -29,7 +31,10 @@ def build(architecture: str, device: str, full: bool = False, **sizes):
         model = AutoModelForCausalLM.from_config(config)
     if any(True for _ in expert_modules(model)):
         model.set_experts_implementation(NAME)
-    return model, None if full else attach(model, LoraSpec(r=8), seed=0)
+    adapter = None if full else attach(model, LoraSpec(r=8), seed=0)
+    lean_norms(model)
+    lean_rotary(model)
+    return model, adapter
 
 
 def estimated(architecture: str, full: bool = False, **options) -> Memory:
