@@ -18,7 +18,6 @@ twin than `bound` says, beside the largest value of the twin; 77 where --device 
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import sys
 import warnings
@@ -38,19 +37,12 @@ from ropewalk.kernels.cross_entropy import linear_cross_entropy, plain_linear_cr
 from ropewalk.kernels.expert_lora import Experts, Factors, expert_lora, expert_lora_plain
 from ropewalk.kernels.gates import ClampedGlu, Glu
 from ropewalk.kernels.quant import FORMATS
-from ropewalk.models.rotary import Lean
+from rotary import DTYPES, Turned
+from rotary import FORMS as FORMS_OF_ROTARY
 
 SERVED = ("llama", "gpt_oss", "gemma2", "gemma4", "gemma3n", "llama4", "deepseek_v3", "qwen3_5_moe", "jamba", "nemotron_h")
 SMALL = ((7, 45, 16, 16), (40, 300, 64, 64), (16, 500, 72, 64))  # M, N, D, V
 RANDOM = torch.Generator().manual_seed(0)
-TURNED = {  # heads, D, and how many cosines a token has
-    ("llama", "apply_rotary_pos_emb"): (32, 128, 128),
-    ("qwen3_5_moe", "apply_rotary_pos_emb"): (16, 256, 64),
-    ("gpt_oss", "apply_rotary_pos_emb"): (64, 64, 32),
-    ("glm4", "apply_rotary_pos_emb"): (32, 128, 64),
-    ("cohere", "apply_rotary_pos_emb"): (32, 128, 128),
-    ("deepseek_v3", "apply_rotary_pos_emb_interleave"): (32, 64, 64),
-}
 LARGE = ((64, 16384, 128, 128), (2048, 16384, 128, 128), (64, 16384, 576, 512), (512, 512, 256, 256))
 
 
@@ -187,27 +179,15 @@ def head(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def rotary(device: torch.device, quick: bool) -> Iterator[Row]:
-    for (kind, name), (heads, size, angles) in TURNED.items():
-        own = getattr(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"), name)
-        lean = Lean.of(own)
-        assert lean is not None, f"{kind}: of no known form"
-        for tokens in (60,) if quick else (60, 4096):
-            q, k, *ups = (normal(2, tokens, n, size).to(device) for n in (heads, 2, heads, 2))
-            turn = normal(2, tokens, angles).to(device)
-
-            def gradients(function: Callable[..., Any], cast: torch.dtype, q: Tensor = q, k: Tensor = k) -> list[Tensor]:
-                leaves = [t.to(cast).transpose(1, 2).requires_grad_() for t in (q, k)]
-                out = function(*leaves, turn.cos().to(cast), turn.sin().to(cast))  # noqa: B023  (used before the next turn)
-                given = [t.to(cast).transpose(1, 2) for t in ups]  # noqa: B023
-                return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, given)]
-
-            truth = gradients(own, torch.float64)
-            for dtype in (torch.float32, torch.bfloat16):
-                case = f"{kind}, 2 x {tokens} tokens, {heads} heads of {size}, {str(dtype)[6:]}"
-                theirs, found = gradients(own, dtype), gradients(lean, dtype)
-                how = "same bits" if all(map(torch.equal, found, theirs)) else "other bits"
-                spent = [milliseconds(lambda f=f, d=dtype: gradients(f, d), device) for f in (own, lean)]
-                most = worst(theirs, truth)
+    for form in FORMS_OF_ROTARY:
+        for tokens in (60,) if quick else (60, 16384):
+            turned = Turned(form, tokens, device)
+            truth = turned.answers(turned.own, torch.float64)
+            for dtype in DTYPES:
+                case, both = f"{turned.name}, {str(dtype)[6:]}", (turned.own, turned.lean)
+                theirs, found = (turned.answers(f, dtype) for f in both)
+                spent = [milliseconds(lambda f=f, t=turned, d=dtype: t.answers(f, d), device) for f in both]
+                most, how = worst(theirs, truth), "same bits" if all(map(torch.equal, found, theirs)) else "other bits"
                 yield Row("rotary", case, "transformers", most, bound(dtype, device), spent[0])
                 yield Row("rotary", case, how, worst(found, truth), most, spent[1])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPTS = (
-    *("day0.py", "day0_serving.py", "moe_lora.py", "memory.py", "small_gpu.py", "loading.py", "loss_bands.py"),
+    *("day0.py", "day0_serving.py", "moe_lora.py", "memory.py", "rotary.py", "small_gpu.py", "loading.py", "loss_bands.py"),
     *("train_cpu.py", "resume.py", "crash_grpo.py"),
     *("four_skills.py", "grpo.py"),
     *("files.py", "crash_files.py", "quota_race.py", "fuzz_files.py"),

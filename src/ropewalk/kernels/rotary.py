@@ -55,20 +55,22 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor, form: Form, axis: int = 1, *, bac
     (c1, c2), (s1, s2) = (_angles(t.unsqueeze(axis), count, form) for t in (cos, sin))
     if back:
         s1, s2 = -s2, -s1
-    out = torch.empty_like(x)
-    given, made = x[..., : 2 * count], out[..., : 2 * count]
     c, s = _joined(c1, c2, near=read), _joined(s2, -s1, near=read)  # by which a place goes into itself, and into its other
+    given = x[..., : 2 * count]
     if form.wide:
         given, c, s = given.float(), c.float(), s.float()
     # Whole heads are multiplied, since short rows cost more than the numbers in them.
-    own = torch.mul(given, c, out=made if read == written and given.dtype == x.dtype else torch.empty_like(given))
+    out = torch.empty_like(x) if read == written and given.dtype == x.dtype else None
+    own = given * c if out is None else torch.mul(given, c, out=out[..., : 2 * count])
     crossed = given * s
     first, second = _pairs(own, count, read)
     to_second, to_first = _pairs(crossed, count, read)
     first.add_(to_first)
     second.add_(to_second)
-    if own is not made:
-        for y, found in zip(_pairs(made, count, written), (first, second)):
+    del crossed, to_first, to_second
+    if out is None:
+        out = torch.empty_like(x)
+        for y, found in zip(_pairs(out[..., : 2 * count], count, written), (first, second)):
             y.copy_(found)
     if 2 * count < x.shape[-1]:
         out[..., 2 * count :] = x[..., 2 * count :]
