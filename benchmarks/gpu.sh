@@ -79,7 +79,7 @@ done
 run models 300 $here/moe_lora.py --device $device ${tiny:-$quick} --models-only
 run memory 60 $here/memory.py --device $device --quick
 run loss_bands 100 $here/loss_bands.py --quick ${dry:+--steps 4 --rows "int8;experts computed again"}
-run grpo "${GRPO_SECONDS:-100}" $here/grpo.py --device $device --no-peer $quick ${dry:+--steps 2}
+run grpo "${GRPO_SECONDS:-100}" $here/grpo.py --device $device --no-peer $quick
 run serve 100 $here/serve.py --device $device $quick ${dry:+--only qwen3 --dtype float32}
 "$python" $here/gpu_results.py show "$file"
 exit $worst

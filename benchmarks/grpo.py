@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--kinds", help="which models (default: qwen3,qwen3_moe; with --quick qwen3 alone)")
     parser.add_argument("--rounds", type=int, default=None, help="turns of each (default 1)")
-    parser.add_argument("--steps", type=int, default=None, help="of each turn, an even number (default 4)")
+    parser.add_argument("--steps", type=int, default=None, help="of each turn, an even number from 4 on (default 4)")
     parser.add_argument("--no-peer", action="store_true", help="leave TRL out")
     given = parser.parse_args()
     at_start = machine("trl")
@@ -105,6 +105,8 @@ def main() -> int:
     kinds = given.kinds.split(",") if given.kinds else ["qwen3"] if given.quick else ["qwen3", "qwen3_moe"]
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
+    if given.steps is not None and (given.steps < 4 or given.steps % 2):
+        parser.error(f"--steps {given.steps}: an even number from 4 on is needed, since the first step and the last are left out")
     rounds, steps, ends = given.rounds or 1, given.steps or 4, QUICK_ENDS if given.quick and given.device == "cpu" else ENDS
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
