@@ -1,7 +1,8 @@
 """Two server processes over one PostgreSQL and one S3, each with a data folder of its own, as on two machines.
 
 The flows of files, resumable uploads, messages, batches and jobs are those of a single server: the same tests, whose requests go to the two
-in turns.
+in turns. Left out are tests of what each server has for itself (its engine's memory, its limit of requests per minute) and of what is
+refused before anything is looked up.
 """
 
 import json
@@ -16,13 +17,30 @@ import pytest
 from server.conftest import wait_until
 from server.pair import Pair, pair
 from server.test_batches import test_a_batch_is_answered_request_by_request as of_batches
+from server.test_batches import (  # noqa: F401
+    test_batches_are_paged_newest_first_and_deleted_once_they_have_ended,
+)
+from server.test_extensions import (  # noqa: F401
+    http,
+    test_a_receipt_verifies_with_the_key_that_the_server_gives,
+    test_a_users_bytes_are_shared_with_no_other_user,
+    test_details_tell_the_digest_the_tags_and_who_shares_the_bytes,
+    test_many_are_deleted_each_with_its_receipt_or_its_error,
+    test_tags_are_replaced_and_found,
+    test_usage_is_told_for_the_workspace_the_key_and_the_user,
+)
 from server.test_files import (  # noqa: F401
     shelf,
     stored,
+    test_a_client_that_goes_away_leaves_nothing,
+    test_a_cursor_is_of_no_use_elsewhere_or_changed,
+    test_a_form_cut_short_leaves_nothing,
     test_a_key_does_what_its_rights_say,
+    test_a_list_in_the_older_shape_has_its_keys_and_cursors,
     test_a_list_is_paged_by_its_cursor,
     test_a_page_stays_where_it_was_when_files_come_and_go,
     test_a_path_and_a_stream_and_a_tuple_can_be_uploaded,
+    test_a_workspace_may_keep_its_uploads_from_being_downloaded,
     test_an_expired_file_is_listed_and_cannot_be_read,
     test_an_upload_sent_again_after_no_answer_is_one_file,
     test_an_upload_to_the_last_byte_of_a_quota_fits,
@@ -35,6 +53,7 @@ from server.test_files import (  # noqa: F401
     test_users_of_a_workspace_see_their_own_files,
     test_what_is_deleted_is_gone,
     test_what_is_uploaded_comes_back,
+    test_what_the_client_has_already_is_not_sent_again,
 )
 from server.test_fine_tuning import (  # noqa: F401
     begin,
@@ -48,19 +67,34 @@ from server.test_messages import (  # noqa: F401
     question,
     sdk,
     stats,
+    test_a_pdf_in_the_request_is_read,
     test_a_stream_has_its_events_in_order_and_a_ping,
     test_a_text_is_answered,
+    test_a_tool_that_must_be_called_is_called_and_its_answer_is_taken,
     test_an_alias_is_followed_when_it_is_shipped_anew,
     test_an_unknown_model_is_not_found,
     test_another_workspace_finds_neither_the_file_nor_what_was_read,
+    test_of_a_file_beyond_the_context_the_chunks_are_shown_that_the_question_leads_to,
     test_the_same_is_streamed,
     test_the_same_text_in_the_request_gives_the_same_reply,
+    test_thinking_comes_back_only_as_it_was_signed,
+)
+from server.test_openai_files import (  # noqa: F401
+    place,
+    test_a_file_is_the_same_under_both_apis,
+    test_deletions_under_openai_leave_receipts,
+    test_files_are_listed_by_purpose_and_in_either_order_page_by_page,
 )
 from server.test_resumable import (  # noqa: F401
     test_anothers_upload_answers_like_none,
+    test_bytes_for_another_place_are_refused,
     test_bytes_of_three_requests_become_one_file,
+    test_bytes_that_come_with_the_creation_count,
+    test_bytes_with_a_wrong_checksum_do_not_count,
     test_of_two_who_send_the_same_place_one_counts,
+    test_the_sweep_leaves_an_upload_alone_and_nothing_is_left_of_a_finished_one,
     test_the_whole_length_is_reserved_until_the_file_is_there_or_the_upload_is_ended,
+    test_what_came_before_the_connection_broke_is_kept,
     tus,
 )
 
