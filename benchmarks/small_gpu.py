@@ -44,6 +44,7 @@ from ropewalk.models.lora import attach
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import Way, recompute
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.shapes import SHAPES
 from ropewalk.models.streaming import Streaming, stream
 from ropewalk.models.tiny import shrink, tiny_config
@@ -131,6 +132,7 @@ def train(
     head = output_head(model)
     adapter = attach(model, lora_spec(run, model), seed=0)
     lean_norms(model)  # as the plan takes for granted
+    lean_rotary(model)
     if set(ways) - {"keep"}:
         recompute(model, ways)
     optimizer = make_optimizer(

@@ -2,7 +2,8 @@
 
 Attention is transformers' own for everybody. So is the loss on a CPU; on a GPU, where logits of such vocabularies in float32 would not fit,
 everybody but "liger" has ours, which goes by pieces, so that what differs is the experts. Ours has besides its experts and LoRA what
-`ropewalk train` does to any model: norms that keep less, and on a CPU memory that is kept between steps.
+`ropewalk train` does to any model: norms that keep less, rotary positions in one pass, and on a CPU memory that is kept
+between steps.
 Legend: T tokens, E experts, k experts per token, H hidden, V vocabulary, r rank.
 """
 
@@ -35,6 +36,7 @@ from ropewalk.models.lora import LoraSpec, attach
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.quantized import replace, to_quantise
 from ropewalk.models.recompute import Way, recompute
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.shapes import SHAPES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -96,6 +98,7 @@ class Racer:
         if self.entrant.name == OURS:
             register_experts()
             lean_norms(self.model)
+            lean_rotary(self.model)
             if self.device == "cpu":
                 keep_freed()
             spec = LoraSpec(rank, ALPHA * rank, target_modules=ATTENTION, target_linear=False)

@@ -32,6 +32,7 @@ from ropewalk.models.lora import Adapter, LoraSpec, attach, verify_saved
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.quantized import Share
 from ropewalk.models.recompute import Way, recompute
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.rounding import Rounding, attach_rounding
 from ropewalk.models.score_head import ScoreHead, score_head, score_name
 from ropewalk.models.sharded import digests, fill, is_sharded, local, settle, shard, whole
@@ -121,6 +122,7 @@ class Pupil:
         if adapter is not None and (start := resume or config.lora_model_dir):
             adapter.load(Path(start))
         lean_norms(model)
+        lean_rotary(model)
         if device.type == "cpu":
             keep_freed()
         if set(ways) - {"keep"}:

@@ -24,6 +24,7 @@ from ropewalk.models.lora import Adapter, Coverage, attach
 from ropewalk.models.memory import Estimate, Memory, free
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.recompute import Way
+from ropewalk.models.rotary import lean_rotary
 from ropewalk.models.streaming import Part, Streaming
 from ropewalk.train.branching import may_branch
 from ropewalk.train.pupil import lora_spec, scored_by, slides_within
@@ -79,7 +80,8 @@ def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey
         adapter = attach(model, lora_spec(run, model), seed=run.seed, dtype=_factors(run, room))
         _patterns_match(run, [*adapter.linears, *(f"{n}.{p}" for n, lora in adapter.experts.items() for p in lora.scales)])
         coverage = adapter.coverage()
-    lean_norms(model)  # as they will be in training
+    lean_norms(model)  # as it will be in training
+    lean_rotary(model)
     memory, ways, streaming = _memory(model, adapter, run, room, beside or 0)
     return Survey(
         config=config,
