@@ -22,7 +22,7 @@ from ropewalk.jobs.ledger import OPEN, Ledger, Limits
 from ropewalk.jobs.recipe import Asked
 from ropewalk.jobs.runner import JobRunner, Options
 from ropewalk.jobs.tables import job_errors, jobs
-from ropewalk.registry import Registry
+from ropewalk.shared_registry import open_registry
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.quotas import usage
 from ropewalk.tenants.tables import audit
@@ -40,7 +40,7 @@ class Yard:
 
     def __init__(self, store, data):
         self.store, self.data = store, data
-        self.registry = Registry(data / "registry")
+        self.registry = open_registry(data, store.settings.database_url)
         store.adapters_of = self.registry.trained_on
 
     def ledger(self, lease=20.0, **limits):
@@ -84,14 +84,15 @@ class Yard:
 
 
 @asynccontextmanager
-async def yard(data, url=None):
-    store = await Store.open(Settings(data=data, database_url=url))
+async def yard(data, **place):
+    store = await Store.open(Settings(data=data, **place))
+    found = Yard(store, data)
     try:
-        found = Yard(store, data)
-        (data / "base").mkdir()
+        (data / "base").mkdir(parents=True)
         found.registry.publish_base("base", data / "base")
         yield found, await store.local_caller()
     finally:
+        found.registry.close()
         await store.close()
 
 
@@ -105,9 +106,12 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_ROOT_KEY_FILE", str(tmp_path / "root.key"))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request):
-    return None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+@pytest.fixture(params=["here", "elsewhere"])
+def place(request):
+    """SQLite and a folder; PostgreSQL and a bucket."""
+    if request.param == "here":
+        return {}
+    return {"database_url": request.getfixturevalue("postgres_url"), "blobs": request.getfixturevalue("bucket_url")}
 
 
 def whole(steps):
@@ -151,9 +155,9 @@ def test_a_job_becomes_a_model_and_leaves_nothing_of_its_file_in_the_clear(tmp_p
     asyncio.run(body())
 
 
-def test_of_two_servers_one_runs_a_job_and_a_crash_of_it_loses_none(tmp_path, url):
+def test_of_two_servers_one_runs_a_job_and_a_crash_of_it_loses_none(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data", url) as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             file = await here.put(me)
             first, second = here.ledger(lease=1.0, running=9), here.ledger(lease=1.0, running=9)
             asked = [await here.ask(me, first, file, steps=30) for _ in range(2)]
@@ -262,9 +266,9 @@ def test_a_failed_job_is_resumed_from_its_checkpoint_as_long_as_it_is_kept(tmp_p
     asyncio.run(body())
 
 
-def test_a_server_that_stops_gives_its_job_back_and_the_next_goes_on(tmp_path):
+def test_a_server_that_stops_gives_its_job_back_and_the_next_goes_on(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data") as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger()
             async with here.running(ledger):
                 job = await here.ask(me, ledger, await here.put(me), steps=60)
@@ -278,9 +282,9 @@ def test_a_server_that_stops_gives_its_job_back_and_the_next_goes_on(tmp_path):
     asyncio.run(body())
 
 
-def test_a_job_is_paused_resumed_and_cancelled(tmp_path):
+def test_a_job_is_paused_resumed_and_cancelled(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data") as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger()
             async with here.running(ledger) as runner:
                 job = await here.ask(me, ledger, await here.put(me), steps=500)
@@ -342,9 +346,9 @@ def test_the_device_time_of_a_silent_run_is_written_down_while_it_lasts(tmp_path
     asyncio.run(body())
 
 
-def test_a_job_ends_with_the_file_that_it_learns_from(tmp_path):
+def test_a_job_ends_with_the_file_that_it_learns_from(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data") as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger(running=1)
             file, other = await here.put(me), await here.put(me, ROW)
             async with here.running(ledger) as runner:
@@ -363,9 +367,9 @@ def test_a_job_ends_with_the_file_that_it_learns_from(tmp_path):
     asyncio.run(body())
 
 
-def test_why_a_job_failed_is_sealed_and_dies_with_the_file_it_quotes(tmp_path, url):
+def test_why_a_job_failed_is_sealed_and_dies_with_the_file_it_quotes(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data", url) as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger()
             file = await here.put(me, {"do": "fail"})
             async with here.running(ledger):
@@ -382,9 +386,9 @@ def test_why_a_job_failed_is_sealed_and_dies_with_the_file_it_quotes(tmp_path, u
     asyncio.run(body())
 
 
-def test_a_workspace_has_its_limits_and_no_other_waits_for_it(tmp_path, url):
+def test_a_workspace_has_its_limits_and_no_other_waits_for_it(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data", url) as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger(running=1, queued=3, file_bytes=1000)
             made = await create_workspace(here.store.database, here.store.vault, "other")
             other = Caller(made.organization_id, made.id, None)
@@ -426,9 +430,9 @@ def test_a_workspace_has_its_limits_and_no_other_waits_for_it(tmp_path, url):
     asyncio.run(body())
 
 
-def test_what_was_to_stop_when_its_server_died_stops_with_the_next(tmp_path):
+def test_what_was_to_stop_when_its_server_died_stops_with_the_next(tmp_path, place):
     async def body():
-        async with yard(tmp_path / "data") as (here, me):
+        async with yard(tmp_path / "data", **place) as (here, me):
             ledger = here.ledger()
             held = [await here.ask(me, ledger, await here.put(me)) for _ in range(2)]
             async with here.store.database.writing() as connection:

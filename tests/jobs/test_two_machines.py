@@ -15,7 +15,6 @@ from ropewalk.files.settings import Settings
 from ropewalk.files.store import Store
 from ropewalk.jobs.archive import JobArchive
 from ropewalk.jobs.closing import forgetting
-from ropewalk.shared_registry import open_registry
 from ropewalk.tenants import quotas
 from ropewalk.tenants.caller import Caller
 from ropewalk.tenants.workspaces import create_workspace
@@ -30,7 +29,6 @@ def looking(monkeypatch):
 async def machine(data, url, bucket):
     store = await Store.open(Settings(data=data, database_url=url, blobs=bucket))
     found = Yard(store, data)
-    found.registry = open_registry(data, url)
     try:
         yield found
     finally:
