@@ -131,16 +131,16 @@ def test_bytes_kept_are_what_is_promised():
 @pytest.mark.parametrize("made", FORMATS.values())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_through_the_dequantised_weight(made, dtype):
-    bias = torch.randn(7).to(dtype)
+    bias = torch.nn.Parameter(torch.randn(7).to(dtype))
     layer = QuantLinear(made.of(weight(7, 13, dtype=dtype)), bias)
+    layer.bias = bias
     x = torch.randn(2, 5, 13).to(dtype).requires_grad_()
     y = layer(x)
     plain = torch.nn.functional.linear(x, layer.weight.dequantize(dtype), bias)
     torch.testing.assert_close(y, plain)
     upstream = torch.randn_like(y)
-    (got,) = torch.autograd.grad(y, x, upstream)
-    (expected,) = torch.autograd.grad(plain, x, upstream)
-    torch.testing.assert_close(got, expected)
+    for got, expected in zip(torch.autograd.grad(y, (x, bias), upstream), torch.autograd.grad(plain, (x, bias), upstream)):
+        torch.testing.assert_close(got, expected)
 
 
 def test_nothing_of_the_weights_size_is_kept_for_backward():

@@ -262,8 +262,13 @@ class _MatmulQuantised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return upstream @ ctx.weight.dequantize(upstream.dtype), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        for_x, _, for_bias = ctx.needs_input_grad
+        return (
+            upstream @ ctx.weight.dequantize(upstream.dtype) if for_x else None,
+            None,
+            upstream.reshape(-1, upstream.shape[-1]).sum(0) if for_bias else None,
+        )
 
 
 def _experts_of(shape: torch.Size) -> int:

@@ -258,23 +258,33 @@ def _verify_alive(adapter: Adapter, folder: Path) -> None:
 
 
 def _through_peft(adapter: Adapter, folder: Path, probe_ids: Tensor) -> Tensor:
-    """Logits through PEFT. Where its conversion of old checkpoints loses keys of this architecture, they are given to it by name and it is told."""
+    peft, lost = through_peft(adapter.model, folder)
+    if lost:
+        adapter.notes = (*adapter.notes, _RENAMED)
+    try:
+        return peft(input_ids=probe_ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+    finally:
+        peft.unload()
+
+
+def through_peft(model: Any, folder: Path) -> tuple[Any, bool]:
+    """The folder over a base as PEFT reads it, and whether it lost keys.
+
+    Where PEFT's conversion of old checkpoints loses keys of this architecture, they are given to it by name.
+    """
     from peft import PeftModel  # slow to import, and needed only here
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(adapter.model, str(folder))
-    try:
-        if any("missing adapter keys" in str(w.message) for w in caught):
-            theirs = dict(peft.named_parameters())
-            for key, tensor in load_file(folder / WEIGHTS).items():
-                layer, _, leaf = key.rpartition(".lora_")
-                if layer:
-                    theirs[f"{layer}.lora_{leaf.replace('.weight', '')}.default.weight"].copy_(tensor)
-            adapter.notes = (*adapter.notes, _RENAMED)
-        return peft(input_ids=probe_ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
-    finally:
-        peft.unload()
+        peft = PeftModel.from_pretrained(model, str(folder))
+    lost = any("missing adapter keys" in str(w.message) for w in caught)
+    if lost:
+        theirs = dict(peft.named_parameters())
+        for key, tensor in load_file(folder / WEIGHTS).items():
+            layer, _, leaf = key.rpartition(".lora_")
+            if layer:
+                theirs[f"{layer}.lora_{leaf.replace('.weight', '')}.default.weight"].data.copy_(tensor)
+    return peft, lost
 
 
 def _is_packed(adapter: Adapter) -> bool:

@@ -7,6 +7,7 @@ The same weights, factors and routing go through both; the loss and the gradient
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,21 +54,21 @@ def _compare(architecture: str, kind: Any, dtype: torch.dtype) -> Compared:
     torch.manual_seed(0)
     model = build(kind).to(dtype)
     adapter = attach(model, LoraSpec(r=4, alpha=8), seed=0, dtype=dtype)
-    _stir(model, adapter)
+    stir((*model.parameters(), *adapter.parameters()))
     layers = list(expert_modules(model))
-    hooks = [module.register_forward_pre_hook(_crowd, with_kwargs=True) for _, module in layers]
+    hooks = [module.register_forward_pre_hook(crowd, with_kwargs=True) for _, module in layers]
     ids = torch.randint(FIRST_FREE_ID, VOCABULARY, TOKENS)
     tensors = {**{n: p for n, p in model.named_parameters() if "ropewalk_lora" not in n}, **adapter.named_parameters()}
     for tensor in tensors.values():
         tensor.requires_grad_(True)
     torch.manual_seed(1)  # some models draw noise in their forward
-    our_loss, ours = _gradients(tensors, model(input_ids=ids, use_cache=False))
+    our_loss, ours = gradients(tensors, model(input_ids=ids, use_cache=False))
     adapter.detach()
     torch.manual_seed(1)
-    true_loss, truth = _gradients(tensors, _with_delta(model, adapter, ids))
+    true_loss, truth = gradients(tensors, with_delta(model, adapter, ids))
     for hook in hooks:
         hook.remove()
-    error, where = _worst(ours, truth)
+    error, where = worst(ours, truth)
     loss = abs(our_loss - true_loss) / abs(true_loss)
     factors = sum(1 for name in truth if ".lora_" in name)
     text = bool(text_part(model))
@@ -81,14 +82,14 @@ def build(kind: Any) -> Any:
 
 
 @torch.no_grad()
-def _stir(model: nn.Module, adapter: Adapter) -> None:
+def stir(parameters: Iterable[Tensor]) -> None:
     """Nothing may be constant: zero routers would tie, zero biases and zero factors would hide what is missing."""
-    for parameter in (*model.parameters(), *adapter.parameters()):
+    for parameter in parameters:
         if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def _crowd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def crowd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Expert 0 gets every token and the last one none; the routing weights stay what they are."""
     experts = module.down_proj.shape[0]
     names = list(kwargs)
@@ -100,7 +101,7 @@ def _crowd(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return args, {**kwargs, names[1 - len(args)]: ids}
 
 
-def _with_delta(model: nn.Module, adapter: Adapter, ids: Tensor) -> Any:
+def with_delta(model: nn.Module, adapter: Adapter, ids: Tensor) -> Any:
     """The base's own forward with W + s B A in the place of every adapted W."""
     weights: dict[str, Tensor] = {}
     for name, lora in adapter.linears.items():
@@ -113,11 +114,13 @@ def _with_delta(model: nn.Module, adapter: Adapter, ids: Tensor) -> Any:
             delta = scale * (b @ a)
             delta = delta.transpose(1, 2) if module.is_transposed else delta
             weights[f"{name}.{projection}"] = getattr(module, projection) + delta
+    for name, parameters in adapter.trained.items():
+        weights |= {f"{name}.{key}": parameter for key, parameter in parameters.items()}
     # tied weights stay apart: an adapter acts where it was attached, not in another layer that shares the weight
     return torch.func.functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}, tie_weights=False)
 
 
-def _gradients(tensors: dict[str, Any], output: Any) -> tuple[float, dict[str, Tensor]]:
+def gradients(tensors: dict[str, Any], output: Any) -> tuple[float, dict[str, Tensor]]:
     """The cross entropy of arbitrary targets, and its gradient of every tensor that it reaches."""
     logits = (output.logits if "logits" in output else output[0]).flatten(0, -2)
     targets = torch.arange(logits.shape[0]) * 7919 % logits.shape[1]
@@ -126,7 +129,7 @@ def _gradients(tensors: dict[str, Any], output: Any) -> tuple[float, dict[str, T
     return loss.item(), {name: g for name, g in zip(tensors, found) if g is not None}
 
 
-def _worst(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
+def worst(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
     """|ours - truth| / |truth| of the worst tensor; against 1e-5 of the largest gradient where a tensor's own is next to nothing."""
     missing = sorted(ours.keys() ^ truth.keys())
     if missing:

@@ -6,6 +6,7 @@ for each architecture; those steps only cut, stack and turn, so a difference of 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,18 @@ class Layout:
         self.folder, self.model = folder, model
         self.outward = {here: there for there, here in prefixes.items()}
         self.names = set(tensor_names(folder))
+        self.owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.owners[id(parameter)].append(name)
 
     def group(self, parameter: str) -> list[str]:
         """The parameters that lie in the same tensors on disk as this one: usually itself alone."""
+        owners = self.owners[id(self.model.get_parameter(parameter))]
+        if len(owners) > 1 and not self._is_embedding(parameter):
+            raise SharedWeight(
+                f"{self.folder}: '{owners[0]}' and '{owners[1]}' are one tensor, and a merge would change both; serve it as an "
+                "adapter instead"
+            )
         if self.on_disk({parameter: self._empty(parameter)}) is not None:
             return [parameter]
         block = parameter.rpartition(".")[0]
@@ -66,7 +76,14 @@ class Layout:
     def _empty(self, parameter: str) -> Tensor:
         return torch.empty(self.model.get_parameter(parameter).shape, device="meta")
 
+    def _is_embedding(self, parameter: str) -> bool:
+        return self.model.get_parameter(parameter) is self.model.get_input_embeddings().weight
+
     def _tied(self, parameter: str) -> str:
-        if self.model.get_parameter(parameter) is self.model.get_input_embeddings().weight:
+        if self._is_embedding(parameter):
             return ": it shares the embedding's, and a merge would change both; serve it as an adapter instead"
         return ""
+
+
+class SharedWeight(ModelError):
+    """The adapter changes one of two layers that are one tensor on disk."""

@@ -21,6 +21,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -132,12 +134,32 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, whole: bool = 
         raise ModelError(f"{folder}: {_first_line(error)}") from error
     text = config.get_text_config()
     if not whole and text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if text.tie_word_embeddings != config.tie_word_embeddings:
-            text.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides in a multimodal checkpoint
+        tied = getattr(config, "tie_word_embeddings", None)
+        if tied is not None and getattr(text, "tie_word_embeddings", None) != tied:
+            text.tie_word_embeddings = tied  # the outer one decides in a multimodal checkpoint
         if text.dtype is None:
             text.dtype = config.dtype
+        _convert_as(config, text)
         return text
     return config
+
+
+def _convert_as(whole: PretrainedConfig, text: PretrainedConfig) -> None:
+    """Where transformers knows how a multimodal checkpoint keeps its layers, but not that its text part is read from the same, tell it so."""
+    known = get_checkpoint_conversion_mapping(whole.model_type) or []
+    cut = any(not isinstance(step, WeightRenaming) for step in known)  # names alone, text_prefixes sees to
+    if cut and get_checkpoint_conversion_mapping(text.model_type) is None:
+        inside = [step for step in known if not any(pattern.startswith("^") for pattern in step.source_patterns)]
+        register_checkpoint_conversion_mapping(text.model_type, [_within_text(step) for step in inside])
+
+
+def _within_text(step: Any) -> Any:
+    """A step to a name in the whole model, as a step to that in its text part."""
+    part = "model.language_model."
+    if not isinstance(step, WeightRenaming) or not any(pattern.startswith(part) for pattern in step.target_patterns):
+        return step
+    targets = [pattern.replace(part, "model.", 1) for pattern in step.target_patterns]
+    return WeightRenaming(source_patterns=list(step.source_patterns), target_patterns=targets)
 
 
 def override(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
@@ -215,7 +237,8 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def _model_class(config: PretrainedConfig) -> type | None:
-    found: Any = auto_class(config)._model_mapping.get(type(config), None)
+    makers: tuple[Any, ...] = (auto_class(config), AutoModelForTokenClassification)  # some only score tokens
+    found: Any = next((maker._model_mapping[type(config)] for maker in makers if type(config) in maker._model_mapping), None)
     chosen: type | None = found[0] if isinstance(found, tuple) else found
     return chosen
 

@@ -7,6 +7,7 @@ result is compared with base and adapter through PEFT before it gets its name.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import warnings
@@ -16,13 +17,14 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ropewalk.errors import ModelError, OutputError, VerificationFailed
+from ropewalk.models.adapter_folder import CONFIG, through_peft
 from ropewalk.models.changes import Changes, UnknownParameter
 from ropewalk.models.folder import check_folder, read_header
 from ropewalk.models.layout import Layout
-from ropewalk.models.load import auto_class, load_base, load_config, text_prefixes
+from ropewalk.models.load import Scored, auto_class, load_base, load_config, text_prefixes
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -46,7 +48,7 @@ def merge(base: Path, adapter: Path, out: Path, *, verify: bool = True) -> float
         for path in {path for pattern in BESIDES for path in base.glob(pattern)}:
             if path.is_file():
                 shutil.copy2(path, temporary / path.name)
-        difference = _verify(base, adapter, temporary, plan.whole) if verify else 0.0
+        difference = _verify(base, adapter, temporary, plan) if verify else 0.0
         temporary.rename(out)
         return difference
     except OSError as error:
@@ -64,6 +66,7 @@ class _Plan:
     groups: dict[str, tuple[str, ...]]  # tensor on disk -> the parameters that lie in it
     waiting: set[str]
     whole: bool  # the adapter is for all of a multimodal model, not for its text part
+    scored: Scored | None  # the base scores instead of writing
     pieces: dict[str, Tensor]
 
     def new_value(self, name: str, old: Tensor) -> Tensor:
@@ -97,8 +100,9 @@ class _Plan:
 def _plan(base: Path, adapter: Path) -> _Plan:
     """Resolve the adapter against the text part, or else against the whole of a multimodal model; nothing is read yet."""
     text, whole = load_config(base), AutoConfig.from_pretrained(base)
+    scored = _scored(adapter, text)
     try:
-        model = _skeleton(text)
+        model = _skeleton(text, scored)
         changes = Changes(adapter, model)
         prefixes, is_whole = text_prefixes(base, text), False
     except UnknownParameter:
@@ -112,13 +116,21 @@ def _plan(base: Path, adapter: Path) -> _Plan:
         group = tuple(layout.group(parameter))
         names = layout.on_disk({name: torch.empty(model.get_parameter(name).shape, device="meta") for name in group})
         groups |= dict.fromkeys(names or (), group)
-    return _Plan(changes, layout, groups, set(groups), is_whole, {})
+    return _Plan(changes, layout, groups, set(groups), is_whole, scored, {})
 
 
-def _skeleton(config: Any) -> PreTrainedModel:
+def _scored(adapter: Path, config: PretrainedConfig) -> Scored | None:
+    """What an adapter's base gives instead of text, if its folder says so."""
+    path = adapter / CONFIG
+    task = json.loads(path.read_text()).get("task_type") if path.is_file() else None
+    return Scored(task == "TOKEN_CLS", config.num_labels) if task in ("SEQ_CLS", "TOKEN_CLS") else None
+
+
+def _skeleton(config: PretrainedConfig, scored: Scored | None = None) -> PreTrainedModel:
+    maker = scored.maker(config) if scored else auto_class(config)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = auto_class(config).from_config(config)
+        model: PreTrainedModel = maker.from_config(config)
     return model
 
 
@@ -168,19 +180,17 @@ def _copy(reading: BinaryIO, writing: BinaryIO, count: int) -> None:
 
 
 @torch.no_grad()
-def _verify(base: Path, adapter: Path, merged: Path, whole: bool) -> float:
+def _verify(base: Path, adapter: Path, merged: Path, plan: _Plan) -> float:
     """Compare logits with those of base and adapter through PEFT, one model in memory at a time -> |difference| / |logits|."""
-    from peft import PeftModel  # slow to import, and needed only here
-
-    model = _load(base, whole)
+    model = _load(base, plan)
     ids = (torch.arange(16).unsqueeze(0) * 7919 + 3) % model.get_input_embeddings().weight.shape[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=ids, use_cache=False).logits.float()
+        wanted = through_peft(model, adapter)[0].eval()(input_ids=ids, use_cache=False).logits.float()
     dtype = model.dtype
     del model
     gc.collect()
-    found = _load(merged, whole)(input_ids=ids, use_cache=False).logits.float()
+    found = _load(merged, plan)(input_ids=ids, use_cache=False).logits.float()
     difference = float((found - wanted).norm() / wanted.norm())
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_16):
         raise VerificationFailed(
@@ -190,8 +200,8 @@ def _verify(base: Path, adapter: Path, merged: Path, whole: bool) -> float:
     return difference
 
 
-def _load(folder: Path, whole: bool) -> PreTrainedModel:
-    if whole:
+def _load(folder: Path, plan: _Plan) -> PreTrainedModel:
+    if plan.whole:
         model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, use_safetensors=True)
         return model.eval()
-    return load_base(folder, device="cpu", experts_implementation="eager")
+    return load_base(folder, device="cpu", experts_implementation="eager", scored=plan.scored)

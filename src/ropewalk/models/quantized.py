@@ -66,6 +66,7 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **unused: Any) -> bool:
         if not hasattr(self, "names"):
             self.names = set(to_quantise(model))
+            self.names |= {other for name in self.names for other in _tied_to(model, name)}
         return param_name in self.names
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -105,9 +106,11 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
             if self.share is not None:
                 for part, codes in list(made.named_buffers(recurse=False)):
                     setattr(made, part, self.share.of(codes))
-            replace(model, name, made)
-            if missing_keys is not None:
-                missing_keys.discard(name)
+            for each in (name, *_tied_to(model, name)):
+                replace(model, each, made)
+                if missing_keys is not None:
+                    missing_keys.discard(each)
+                model.all_tied_weights_keys.pop(each, None)  # transformers ties parameters only
         return plain
 
 
@@ -154,6 +157,13 @@ def replace(model: nn.Module, name: str, quantised: Any, linear: type[QuantLinea
         module.add_module(leaf, quantised)
     for filled in (module, quantised):
         filled._is_hf_initialized = True  # or transformers would fill them with random numbers at the end of loading
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
+    """The other names of a parameter, as those of an encoder that shares all its decoder's layers."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    source = tied.get(name, name)
+    return [other for other in (source, *(target for target, its in tied.items() if its == source)) if other != name]
 
 
 def _is_mamba(modules: dict[str, nn.Module], name: str) -> bool:

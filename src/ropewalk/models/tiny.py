@@ -24,6 +24,7 @@ FIRST_FREE_ID = 64  # ids below are special tokens of some configuration
 _SIZES: dict[str, int] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "decoder_dim", "moe_hidden_size", "thinker_hidden_size"), 64),
+    **dict.fromkeys(("text_hidden_size", "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 64),
     **dict.fromkeys(
         ("out_hidden_size", "output_dim", "projector_hidden_size", "ple_embed_dim", "projection_intermediate_size"), 64
     ),
@@ -53,7 +54,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 8),
     "n_groups": 2,
     # layers
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "depth", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers", "accept_hidden_layer"), 1),
     **dict.fromkeys(("attn_layer_period", "expert_layer_period", "layer_group_size", "sliding_window_pattern"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "moe_layer_start_index", "moe_layer_end_index"), 1),
