@@ -136,7 +136,7 @@ def page(results: dict[str, Compared], held: dict[str, Held], failed: dict[str, 
             "## In 4 bits, from a checkpoint and back into one",
             "",
             f"Each tiny model is saved in files of at most {FILE}, as transformers writes that architecture for the hub, with the names and the",
-            f"cutting of experts that it has there; of those that also see, all of it is saved ({text_of} of them load as their text part). Its weights",
+            f"cutting of experts that it has there; of those that also see, all of it is saved ({text_of} of them are loaded as their text part). Its weights",
             "are laid on the grid of NF4 before, so that the model as it was built, the base in 4 bits and the merged checkpoint stand for the same numbers,",
             "and whatever differs is wrong. No width had to be a multiple of the block of 64: a tensor's last block is filled up. Then:",
             "",
@@ -144,6 +144,7 @@ def page(results: dict[str, Compared], held: dict[str, Held], failed: dict[str, 
             "  their norm. All linear layers and stacks of experts of the part that reads text are in 4 bits (the column *in 4 bits* counts them).",
             f"- LoRA as above: the loss and every gradient, those of the input embeddings and all factors among them, are within {TOLERANCE:g} of",
             f"  those over the dequantised weights with W + s B A written out, in float32 for {in_single} of {len(held)} and in float64 for the others.",
+            "  Layers that only choose what is attended to (indexers) are in 4 bits and get no gradient, here as there.",
             "- The adapter is saved and merged file by file; the logits of the merged checkpoint are those of base and adapter through PEFT (`ropewalk",
             f"  merge` compares them itself) and those of the adapted base in 4 bits, within {LOGITS:g} of their norm (the column *merged*). Merged once",
             "  more into the checkpoint in bfloat16, every number is the sum rounded once.",
@@ -163,10 +164,7 @@ def page(results: dict[str, Compared], held: dict[str, Held], failed: dict[str, 
 
 
 def _unmerged(held: dict[str, Held]) -> str:
-    said = [
-        f"{name} is trained and served in 4 bits but cannot be merged: {r.unmerged}." for name, r in held.items() if r.unmerged
-    ]
-    return " ".join(said)
+    return " ".join(f"{name} cannot be: {r.unmerged}." for name, r in held.items() if r.unmerged)
 
 
 WHY = {
@@ -184,7 +182,7 @@ def _left(held: dict[str, Held]) -> list[str]:
     named = [f"- {kind} ({counts[kind]}): {why}" for kind, why in WHY.items() if counts[kind]]
     others = {name: sorted(set(r.left) - set(WHY)) for name, r in held.items()}
     told = "; ".join(f"{name}: {', '.join(f'`{kind}`' for kind in kinds)}" for name, kinds in others.items() if kinds)
-    return [*named, f"- parameters that are no linear layer and no stack of routed experts, each of one model: {told}"]
+    return [*named, f"- what is neither a plain linear layer nor a stack of routed experts: {told}"]
 
 
 if __name__ == "__main__":
