@@ -106,7 +106,9 @@ def main() -> int:
     if unknown := set(kinds) - set(shapes):
         parser.error(f"unknown models {sorted(unknown)}; there are {sorted(shapes)}")
     if given.steps is not None and (given.steps < 4 or given.steps % 2):
-        parser.error(f"--steps {given.steps}: an even number from 4 on is needed, since the first step and the last are left out")
+        parser.error(
+            f"--steps {given.steps}: an even number from 4 on is needed, since the first step and the last are left out"
+        )
     rounds, steps, ends = given.rounds or 1, given.steps or 4, QUICK_ENDS if given.quick and given.device == "cpu" else ENDS
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
