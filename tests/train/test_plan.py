@@ -112,6 +112,16 @@ def test_a_value_that_the_model_does_not_have_is_an_error(base: Path, rows: Path
         check(run_of(base, rows, "model_config: {output_router_logit: true}\n"), offline=True)
 
 
+def test_a_base_in_bits_that_cannot_be_read_back_is_an_error(base: Path, rows: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "awq")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "awq" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
+    with pytest.raises(ModelError, match="stored as awq, which cannot be read back"):
+        check(run_of(tmp_path / "awq", rows), offline=True)
+
+
 def test_offline_nothing_is_fetched_and_what_is_missing_is_named(rows: Path) -> None:
     plan = check(run_of("nobody/nothing-here", "nobody/no-such-set"), offline=True)
     assert plan.unchecked == {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from ropewalk.models.experts import NAME, register_experts
 from ropewalk.models.folder import check_folder, read_config, tensor_names
 from ropewalk.models.hub import resolve_base
 from ropewalk.models.quantized import Share, quantization
+from ropewalk.models.stored import reader
 from ropewalk.models.targets import SCORES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OTHER_SENSES = re.compile(r"vision|visual|audio|image|talker|speech")
+ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own
 FLASH_MAX_HEAD = 256  # the widest head that flash attention 2 computes
 
 
@@ -110,8 +113,9 @@ def load_base(
             )
         if options.get("experts_implementation", NAME) != NAME:
             raise ConfigError(f"experts quantised to {quantize} are computed by experts_implementation '{NAME}' only")
-    if quantize is not None or share is not None:
-        options["quantization_config"] = quantization(quantize, str(place) if on_host else None, share)
+    stored = reader(folder, config)
+    if quantize is not None or share is not None or stored is not None:
+        options["quantization_config"] = quantization(quantize, str(place) if on_host else None, share, stored)
     with quiet():
         maker = AutoModelForImageTextToText if whole else scored.maker(config) if scored else auto_class(config)
         model, found = (_from_config(maker, options), {}) if random_weights else _from_pretrained(maker, folder, options)
@@ -271,7 +275,8 @@ def _from_config(maker: Any, options: dict[str, Any]) -> PreTrainedModel:
 
 def _from_pretrained(maker: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        model, found = maker.from_pretrained(folder, **options)
+        with _in_turn() if "quantization_config" in options else nullcontext():
+            model, found = maker.from_pretrained(folder, **options)
     except ImportError as error:
         raise ModelError(f"{folder} needs a package that is not installed: {_first_line(error)}") from error
     except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -282,6 +287,20 @@ def _from_pretrained(maker: Any, folder: Path, options: dict[str, Any]) -> tuple
         check_folder(folder)  # a file that was cut while we read it is named before anything else
         raise ModelError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     return model, found
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """Each tensor is read when it is wanted: threads would bring all of a checkpoint in few bits before the first is held as it will be."""
+    before = os.environ.get(ASYNC_OFF)
+    os.environ[ASYNC_OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ASYNC_OFF]
+        else:
+            os.environ[ASYNC_OFF] = before
 
 
 def _check_complete(folder: Path, found: dict[str, Any], *, new: bool = False) -> None:

@@ -10,7 +10,10 @@ import gc
 import json
 import os
 import shutil
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +25,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ropewalk.errors import ModelError, OutputError, VerificationFailed
 from ropewalk.models.adapter_folder import CONFIG, through_peft
 from ropewalk.models.changes import Changes, UnknownParameter
-from ropewalk.models.folder import check_folder, read_header
+from ropewalk.models.folder import INDEX, check_folder, read_header
 from ropewalk.models.layout import Layout
-from ropewalk.models.load import Scored, auto_class, load_base, load_config, text_prefixes
+from ropewalk.models.load import Scored, auto_class, load_base, load_config, quiet, text_prefixes
+from ropewalk.models.stored import stored_as
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -37,6 +41,9 @@ def merge(base: Path, adapter: Path, out: Path, *, verify: bool = True) -> float
     files = check_folder(base)
     if out.exists():
         raise OutputError(f"{out} exists already; name a folder that does not")
+    if stored_as(base) is not None:
+        with _plainly(base, out) as plain:
+            return merge(plain, adapter, out, verify=verify)
     plan = _plan(base, adapter)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
@@ -45,9 +52,8 @@ def merge(base: Path, adapter: Path, out: Path, *, verify: bool = True) -> float
             _rewrite(file, temporary / file.name, plan)
         if plan.waiting:
             raise AssertionError(f"no file held {sorted(plan.waiting)[:3]}")
-        for path in {path for pattern in BESIDES for path in base.glob(pattern)}:
-            if path.is_file():
-                shutil.copy2(path, temporary / path.name)
+        for path in _besides(base):
+            shutil.copy2(path, temporary / path.name)
         difference = _verify(base, adapter, temporary, plan) if verify else 0.0
         temporary.rename(out)
         return difference
@@ -55,6 +61,24 @@ def merge(base: Path, adapter: Path, out: Path, *, verify: bool = True) -> float
         raise OutputError(f"{out} cannot be written: {error.strerror or error}; free space or name another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _plainly(base: Path, out: Path) -> Iterator[Path]:
+    """A base that is stored in few bits as a plain checkpoint, which a change can be added to; it is wholly in memory once."""
+    whole = AutoConfig.from_pretrained(base).model_type != load_config(base).model_type
+    model = load_base(base, device="cpu", experts_implementation=None, whole=whole)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(out.parent, 2 * sum(parameter.nbytes for parameter in model.parameters()))  # with what is merged
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".plain", dir=out.parent) as folder:
+        for path in _besides(base):
+            if path.name != INDEX:  # of other files than these
+                shutil.copy2(path, folder)
+        with quiet():
+            model.save_pretrained(folder)
+        del model
+        gc.collect()
+        yield Path(folder)
 
 
 @dataclass
@@ -136,11 +160,18 @@ def _skeleton(config: PretrainedConfig, scored: Scored | None = None) -> PreTrai
 
 def _make_room(temporary: Path, files: list[Path]) -> None:
     temporary.mkdir(parents=True)
-    needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(temporary).free
+    _check_room(temporary.parent, sum(file.stat().st_size for file in files))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OutputError(
-            f"the merged checkpoint needs {needed / 1e9:.1f} GB, and {temporary.parent} has {free / 1e9:.1f} GB free"
-        )
+        raise OutputError(f"the merged checkpoint needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
+
+
+def _besides(base: Path) -> set[Path]:
+    """What a checkpoint has besides its weights."""
+    return {path for pattern in BESIDES for path in base.glob(pattern) if path.is_file()}
 
 
 def _rewrite(source: Path, target: Path, plan: _Plan) -> None:

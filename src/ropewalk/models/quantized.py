@@ -6,13 +6,14 @@ replaced by its quantised form before the next one is read. Embeddings, output h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,6 +25,8 @@ from ropewalk.models.host_memory import USUAL, give_back
 from ropewalk.models.targets import special, text_part
 
 METHOD = "ropewalk"
+
+Wanted = Callable[[Any, str], bool]  # (model, name of a parameter)
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,15 @@ class QuantisedLoading(QuantizationConfigMixin):  # type: ignore[misc]
     """Tells transformers to hand every tensor to us while it loads."""
 
     def __init__(
-        self, format: str | None = "nf4", computed_on: str | None = None, share: Share | None = None, **unused: Any
+        self,
+        format: str | None = "nf4",
+        computed_on: str | None = None,
+        share: Share | None = None,
+        stored: HfQuantizer | None = None,
+        **unused: Any,
     ) -> None:
         self.quant_method = METHOD
+        self.stored = stored  # what reads weights that the checkpoint keeps in few bits itself
         self.format = format  # None: weights stay what they are
         self.share = share
         self.computed_on = computed_on  # the device that does the work, where it is not the one that the model comes to
@@ -63,6 +72,24 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
 
+    def __init__(self, quantization_config: QuantisedLoading, **more: Any) -> None:
+        super().__init__(quantization_config, **more)
+        # Or transformers would turn codes into numbers of the model's type before anybody has read them.
+        self.pre_quantized = quantization_config.stored is not None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The steps by which tensors are read; those of a checkpoint in few bits end with ours, which nobody else would call."""
+        stored = self.quantization_config.stored
+        if stored is None:
+            return list(super().update_weight_conversions(weight_conversions, *model))
+        steps = list(stored.update_weight_conversions(weight_conversions, *model))
+        if not any(list(step.target_patterns) == ["weight"] for step in steps):  # for weights that no step is about
+            steps.append(WeightConverter("weight$", "weight", [_AsItIs()]))
+        for step in steps:
+            if isinstance(step, WeightConverter):
+                step.quantization_operation = self.get_quantize_ops()
+        return steps
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **unused: Any) -> bool:
         if not hasattr(self, "names"):
             self.names = set(to_quantise(model))
@@ -71,11 +98,14 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         asked = self.quantization_config
-        return _Quantise(None if asked.format is None else FORMATS[asked.format], asked.computed_on, asked.share)
+        made = None if asked.format is None else FORMATS[asked.format]
+        return _Quantise(made, asked.computed_on, asked.share, self.param_needs_quantization if self.pre_quantized else None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         # What transformers keeps of a quantiser concerns formats it can save; ours exists in memory only.
         self.remove_quantization_config(model)
+        if self.pre_quantized:
+            del model._weight_conversions  # the way back to few bits, which nobody goes: saved, it is a plain checkpoint
         give_back(USUAL)
         return model
 
@@ -88,8 +118,8 @@ class _Loader(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantise(ConversionOps):  # type: ignore[misc]
-    def __init__(self, made: Any, computed_on: str | None, share: Share | None) -> None:
-        self.made, self.computed_on, self.share = made, computed_on, share
+    def __init__(self, made: Any, computed_on: str | None, share: Share | None, wanted: Wanted | None) -> None:
+        self.made, self.computed_on, self.share, self.wanted = made, computed_on, share, wanted
         give_back()
 
     def convert(
@@ -97,9 +127,12 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         plain = {}
         for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            if self.made is None:
-                plain[name] = tensor if self.share is None else self.share.of(tensor)
+            tensor = (value[0] if isinstance(value, list) else value).detach()  # some steps make parameters
+            if self.wanted is not None and tensor.is_floating_point():
+                tensor = tensor.to(model.get_parameter_or_buffer(name).dtype)
+            untouched = self.wanted is not None and not self.wanted(model, name)
+            if untouched or self.made is None:
+                plain[name] = tensor if untouched or self.share is None else self.share.of(tensor)
                 continue
             there = tensor if self.computed_on is None else tensor.to(self.computed_on)
             made = self.made.of(there).to(tensor.device)
@@ -114,17 +147,28 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
         return plain
 
 
-def quantization(format: str | None, computed_on: str | None = None, share: Share | None = None) -> QuantisedLoading:
+class _AsItIs(ConversionOps):  # type: ignore[misc]
+    """No step: for tensors that are read as they are."""
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **unused: Any) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        return {full_layer_name: value}
+
+
+def quantization(
+    format: str | None, computed_on: str | None = None, share: Share | None = None, stored: HfQuantizer | None = None
+) -> QuantisedLoading:
     """What `from_pretrained(quantization_config=...)` needs to quantise to this format, each tensor on the device `computed_on`.
 
-    With a `share` only that of each weight is kept; without a format it is kept as it is.
+    With a `share` only that of each weight is kept; without a format it is kept as it is. `stored` (models/stored.py) reads what the
+    checkpoint itself keeps in few bits.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"quantize '{format}' is unknown; one of {', '.join(FORMATS)}")
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(QuantisedLoading)
         register_quantizer(METHOD)(_Loader)
-    return QuantisedLoading(format, computed_on, share)
+    return QuantisedLoading(format, computed_on, share, stored)
 
 
 def to_quantise(model: PreTrainedModel) -> list[str]:

@@ -25,6 +25,7 @@ from ropewalk.models.memory import Estimate, Memory, free
 from ropewalk.models.norms import lean_norms
 from ropewalk.models.recompute import Way
 from ropewalk.models.rotary import lean_rotary
+from ropewalk.models.stored import reader
 from ropewalk.models.streaming import Part, Streaming
 from ropewalk.train.branching import may_branch
 from ropewalk.train.pupil import lora_spec, scored_by, slides_within
@@ -58,6 +59,8 @@ class Survey:
 def survey(folder: Path, run: Run, device: torch.device | None = None) -> Survey:
     """Builds the model on the meta device, where it takes no memory, and attaches the run's adapter to it."""
     config = override(load_config(folder, trust_remote_code=run.trust_remote_code), run.overrides_of_model_config or {})
+    if not by_server(run):
+        reader(folder, config)  # whether its weights can be read
     try:
         with torch.device("meta"):
             scored = scored_by(run)
