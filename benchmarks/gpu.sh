@@ -5,9 +5,10 @@
 #     DRY=1 benchmarks/gpu.sh       the same on a CPU at tiny shapes: whether every part runs
 #
 # WHEELS names a folder of wheels that came along for what the machine's Python lacks, peers among them (gpu_wheels.py collects them); they
-# go into a folder of their own, before the machine's packages: one environment above another would not see those of a third. Parts run in the order below, the most valuable first, each for at most so many seconds and all until MINUTES are over; one that
-# fails or is cut off leaves the next alone. What each found goes at once into RESULTS/DEVICE/DATE.json, with the commit ($COMMIT where
-# there is no repository), and beside it as a table. PART: only these, into the same file. Exits 1 if a part fails; 77 without a GPU, nothing measured.
+# go into a folder of their own, before the machine's packages: one environment above another would not see those of a third. Parts run in
+# the order below, the most valuable first, each for at most so many seconds and all until MINUTES are over; one that fails or is cut off
+# leaves the next alone. What each found goes at once into RESULTS/DEVICE/DATE.json, with the commit ($COMMIT where there is no repository),
+# and beside it as a table. PART: only these, into the same file. Exits 1 if a part fails; 77 without a GPU, nothing measured.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 here=benchmarks

@@ -154,19 +154,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return commands.sweep(local_files(arguments), arguments.json)
 
 
-def _backup(arguments: argparse.Namespace) -> int:
+def _know_every_table() -> None:
+    """Rows of tables that are not known would be left behind."""
     import ropewalk.compare.tables
     import ropewalk.jobs.tables
-    import ropewalk.shared_registry  # noqa: F401  (rows of tables that are not known would be left behind)
+    import ropewalk.shared_registry  # noqa: F401
+
+
+def _backup(arguments: argparse.Namespace) -> int:
     from ropewalk.files import commands
 
+    _know_every_table()
     return commands.backup(settings_of(arguments), arguments.folder, arguments.json)
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    import ropewalk.compare.tables
-    import ropewalk.jobs.tables
-    import ropewalk.shared_registry  # noqa: F401  (rows of tables that are not known would be left behind)
     from ropewalk.files import commands
 
+    _know_every_table()
     return commands.restore(settings_of(arguments), arguments.folder, arguments.json)
