@@ -1,21 +1,27 @@
 """Frozen weights in the order in which a CPU's products read them, and products with them.
 
-oneDNN computes in blocks. A product with a plain weight arranges the blocks anew each time, which is most of its cost where few rows
-are multiplied: when a model decodes, or reads a question. Here they are arranged once, and the plain weight is let go.
-`plain` is the twin. Legend: E experts (1 for a linear layer), n rows.
+A product with few rows, when a model decodes or reads a question, costs what it takes to read the weight from memory, and a plain weight
+is read badly: a kernel takes some columns of every row, which lie far apart, or puts them into blocks first, anew each time. Here that is
+done once and the plain weight is let go. A layer's weight lies in oneDNN's blocks. The experts' in float32 lie in panels of a few
+columns, one after another, which memory streams; for many rows, which compute more than they read, the plain weight is put together.
+`plain` is the twin. Legend: E experts (1 for a linear layer), n rows, P panels of W columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ropewalk.kernels.quant import QuantLinear
 
-ROWS = 64  # for which the blocks are chosen: best for few rows, and no worse than plain for thousands
+ROWS = 64  # for which oneDNN's blocks are chosen: best for few rows, and no worse than plain for thousands
+PANEL = 32  # columns: 128 bytes of every row, which the next row's follow
+LARGEST = 1 << 22  # weights; what is larger is read as well in oneDNN's blocks, and better by a single row
+FEW = 40  # rows beyond which a product with the plain weight is quicker than panel by panel
 
 
 def pays(weight: Tensor) -> bool:
@@ -23,8 +29,7 @@ def pays(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.float32:
-        # A stack's rows are never filled up in float32, so that a kernel would be made for every number.
-        return weight.ndim == 2
+        return weight.ndim == 2 or all(size % PANEL == 0 for size in weight.shape[1:])
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -33,28 +38,31 @@ class Blocked(nn.Module):
 
     requires_grad = False
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, transposed: bool, blocks: list[Any]) -> None:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, transposed: bool) -> None:
         super().__init__()
         self.shape, self.dtype, self.transposed = shape, dtype, transposed
-        self._blocks = blocks  # of each expert [out, in], in oneDNN's own order
 
-    @classmethod
-    def of(cls, weight: Tensor, transposed: bool = False) -> Self:
-        """The same weight in blocks."""
-        experts = weight.detach().reshape(-1, *weight.shape[-2:])
-        arrange = torch.ops.mkldnn._reorder_linear_weight
-        blocks = [arrange((expert.t() if transposed else expert).contiguous(), ROWS) for expert in experts]
-        return cls(weight.shape, weight.dtype, transposed, blocks)
+    @staticmethod
+    def of(weight: Tensor, transposed: bool = False) -> Blocked:
+        """The same weight in blocks or panels."""
+        rows, columns = weight.shape[-2:] if transposed else weight.shape[:-3:-1]
+        small = columns % PANEL == 0 and rows * columns <= LARGEST
+        kind = Panels if weight.dtype == torch.float32 and small else Blocks
+        return kind.made(weight.detach(), transposed)
 
-    def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocks[expert], bias, "none", [], "")
-        return y
+    def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out], written to `out` if there is one."""
+        raise NotImplementedError
+
+    def mm_each(self, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+        """The rows of every expert of x [N, in] into out [N, out]; sizes: so many, and so many that are nobody's, of each expert."""
+        for expert, (rows, found) in enumerate(zip(x.split(sizes)[::2], out.split(sizes)[::2])):
+            if len(rows):
+                self.mm(rows, expert, out=found)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain weight."""
-        experts = [block.to_dense().to(dtype) for block in self._blocks]
-        return torch.stack([e.t() for e in experts] if self.transposed else experts).reshape(self.shape)
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +77,76 @@ class Blocked(nn.Module):
         return self.shape.numel()
 
 
+class Blocks(Blocked):
+    """In oneDNN's own order."""
+
+    _blocks: list[Any]  # of each expert [out, in]
+
+    @classmethod
+    def made(cls, weight: Tensor, transposed: bool) -> Blocks:
+        """Of a weight or a stack."""
+        self = cls(weight.shape, weight.dtype, transposed)
+        arrange = torch.ops.mkldnn._reorder_linear_weight
+        experts = weight.reshape(-1, *weight.shape[-2:])
+        self._blocks = [arrange((expert.t() if transposed else expert).contiguous(), ROWS) for expert in experts]
+        return self
+
+    def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocks[expert], bias, "none", [], "")
+        return y if out is None else out.copy_(y)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        experts = [block.to_dense().to(dtype) for block in self._blocks]
+        return torch.stack([e.t() for e in experts] if self.transposed else experts).reshape(self.shape)
+
+
+class Panels(Blocked):
+    """In panels of W columns: every expert [P, in, W]."""
+
+    _panels: list[Tensor]
+
+    @classmethod
+    def made(cls, weight: Tensor, transposed: bool) -> Panels:
+        """Of a stack."""
+        self = cls(weight.shape, weight.dtype, transposed)
+        experts = weight.reshape(-1, *weight.shape[-2:])
+        self._panels = [(e if transposed else e.t()).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous() for e in experts]
+        return self
+
+    def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        panels, rows = self._panels[expert], x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW:
+            y = torch.mm(rows, _columns(panels), out=out)
+        elif out is None:
+            y = torch.bmm(rows.expand(len(panels), -1, -1), panels).transpose(0, 1).flatten(1)
+        else:
+            out.view(len(rows), len(panels), -1).copy_(torch.bmm(rows.expand(len(panels), -1, -1), panels).transpose(0, 1))
+            y = out
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], -1)
+
+    def mm_each(self, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+        if max(sizes[::2]) > FEW:
+            return super().mm_each(x, sizes, out)
+        panels = len(self._panels[0])
+        rows = x.expand(panels, -1, -1).split(sizes, dim=1)[::2]
+        found = out.unflatten(1, (panels, -1)).transpose(0, 1).split(sizes, dim=1)[::2]
+        for size, taken, weight, its in zip(sizes[::2], rows, self._panels, found):
+            if size:
+                its.copy_(torch.bmm(taken, weight))
+        return None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        experts = torch.stack([_columns(panels) for panels in self._panels]).to(dtype)
+        return (experts if self.transposed else experts.transpose(1, 2)).reshape(self.shape)
+
+
+def _columns(panels: Tensor) -> Tensor:
+    """[P, in, W] -> [in, P * W]."""
+    return panels.transpose(0, 1).flatten(1)
+
+
 @dataclass(frozen=True)
 class Turned:
     """A stack as rows are multiplied with it: [E, in, out], whichever way it is stored."""
@@ -80,9 +158,13 @@ class Turned:
         experts, first, second = self.blocked.shape
         return (experts, first, second) if self.blocked.transposed else (experts, second, first)
 
-    def mm(self, rows: Tensor, expert: int) -> Tensor:
+    def mm(self, rows: Tensor, expert: int, out: Tensor | None = None) -> Tensor:
         """rows [n, in] -> [n, out]."""
-        return self.blocked.mm(rows, expert)
+        return self.blocked.mm(rows, expert, out=out)
+
+    def mm_each(self, rows: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+        """The rows of every expert of rows [N, in] into out [N, out]."""
+        self.blocked.mm_each(rows, sizes, out)
 
 
 class BlockedLinear(QuantLinear):

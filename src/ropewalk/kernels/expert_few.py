@@ -2,7 +2,7 @@
 
 The rows of each expert are filled up to the longest and lie beside each other [E, n, .], so that bmm takes every expert at once. Weights
 are read either way, so that this pays as long as most experts have rows and all have few. Large experts are multiplied one by one all the
-same, each with the rows that it really has.
+same, each with the rows that it really has; where no others are multiplied, nothing is filled up.
 Legend: T tokens, k experts per token, E experts, n rows of an expert, filled up.
 """
 
@@ -30,6 +30,11 @@ def pays(ids: Tensor, num_experts: int) -> bool:
     return counts.numel() == num_experts and int(counts.max()) <= ROWS
 
 
+def alone(stack: Tensor | Turned | Stored, dtype: torch.dtype) -> bool:
+    """Whether the experts of this stack are always multiplied one by one."""
+    return not isinstance(stack, Tensor) or (dtype.itemsize == 4 and stack.shape[1:].numel() >= LARGE)
+
+
 def route_few(ids: Tensor, weights: Tensor, num_experts: int) -> Route:
     """ids [T, k] below E, weights [T, k] -> E * n rows, those that fill up being the first token's and weighing nothing."""
     k, weight = ids.shape[1], weights.detach().reshape(-1)
@@ -45,23 +50,25 @@ def route_few(ids: Tensor, weights: Tensor, num_experts: int) -> Route:
 
 
 class Few(Grouped):
-    """All rows, each expert's filled up to the longest's."""
+    """All rows, those of each expert filled up to the longest's, or none of them."""
 
     def __init__(self, way: Route) -> None:
-        assert way.counts is not None
         super().__init__(way.ends, way.token.numel())
-        self._counts = way.counts.tolist()
+        counts = torch.diff(way.ends, prepend=way.ends.new_zeros(1)) if way.counts is None else way.counts
+        self._counts = counts.tolist()
         self._hit = sum(count > 0 for count in self._counts)
+        longest = 0 if way.counts is None else self.count // len(self._counts)
+        self._sizes = [size for count in self._counts for size in (count, max(longest - count, 0))]
 
     def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
+        if alone(stack, a.dtype) and (not isinstance(stack, Tensor) or min(stack.shape[1:]) > NARROW):
+            return self._one_by_one(a, stack)
+        assert isinstance(stack, Tensor)
         apart = a.view(len(self._counts), -1, a.shape[1])
-        if isinstance(stack, Turned | Stored):
-            return self._one_by_one(apart, stack)
         if stack.dtype != a.dtype or min(stack.shape[1:]) <= NARROW:
             return torch.bmm(apart.to(stack.dtype), stack).flatten(0, 1)
-        alone = a.element_size() == 4 and stack.shape[1:].numel() >= LARGE
-        if alone or self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
-            return self._one_by_one(apart, stack)
+        if self._hit * HIT.get(a.element_size(), 1) < len(self._counts):
+            return self._one_by_one(a, stack)
         if a.element_size() == 2 or apart.shape[1] >= TURN:
             turned = torch.bmm(stack.transpose(1, 2), apart.transpose(1, 2))
             return turned.transpose(1, 2).reshape(-1, turned.shape[1])
@@ -88,14 +95,12 @@ class Few(Grouped):
         else:
             y.add_(torch.bmm(a.view(experts, -1, a.shape[1]), stack).to(y.dtype).view(y.shape), alpha=scale)
 
-    def _one_by_one(self, apart: Tensor, stack: Tensor | Turned | Stored) -> Tensor:
-        out = apart.new_zeros(*apart.shape[:2], stack.shape[2])
-        for expert, count in enumerate(self._counts):
-            if not count:
-                continue
-            rows, found = apart[expert, :count], out[expert, :count]
-            if isinstance(stack, Turned):
-                found.copy_(stack.mm(rows, expert))
-            else:
+    def _one_by_one(self, a: Tensor, stack: Tensor | Turned | Stored) -> Tensor:
+        out = a.new_empty(len(a), stack.shape[2])  # what fills up is not read
+        if isinstance(stack, Turned):
+            stack.mm_each(a, self._sizes, out)
+            return out
+        for expert, (rows, found) in enumerate(zip(a.split(self._sizes)[::2], out.split(self._sizes)[::2])):
+            if len(rows):
                 torch.mm(rows, stack[expert], out=found)
-        return out.flatten(0, 1)
+        return out

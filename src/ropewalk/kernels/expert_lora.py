@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ropewalk.kernels.blocked import Blocked, Turned
-from ropewalk.kernels.expert_few import Few, route_few
+from ropewalk.kernels.expert_few import Few, alone, route_few
 from ropewalk.kernels.expert_few import pays as few_pay
 from ropewalk.kernels.expert_rows import Combine, Route, Rows, all_rows, route
 from ropewalk.kernels.expert_scratch import Stored
@@ -96,13 +96,12 @@ def expert_lora(
         return made[0]
     if rows == "few" or (rows == "tiles" and not forced and few_pay(ids, plan.num_experts)):
         plan = replace(plan, few=True)
-    return _forward(
-        plan,
-        _Operands.of(plan, x, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2),
-        x,
-        route_few(ids, weights, plan.num_experts) if plan.few else route(ids, weights, plan.num_experts, x.dtype, plan.grouped),
-        keep=False,
-    )[0]
+    m = _Operands.of(plan, x, experts.up, experts.up_bias, experts.down, experts.down_bias, a1, b1, a2, b2)
+    if plan.few and not (a1 is None and a2 is None and alone(m.up, x.dtype) and alone(m.down, x.dtype)):
+        way = route_few(ids, weights, plan.num_experts)
+    else:
+        way = route(ids, weights, plan.num_experts, x.dtype, plan.grouped or plan.few)
+    return _forward(plan, m, x, way, keep=False)[0]
 
 
 def expert_lora_plain(

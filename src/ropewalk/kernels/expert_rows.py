@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -144,7 +145,7 @@ class Tile:
 
     def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
         if isinstance(stack, Turned):
-            return stack.mm(a, self.expert)
+            return stack.mm(a, self.expert, out)
         return torch.mm(a, stack[self.expert], out=out)
 
     def mm_add_(self, y: Tensor, a: Tensor, stack: Tensor, scale: float) -> None:
@@ -170,11 +171,18 @@ class Grouped:
     span = slice(None)
 
     def __init__(self, ends: Tensor, count: int) -> None:
-        self.ends = ends
-        # the expert of each row, for biases; rows that belong to none borrow the last one's and are dropped later
-        row = torch.arange(count, device=ends.device, dtype=torch.int32)
-        self.expert = torch.searchsorted(ends, row, right=True).clamp_(max=ends.numel() - 1)
-        self.empty = (torch.diff(ends, prepend=ends.new_zeros(1)) == 0)[:, None, None]
+        self.ends, self.count = ends, count
+
+    @cached_property
+    def expert(self) -> Tensor:
+        """The expert of each row, for biases; rows that belong to none borrow the last one's and are dropped later."""
+        row = torch.arange(self.count, device=self.ends.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends, row, right=True).clamp_(max=self.ends.numel() - 1)
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """The experts without rows [E, 1, 1]."""
+        return (torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
 
     def take(self, source: Tensor, token: Tensor, name: str) -> Tensor:
         return source.index_select(0, token)
