@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ropewalk.kernels.attend import LARGE, WAYS, Causal, attend, plain, way
+from ropewalk.kernels.attend import LARGE, WAYS, Causal, _pieces, attend, plain, way
 
 CASES = [("plain", None), ("plain", 3.0), ("flash on cpu", None), ("flex", None), ("flex", 3.0)]
 
@@ -81,3 +81,15 @@ def test_what_is_causal_is_what_its_mask_says(new, keys, window, softcap):
     expected, weight = plain(query.double(), key.double(), value.double(), mask, 0.3, softcap)
     torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=0)
     torch.testing.assert_close(lse, weight.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keys", [64, 67])
+def test_long_keys_are_read_in_pieces_and_it_makes_no_difference(monkeypatch, keys):
+    given = case(queries=40, keys=keys)
+    whole = attend(*given, 0.3)
+    monkeypatch.setattr("ropewalk.kernels.attend.PIECE", 1 << 10)
+    assert _pieces(given[0], given[1]) == 8
+    assert _pieces(given[0][:, :, :32], given[1]) == 1
+    assert _pieces(given[0].bfloat16(), given[1].bfloat16()) == 1
+    for mine, truth in zip(attend(*given, 0.3), whole):
+        torch.testing.assert_close(mine, truth, atol=1e-6, rtol=0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ropewalk.kernels.blocked import Blocked, BlockedLinear, pays, plain
-from ropewalk.kernels.expert_lora import Experts, expert_lora
+from ropewalk.kernels.blocked import FEW, Blocked, BlockedLinear, Blocks, Panels, pays, plain
+from ropewalk.kernels.expert_lora import Experts, Factors, expert_lora
 from ropewalk.kernels.gates import Glu
 
 needs_bf16 = pytest.mark.skipif(not pays(torch.zeros(1, dtype=torch.bfloat16)), reason="this CPU has no 16-bit products")
@@ -59,6 +59,49 @@ def test_a_float32_layer_in_blocks_computes_the_same(rows: int) -> None:
     torch.testing.assert_close(BlockedLinear(Blocked.of(given))(x), plain(x, given), atol=1e-6, rtol=1e-5)
 
 
-def test_experts_in_float32_and_double_precision_stay_as_they_are() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(64, 40), (3, 96, 64)])
+def test_panels_give_the_plain_weight_back(shape: tuple[int, ...], transposed: bool) -> None:
+    given = weight(*shape).float()
+    given = given.transpose(-1, -2).contiguous() if transposed else given
+    panels = Blocked.of(given, transposed)
+    assert isinstance(panels, Panels)
+    assert torch.equal(panels.dequantize(torch.float32), given)
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_layer_in_panels_computes_the_same(rows: int, lead: tuple[int, ...]) -> None:
+    given, bias, x = weight(96, 160).float(), weight(96).float(), weight(*lead, rows, 160).float()
+    layer = BlockedLinear(Blocked.of(given), bias)
+    assert isinstance(layer.weight, Panels)
+    torch.testing.assert_close(layer(x), plain(x, given, bias), atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_large_or_no_whole_number_of_panels_lies_in_onednns_blocks() -> None:
+    assert isinstance(Blocked.of(torch.zeros(40, 64)), Blocks)
+    assert isinstance(Blocked.of(torch.zeros(1 << 13, 1 << 10)), Blocks)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [5, 9, 400])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_experts_in_panels_are_experts(tokens: int, transposed: bool, adapted: bool) -> None:
+    up, down, bias = weight(4, 64, 32).float(), weight(4, 32, 32).float(), weight(4, 64).float()
+    if transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    x = weight(tokens, 32).float()
+    ids = torch.rand(tokens, 4, generator=torch.Generator().manual_seed(1)).topk(2).indices % 3  # nobody goes to the last one
+    weights = torch.full((tokens, 2), 0.5)
+    factors = [Factors(weight(4, 3, 32).float(), weight(4, wide, 3).float(), 2.0) if adapted else None for wide in (64, 32)]
+    gate = Glu("silu", False)
+    plain_ones = Experts(up, down, gate, up_bias=bias, transposed=transposed)
+    panels = Experts(Blocked.of(up, transposed), Blocked.of(down, transposed), gate, up_bias=bias, transposed=transposed)
+    with torch.no_grad():
+        found, expected = (expert_lora(x, ids, weights, e, *factors) for e in (panels, plain_ones))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_does_not_pay_stays_as_it_is() -> None:
     assert not pays(torch.zeros(2, 2, 2))
     assert not pays(torch.zeros(2, 2, dtype=torch.float64))

@@ -9,7 +9,6 @@ columns, one after another, which memory streams; for many rows, which compute m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +53,9 @@ class Blocked(nn.Module):
         """x [..., in] -> [..., out], written to `out` if there is one."""
         raise NotImplementedError
 
-    def mm_each(self, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    def mm_each(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
         """The rows of every expert of x [N, in] into out [N, out]; sizes: so many, and so many that are nobody's, of each expert."""
-        for expert, (rows, found) in enumerate(zip(x.split(sizes)[::2], out.split(sizes)[::2])):
+        for expert, (rows, found) in enumerate(zip(torch.split(x, sizes)[::2], torch.split(out, sizes)[::2])):
             if len(rows):
                 self.mm(rows, expert, out=found)
 
@@ -126,12 +125,12 @@ class Panels(Blocked):
             y += bias
         return y.view(*x.shape[:-1], -1)
 
-    def mm_each(self, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    def mm_each(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
         if max(sizes[::2]) > FEW:
             return super().mm_each(x, sizes, out)
         panels = len(self._panels[0])
-        rows = x.expand(panels, -1, -1).split(sizes, dim=1)[::2]
-        found = out.unflatten(1, (panels, -1)).transpose(0, 1).split(sizes, dim=1)[::2]
+        rows = torch.split(x.expand(panels, -1, -1), sizes, dim=1)[::2]
+        found = torch.split(out.view(len(x), panels, -1).transpose(0, 1), sizes, dim=1)[::2]
         for size, taken, weight, its in zip(sizes[::2], rows, self._panels, found):
             if size:
                 its.copy_(torch.bmm(taken, weight))
@@ -162,7 +161,7 @@ class Turned:
         """rows [n, in] -> [n, out]."""
         return self.blocked.mm(rows, expert, out=out)
 
-    def mm_each(self, rows: Tensor, sizes: Sequence[int], out: Tensor) -> None:
+    def mm_each(self, rows: Tensor, sizes: list[int], out: Tensor) -> None:
         """The rows of every expert of rows [N, in] into out [N, out]."""
         self.blocked.mm_each(rows, sizes, out)
 

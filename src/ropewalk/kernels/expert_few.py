@@ -100,7 +100,7 @@ class Few(Grouped):
         if isinstance(stack, Turned):
             stack.mm_each(a, self._sizes, out)
             return out
-        for expert, (rows, found) in enumerate(zip(a.split(self._sizes)[::2], out.split(self._sizes)[::2])):
+        for expert, (rows, found) in enumerate(zip(torch.split(a, self._sizes)[::2], torch.split(out, self._sizes)[::2])):
             if len(rows):
                 torch.mm(rows, stack[expert], out=found)
         return out
