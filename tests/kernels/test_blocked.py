@@ -60,7 +60,7 @@ def test_a_float32_layer_in_blocks_computes_the_same(rows: int) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(64, 40), (3, 96, 64)])
+@pytest.mark.parametrize("shape", [(64, 32), (3, 96, 64)])
 def test_panels_give_the_plain_weight_back(shape: tuple[int, ...], transposed: bool) -> None:
     given = weight(*shape).float()
     given = given.transpose(-1, -2).contiguous() if transposed else given
@@ -69,7 +69,7 @@ def test_panels_give_the_plain_weight_back(shape: tuple[int, ...], transposed: b
     assert torch.equal(panels.dequantize(torch.float32), given)
 
 
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_a_layer_in_panels_computes_the_same(rows: int, lead: tuple[int, ...]) -> None:
     given, bias, x = weight(96, 160).float(), weight(96).float(), weight(*lead, rows, 160).float()
@@ -80,11 +80,11 @@ def test_a_layer_in_panels_computes_the_same(rows: int, lead: tuple[int, ...]) -
 
 def test_what_is_large_or_no_whole_number_of_panels_lies_in_onednns_blocks() -> None:
     assert isinstance(Blocked.of(torch.zeros(40, 64)), Blocks)
-    assert isinstance(Blocked.of(torch.zeros(1 << 13, 1 << 10)), Blocks)
+    assert isinstance(Blocked.of(torch.zeros(1 << 13, 1 << 9)), Blocks)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [5, 9, 400])
+@pytest.mark.parametrize("tokens", [5, 90, 3 * FEW])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_experts_in_panels_are_experts(tokens: int, transposed: bool, adapted: bool) -> None:
     up, down, bias = weight(4, 64, 32).float(), weight(4, 32, 32).float(), weight(4, 64).float()

@@ -2,8 +2,8 @@
 
 A product with few rows, when a model decodes or reads a question, costs what it takes to read the weight from memory, and a plain weight
 is read badly: a kernel takes some columns of every row, which lie far apart, or puts them into blocks first, anew each time. Here that is
-done once and the plain weight is let go. A layer's weight lies in oneDNN's blocks. The experts' in float32 lie in panels of a few
-columns, one after another, which memory streams; for many rows, which compute more than they read, the plain weight is put together.
+done once and the plain weight is let go. In float32 it lies in panels of a few columns, one after another, which memory streams; for many
+rows, which compute more than they read, the plain weight is put together again. In 16 bits, or if it is large, it lies in oneDNN's blocks.
 `plain` is the twin. Legend: E experts (1 for a linear layer), n rows, P panels of W columns.
 """
 
@@ -19,8 +19,8 @@ from ropewalk.kernels.quant import QuantLinear
 
 ROWS = 64  # for which oneDNN's blocks are chosen: best for few rows, and no worse than plain for thousands
 PANEL = 32  # columns: 128 bytes of every row, which the next row's follow
-LARGEST = 1 << 22  # weights; what is larger is read as well in oneDNN's blocks, and better by a single row
-FEW = 40  # rows beyond which a product with the plain weight is quicker than panel by panel
+LARGEST = 1 << 21  # weights of a layer; what is larger is read as well in oneDNN's blocks, and better by a single row
+FEW = 256  # rows beyond which it is quicker to put the plain weight together than to multiply panel by panel
 
 
 def pays(weight: Tensor) -> bool:
@@ -44,9 +44,9 @@ class Blocked(nn.Module):
     @staticmethod
     def of(weight: Tensor, transposed: bool = False) -> Blocked:
         """The same weight in blocks or panels."""
-        rows, columns = weight.shape[-2:] if transposed else weight.shape[:-3:-1]
+        rows, columns = weight.shape[-2:] if transposed else (weight.shape[-1], weight.shape[-2])
         small = columns % PANEL == 0 and rows * columns <= LARGEST
-        kind = Panels if weight.dtype == torch.float32 and small else Blocks
+        kind = Panels if weight.dtype == torch.float32 and (small or weight.ndim == 3) else Blocks
         return kind.made(weight.detach(), transposed)
 
     def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class Panels(Blocked):
 
     @classmethod
     def made(cls, weight: Tensor, transposed: bool) -> Panels:
-        """Of a stack."""
+        """Of a weight or a stack."""
         self = cls(weight.shape, weight.dtype, transposed)
         experts = weight.reshape(-1, *weight.shape[-2:])
         self._panels = [(e if transposed else e.t()).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous() for e in experts]
@@ -116,25 +116,20 @@ class Panels(Blocked):
         panels, rows = self._panels[expert], x.reshape(-1, x.shape[-1])
         if len(rows) > FEW:
             y = torch.mm(rows, _columns(panels), out=out)
-        elif out is None:
-            y = torch.bmm(rows.expand(len(panels), -1, -1), panels).transpose(0, 1).flatten(1)
         else:
-            out.view(len(rows), len(panels), -1).copy_(torch.bmm(rows.expand(len(panels), -1, -1), panels).transpose(0, 1))
-            y = out
+            y = torch.bmm(rows.expand(len(panels), -1, -1), panels).transpose(0, 1).flatten(1)  # [n, P, W]
+            y = y if out is None else out.copy_(y)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], -1)
 
     def mm_each(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
-        if max(sizes[::2]) > FEW:
-            return super().mm_each(x, sizes, out)
         panels = len(self._panels[0])
         rows = torch.split(x.expand(panels, -1, -1), sizes, dim=1)[::2]
         found = torch.split(out.view(len(x), panels, -1).transpose(0, 1), sizes, dim=1)[::2]
         for size, taken, weight, its in zip(sizes[::2], rows, self._panels, found):
             if size:
                 its.copy_(torch.bmm(taken, weight))
-        return None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         experts = torch.stack([_columns(panels) for panels in self._panels]).to(dtype)
