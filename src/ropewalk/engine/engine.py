@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ropewalk.engine.cache import Reading, Segment
@@ -336,13 +335,14 @@ class Engine:
         else:
             with self.adapters.rows(*self._rows(turns)):
                 logits = self.runner.forward(work)
-        ready: list[tuple[Job, Tensor]] = []
+        ready: list[tuple[Job, int]] = []
         for row, turn in enumerate(turns):
             if self._has_read(turn):
-                ready += [(job, logits[row]) for job in (turn.job, *turn.job.followers)]
+                ready += [(job, row) for job in (turn.job, *turn.job.followers)]
                 turn.job.followers = []
         if ready:
-            self._choose(ready)
+            jobs, rows = [job for job, _ in ready], [row for _, row in ready]
+            self._choose(jobs, logits if rows == list(range(len(logits))) else logits[rows])
 
     def _ids(self, turn: Turn[Job]) -> list[int]:
         job = turn.job
@@ -388,9 +388,8 @@ class Engine:
 
     # -- out
 
-    def _choose(self, ready: Sequence[tuple[Job, Tensor]]) -> None:
-        jobs = [job for job, _ in ready]
-        plain = torch.stack([logits for _, logits in ready])
+    def _choose(self, jobs: Sequence[Job], plain: Tensor) -> None:
+        """plain [B, V]: what each one's next id is chosen by."""
         allowed = plain
         if any(job.constraint is not None for job in jobs):
             allowed = plain.clone()
