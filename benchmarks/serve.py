@@ -7,7 +7,7 @@ For models shaped like Qwen3, Gemma 4 (sliding windows, experts) and Qwen3.5-MoE
     ttft_ratio_16k_other_adapter  the same for an activated adapter, over what the base has read
     warm_cold_max_logit_diff      of the next id's log-probability, the second time and the first
     users16_ratio                 16 users decoding over one document: CPU seconds per id of transformers' own generation, one after
-                                  the other : ours together, measured in turns
+                                  the other : ours together, measured in turns, the likeliest id and nothing else
 
 Correctness gates: the greedy ids of the second time are those of the first, and the first ids are those of transformers' own
 generation over its own cache (in bfloat16 a difference is told, not failed). Each model is measured in float32, whose ids are exact, and
@@ -201,11 +201,13 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
         )
         return Engine(runner, prefixes, over, limits=Limits(running=64, chunk=2048))
 
-    def asked(id: str, length: int, question: int, adapter: str | None = None, new: int = NEW) -> Request:
+    def asked(
+        id: str, length: int, question: int, adapter: str | None = None, new: int = NEW, logprobs: bool = True
+    ) -> Request:
         keep = Keep(str(folder / "segments" / f"{name}{length}"), b"k" * 32)
         tail = ids(QUESTION, 100 + question)
         tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
-        return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=True)
+        return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=logprobs)
 
     engine = opened()
     long = 4096 if quick else 16_384
@@ -252,7 +254,7 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
 def users(engine: Engine, asked: Callable[..., Request], length: int) -> Callable[[], float]:
     """16 users who decode over one document -> a function that gives the CPU seconds of an id, over some more of them."""
     for user in range(16):
-        engine.submit(asked(f"user{user}", length, 10 + user, new=STEPS * TURNS + 40))
+        engine.submit(asked(f"user{user}", length, 10 + user, new=STEPS * TURNS + 40, logprobs=False))
     produced: set[str] = set()
     while len(produced) < 16:
         produced |= {event.id for event in engine.step() if event.ids}

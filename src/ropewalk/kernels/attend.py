@@ -66,6 +66,7 @@ PIECE = 1 << 20  # bytes of a head's keys and values that a core keeps at hand w
 PIECED = range(
     33, 1025
 )  # queries: the kernel takes 32 at a time, and more results than so many cost more to join than keys to read
+KEPT = 1 << 18  # numbers of a bias that is made once for all layers
 ALIGNED = 8  # rows of a bias begin at multiples of so many numbers
 
 
@@ -163,16 +164,23 @@ def flash_on_cpu(
         groups = [kernel(q, keys, values, 0.0, True, scale=scale) for q in _grouped(query, seen.new).unbind(2)]
         out, lse = (torch.stack(parts, dim=2).flatten(2, 3) for parts in zip(*groups))
     else:
-        mask = seen.mask(query.shape[2], keys.shape[2], query.device) if isinstance(seen, Causal) else seen
-        bias = (
-            mask.bias(query.dtype)
-            if isinstance(mask, Alive)
-            else None
-            if mask is None
-            else _bias(mask, query.dtype)[None, None]
-        )
+        if isinstance(seen, Causal):
+            made = _kept_causal if query.shape[2] * keys.shape[2] <= KEPT else _causal
+            bias: Tensor | None = made(seen, query.shape[2], keys.shape[2], query.dtype)
+        elif isinstance(seen, Alive):
+            bias = seen.bias(query.dtype)
+        else:
+            bias = None if seen is None else _bias(seen, query.dtype)[None, None]
         out, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
     return out[..., :wide].float(), lse
+
+
+def _causal(seen: Causal, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores [1, 1, M, N] on a CPU."""
+    return _bias(seen.mask(queries, keys, "cpu"), dtype)[None, None]
+
+
+_kept_causal = functools.lru_cache(maxsize=8)(_causal)  # of a question, for every layer
 
 
 def _pieces(query: Tensor, keys: Tensor) -> int:
