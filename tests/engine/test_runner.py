@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import torch_chunk_gated_delta_rule
 
 from engine.architectures import ARCHITECTURES, VOCABULARY, make
 from ropewalk.engine.cache import Reading
 from ropewalk.engine.day0 import generated, through_engine
 from ropewalk.engine.prefixes import pack, unpack
+from ropewalk.engine.recurrent import _is_known
 from ropewalk.engine.runner import Runner
+from ropewalk.kernels.delta_rule import LONGEST, delta_rule
 
 NEW = 12
 
@@ -86,3 +89,33 @@ def test_a_segment_knows_its_size():
     runner.forward([(reading, ids(10, 1))])
     # 4 layers x keys and values x 2 heads x 10 ids x 16 numbers x 4 bytes
     assert reading.close("doc", ids(10, 1)).nbytes == 4 * 2 * 2 * 10 * 16 * 4
+
+
+def test_a_question_goes_through_the_short_delta_rule_and_a_document_through_the_models_own(monkeypatch):
+    lengths = []
+
+    def seen(query, *rest):
+        lengths.append(query.shape[1])
+        return delta_rule(query, *rest)
+
+    runner = Runner(make("qwen3_5_moe"))
+    monkeypatch.setattr("ropewalk.engine.recurrent.delta_rule", seen)
+    reading = Reading.after(runner.layout, [])
+    runner.forward([(reading, ids(LONGEST + 1, 1))])
+    assert lengths == []
+    runner.forward([(reading, ids(9, 2))])
+    layers = sum(kind == "recurrent" for kind in runner.layout.kinds)
+    assert lengths == [9] * layers
+    assert layers
+
+
+def test_a_rule_that_computes_something_else_is_not_taken_for_the_known_one():
+    def half(query, key, value, g, beta, initial_state=None, **more):
+        return tuple(found / 2 for found in delta_rule(query, key, value, g, beta, initial_state, True))
+
+    def strict(query, key, value, g, beta, initial_state=None, **more):
+        raise ValueError("tensors must be on a GPU")
+
+    assert _is_known(torch_chunk_gated_delta_rule)
+    assert not _is_known(half)
+    assert not _is_known(strict)

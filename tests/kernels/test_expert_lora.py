@@ -92,6 +92,19 @@ def test_every_kind_of_experts_equals_the_twin(gate):
                 assert worst({"out": case.run(expert_lora, rows="few")}, {"out": truth["out"]}) < tolerance
 
 
+@pytest.mark.parametrize("narrow", [1, 1000])
+def test_few_rows_of_large_experts_are_right_however_narrow_their_stacks(narrow, monkeypatch):
+    monkeypatch.setattr("ropewalk.kernels.expert_few.LARGE", 1)
+    monkeypatch.setattr("ropewalk.kernels.expert_few.NARROW", narrow)
+    draw = torch.Generator().manual_seed(0)
+    up, down = torch.randn(4, 48, 16, generator=draw), torch.randn(4, 16, 24, generator=draw)
+    x, ids = torch.randn(6, 16, generator=draw), torch.tensor([[0, 1], [1, 3], [1, 0], [0, 3], [1, 3], [1, 0]])
+    experts, weights = Experts(up, down, Glu("silu", False)), torch.full((6, 2), 0.5)
+    with torch.no_grad():
+        found = expert_lora(x, ids, weights, experts, rows="few")
+        torch.testing.assert_close(found, expert_lora_plain(x, ids, weights, experts), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40])
 @pytest.mark.parametrize(
     ("dtype", "of_factors"),

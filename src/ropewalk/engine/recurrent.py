@@ -88,7 +88,7 @@ def _with_short_rule(module: Any) -> Callable[..., Any]:
     code = inspect.unwrap(type(module).forward)
     rule = getattr(code, "__globals__", {}).get(RULE)
     usual = "forward" not in vars(module) and code.__closure__ is None
-    if rule is None or not usual or not _is_known(rule) or next(module.parameters()).device.type != "cpu":
+    if rule is None or not usual or next(module.parameters()).device.type != "cpu" or not _is_known(rule):
         return module.forward  # type: ignore[no-any-return]
 
     def short(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **more: Any) -> tuple[Tensor, Tensor | None]:
@@ -103,17 +103,23 @@ def _with_short_rule(module: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _is_known(rule: Callable[..., Any]) -> bool:
-    """Whether a family's rule is the one that is known."""
+    """Whether a family's rule is the one that is known; before transformers 5.23 layers repeat key heads themselves."""
+    repeated = _agrees(rule, 4)
+    return bool(repeated) and _agrees(rule, 2) is not False
+
+
+def _agrees(rule: Callable[..., Any], key_heads: int) -> bool | None:
+    """Whether a rule computes what ours does with 4 value heads and so many key heads; None where it does not take them."""
     draw = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 2, 5, 2, 8, generator=draw).unbind()
+    query, key = torch.randn(2, 2, 5, key_heads, 8, generator=draw).unbind()
     value, state = torch.randn(2, 5, 4, 6, generator=draw), torch.randn(2, 4, 8, 6, generator=draw)
     g, beta = -torch.rand(2, 5, 4, generator=draw), torch.rand(2, 5, 4, generator=draw)
     ours = delta_rule(query, key, value, g, beta, state, True)
     more = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
     try:
         its = rule(query, key, value, g=g, beta=beta, **more)
-    except (TypeError, RuntimeError):  # heads that it wants repeated, or more arguments
-        return False
+    except (TypeError, RuntimeError, ValueError):  # that wants heads repeated, more arguments, or tensors on a GPU
+        return None
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, its))
 
 

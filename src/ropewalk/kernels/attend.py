@@ -65,7 +65,7 @@ SPAN = 256  # queries that are held against a window together, at least
 PIECE = 1 << 20  # bytes of a head's keys and values that a core keeps at hand while all queries are held against them
 PIECED = range(
     33, 1025
-)  # queries: the kernel takes 32 at a time, and more results than so many cost more to join than keys to read
+)  # queries: the kernel takes 32 at a time, and the results of very many cost more to join than keys to read
 KEPT = 1 << 18  # numbers of a bias that is made once for all layers
 ALIGNED = 8  # rows of a bias begin at multiples of so many numbers
 

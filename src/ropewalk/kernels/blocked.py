@@ -9,6 +9,7 @@ rows, which compute more than they read, the plain weight is put together again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ def pays(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Blocked(nn.Module):
+class Blocked(nn.Module, ABC):
     """A weight [out, in], or a stack [E, out, in] (transposed: [E, in, out]); it cannot be trained."""
 
     requires_grad = False
@@ -49,9 +50,9 @@ class Blocked(nn.Module):
         kind = Panels if weight.dtype == torch.float32 and (small or weight.ndim == 3) else Blocks
         return kind.made(weight.detach(), transposed)
 
+    @abstractmethod
     def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out], written to `out` if there is one."""
-        raise NotImplementedError
 
     def mm_each(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
         """The rows of every expert of x [N, in] into out [N, out]; sizes: so many, and so many that are nobody's, of each expert."""
@@ -59,9 +60,9 @@ class Blocked(nn.Module):
             if len(rows):
                 self.mm(rows, expert, out=found)
 
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain weight."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +122,7 @@ class Panels(Blocked):
             y = y if out is None else out.copy_(y)
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def mm_each(self, x: Tensor, sizes: list[int], out: Tensor) -> None:
         panels = len(self._panels[0])

@@ -34,9 +34,8 @@ def delta_rule(
     keys = rows[:, :, :length]
     alike = rows @ keys.transpose(-1, -2)  # [B, K, 2T, T]
     total = g.float().transpose(1, 2).cumsum(-1)  # [B, H, T]: log of the decay since the piece began
-    between = (
-        (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(_GONE, 0).exp_()
-    )  # from id j to id i; above the diagonal not read
+    # from id j to id i [B, H, T, T]; what lies above the diagonal is not read
+    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(_GONE, 0).exp_()
     each = heads // key.shape[2]
     if each > 1:
         rows, keys, alike = (t.repeat_interleave(each, dim=1) for t in (rows, keys, alike))

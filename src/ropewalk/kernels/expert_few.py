@@ -31,8 +31,11 @@ def pays(ids: Tensor, num_experts: int) -> bool:
 
 
 def alone(stack: Tensor | Turned | Stored, dtype: torch.dtype) -> bool:
-    """Whether the experts of this stack are always multiplied one by one."""
-    return not isinstance(stack, Tensor) or (dtype.itemsize == 4 and stack.shape[1:].numel() >= LARGE)
+    """Whether rows of this dtype are always multiplied with this stack's experts one by one."""
+    if not isinstance(stack, Tensor):
+        return True
+    wide = min(stack.shape[1:]) > NARROW and stack.shape[1:].numel() >= LARGE
+    return wide and stack.dtype == dtype and dtype.itemsize == 4
 
 
 def route_few(ids: Tensor, weights: Tensor, num_experts: int) -> Route:
@@ -61,9 +64,8 @@ class Few(Grouped):
         self._sizes = [size for count in self._counts for size in (count, max(longest - count, 0))]
 
     def mm(self, a: Tensor, stack: Tensor | Turned | Stored, out: Tensor | None = None) -> Tensor:
-        if alone(stack, a.dtype) and (not isinstance(stack, Tensor) or min(stack.shape[1:]) > NARROW):
+        if not isinstance(stack, Tensor) or alone(stack, a.dtype):
             return self._one_by_one(a, stack)
-        assert isinstance(stack, Tensor)
         apart = a.view(len(self._counts), -1, a.shape[1])
         if stack.dtype != a.dtype or min(stack.shape[1:]) <= NARROW:
             return torch.bmm(apart.to(stack.dtype), stack).flatten(0, 1)
