@@ -3,18 +3,27 @@
 import pytest
 import torch
 
-from ropewalk.kernels.blocked import FEW, Blocked, BlockedLinear, Blocks, Panels, pays, plain
+from ropewalk.kernels import blocked as module
+from ropewalk.kernels.blocked import FEW, Blocked, BlockedLinear, Blocks, Panels, Widened, pays, plain
 from ropewalk.kernels.expert_lora import Experts, Factors, expert_lora
 from ropewalk.kernels.gates import Glu
 
-needs_bf16 = pytest.mark.skipif(not pays(torch.zeros(1, dtype=torch.bfloat16)), reason="this CPU has no 16-bit products")
+
+@pytest.fixture(params=["in 16 bits", "widened"])
+def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies in 16 bits, if this is one, and a CPU that does not."""
+    if request.param == "widened":
+        monkeypatch.setattr(module, "_computes", lambda dtype: False)
+        monkeypatch.setattr(module, "WIDENED", 2000)
+    elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no 16-bit products")
 
 
 def weight(*shape: int) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.1).bfloat16()
 
 
-@needs_bf16
+@pytest.mark.usefixtures("computed")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(24, 40), (3, 24, 40), (2, 33, 17)])
 def test_the_plain_weight_comes_back_bit_for_bit(shape: tuple[int, ...], transposed: bool) -> None:
@@ -25,7 +34,7 @@ def test_the_plain_weight_comes_back_bit_for_bit(shape: tuple[int, ...], transpo
     assert torch.equal(blocked.dequantize(torch.bfloat16), given)
 
 
-@needs_bf16
+@pytest.mark.usefixtures("computed")
 @pytest.mark.parametrize("rows", [1, 5, 64, 300])
 def test_a_linear_layer_is_as_near_to_float32_as_the_plain_one(rows: int) -> None:
     given, bias, x = weight(96, 160), weight(96), weight(rows, 160)
@@ -35,7 +44,7 @@ def test_a_linear_layer_is_as_near_to_float32_as_the_plain_one(rows: int) -> Non
     assert error <= 1.5 * (plain(x, given, bias).float() - truth).abs().max() + 1e-6
 
 
-@needs_bf16
+@pytest.mark.usefixtures("computed")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_in_blocks_are_experts(transposed: bool) -> None:
     up, down = weight(4, 64, 48), weight(4, 48, 32)
@@ -102,6 +111,19 @@ def test_experts_in_panels_are_experts(tokens: int, transposed: bool, adapted: b
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_does_not_pay_stays_as_it_is() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_16_bit_products_widens_both_kinds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_computes", lambda dtype: False)
+    given, x = weight(96, 160).to(dtype), weight(3, 7, 160).to(dtype)
+    assert pays(given)
+    layer = BlockedLinear(Blocked.of(given))
+    assert isinstance(layer.weight, Widened)
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x), plain(x.float(), given.float()).to(dtype))
+
+
+def test_what_does_not_pay_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_computes", lambda dtype: True)
+    assert not pays(torch.zeros(2, 2, dtype=torch.float16))
     assert not pays(torch.zeros(2, 2, 2))
     assert not pays(torch.zeros(2, 2, dtype=torch.float64))

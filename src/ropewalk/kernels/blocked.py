@@ -21,6 +21,7 @@ from ropewalk.kernels.quant import QuantLinear
 ROWS = 64  # for which oneDNN's blocks are chosen: best for few rows, and no worse than plain for thousands
 PANEL = 32  # columns: 128 bytes of every row, which the next row's follow
 LARGEST = 1 << 21  # weights of a layer; what is larger is read as well in oneDNN's blocks, and better by a single row
+WIDENED = 1 << 19  # weights that are widened at once, and stay at hand while they are multiplied
 FEW = 256  # rows beyond which it is quicker to put the plain weight together than to multiply panel by panel
 
 
@@ -30,7 +31,15 @@ def pays(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.float32:
         return weight.ndim == 2 or all(size % PANEL == 0 for size in weight.shape[1:])
-    return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and not _computes(weight.dtype))
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in 16 bits."""
+    short = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
+    return bool(short())
 
 
 class Blocked(nn.Module, ABC):
@@ -47,7 +56,11 @@ class Blocked(nn.Module, ABC):
         """The same weight in blocks or panels."""
         rows, columns = weight.shape[-2:] if transposed else (weight.shape[-1], weight.shape[-2])
         small = columns % PANEL == 0 and rows * columns <= LARGEST
-        kind = Panels if weight.dtype == torch.float32 and (small or weight.ndim == 3) else Blocks
+        kind: type[Blocks | Panels | Widened]
+        if weight.dtype == torch.float32:
+            kind = Panels if small or weight.ndim == 3 else Blocks
+        else:
+            kind = Blocks if _computes(weight.dtype) else Widened
         return kind.made(weight.detach(), transposed)
 
     @abstractmethod
@@ -135,6 +148,35 @@ class Panels(Blocked):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         experts = torch.stack([_columns(panels) for panels in self._panels]).to(dtype)
         return (experts if self.transposed else experts.transpose(1, 2)).reshape(self.shape)
+
+
+class Widened(Blocked):
+    """In 16 bits as it was, for a CPU that computes in 32."""
+
+    _experts: list[Tensor]  # of each [out, in]
+
+    @classmethod
+    def made(cls, weight: Tensor, transposed: bool) -> Widened:
+        """Of a weight or a stack."""
+        self = cls(weight.shape, weight.dtype, transposed)
+        experts = weight.reshape(-1, *weight.shape[-2:])
+        self._experts = [(expert.t() if transposed else expert).contiguous() for expert in experts]
+        return self
+
+    def mm(self, x: Tensor, expert: int = 0, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        weight, rows = self._experts[expert], x.reshape(-1, x.shape[-1])
+        if len(rows) == 1:  # which torch reads well
+            y = plain(rows, weight, bias)
+        else:
+            wide, step = rows.float(), max(1, WIDENED // weight.shape[1])
+            y = torch.cat([torch.mm(wide, piece.float().t()) for piece in torch.split(weight, step)], dim=1)
+            y = (y if bias is None else y.add_(bias)).to(x.dtype)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if out is None else out.copy_(y)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        experts = torch.stack(self._experts).to(dtype)
+        return (experts.transpose(1, 2) if self.transposed else experts).reshape(self.shape)
 
 
 def _columns(panels: Tensor) -> Tensor:
