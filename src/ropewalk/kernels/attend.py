@@ -201,8 +201,10 @@ def _piece_by_piece(query: Tensor, keys: Tensor, values: Tensor, pieces: int, sc
     if rest := keys.shape[2] - size * pieces:
         last = flash_on_cpu(query, keys[:, :, -rest:], values[:, :, -rest:], None, scale, None)
         out, lse = torch.cat([out, last[0]]), torch.cat([lse, last[1]])
-    total = torch.logsumexp(lse, 0, keepdim=True)
-    return (out * (lse - total).exp_().unsqueeze(-1)).sum(0, keepdim=True), total
+    most = lse.amax(0, keepdim=True)
+    weights = (lse - most).exp_()
+    total = weights.sum(0, keepdim=True)
+    return (out * weights.div_(total).unsqueeze(-1)).sum(0, keepdim=True), total.log_().add_(most)
 
 
 def flash(
