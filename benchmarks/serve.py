@@ -56,7 +56,7 @@ VOCABULARY = 32_000
 QUESTION = 32  # ids
 INVOCATION = (7, 8, 9)
 NEW = 8  # ids that are compared
-AGAIN = 12  # times that a second question is asked; the least counts, since what takes 50 ms is easily disturbed
+AGAIN = 12  # times that a second question is asked, half as often with --quick; the least counts, since what takes 50 ms is easily disturbed
 TURNS, STEPS = 5, 6  # of decoding, ours and theirs, and the ids of each in a turn; the least counts here too
 GREEDY = Sampling(temperature=0)
 DEVICE = torch.device("cpu")
@@ -211,23 +211,23 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
         tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
         return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=logprobs)
 
-    engine = opened()
+    engine, again = opened(), AGAIN // 2 if quick else AGAIN
     long = 4096 if quick else 16_384
     ratios = {}
     for length in (4096, long) if long != 4096 else (4096,):
         cold, first = answer(engine, asked(f"cold{length}", length, 1))
         engine.prefixes.flush()  # type: ignore[attr-defined]
-        warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(AGAIN))
-        _, again = answer(engine, asked(f"again{length}", length, 1))
-        if texts(again) != texts(first):
+        warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(again))
+        _, repeated = answer(engine, asked(f"again{length}", length, 1))
+        if texts(repeated) != texts(first):
             raise SystemExit(f"{name}: the second time, other ids than the first")
-        difference = max(abs(a - b) for x, y in zip(first, again) for a, b in zip(x.logprobs, y.logprobs))
+        difference = max(abs(a - b) for x, y in zip(first, repeated) for a, b in zip(x.logprobs, y.logprobs))
         result.warm_cold_max_logit_diff = max(result.warm_cold_max_logit_diff, difference)
         ratios[length] = cold / warm
         if length == long:
             result.cold_16k_cpu_s = cold
             restarts = []
-            for _ in range(AGAIN // 2):
+            for _ in range(again // 2):
                 engine = opened()
                 restarted, found = answer(engine, asked("restart", length, 1))
                 restarts.append(restarted)
@@ -236,7 +236,7 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
             result.ttft_ratio_16k_restart = cold / min(restarts)
             answer(engine, asked("adapter0", length, 3, "1"))
             other, events = min(
-                (answer(engine, asked(f"adapter{n}", length, 3, "2")) for n in range(AGAIN)), key=lambda found: found[0]
+                (answer(engine, asked(f"adapter{n}", length, 3, "2")) for n in range(again)), key=lambda found: found[0]
             )
             if events[0].read != length:
                 raise SystemExit(f"{name}: an activated adapter read the document anew")
