@@ -3,7 +3,8 @@
 A product with few rows, when a model decodes or reads a question, costs what it takes to read the weight from memory, and a plain weight
 is read badly: a kernel takes some columns of every row, which lie far apart, or puts them into blocks first, anew each time. Here that is
 done once and the plain weight is let go. In float32 it lies in panels of a few columns, one after another, which memory streams; for many
-rows, which compute more than they read, the plain weight is put together again. In 16 bits, or if it is large, it lies in oneDNN's blocks.
+rows, which compute more than they read, the plain weight is put together again. In 16 bits, or if it is large, it lies in oneDNN's blocks;
+where the CPU does not compute in 16 bits, it stays as it is and each product widens it piece by piece: half the memory of float32.
 `plain` is the twin. Legend: E experts (1 for a linear layer), n rows, P panels of W columns.
 """
 
