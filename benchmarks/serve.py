@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -53,10 +54,11 @@ from ropewalk.models.blocked import arrange
 from ropewalk.models.lora import LoraSpec, attach
 
 VOCABULARY = 32_000
+LENGTHS = 4096, 16_384  # of the documents, in ids
 QUESTION = 32  # ids
 INVOCATION = (7, 8, 9)
 NEW = 8  # ids that are compared
-AGAIN = 12  # times that a second question is asked, half as often with --quick; the least counts, since what takes 50 ms is easily disturbed
+AGAIN = 12  # times that a second question is asked; the least counts, since what takes 50 ms is easily disturbed
 TURNS, STEPS = 5, 6  # of decoding, ours and theirs, and the ids of each in a turn; the least counts here too
 GREEDY = Sampling(temperature=0)
 DEVICE = torch.device("cpu")
@@ -196,6 +198,8 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
     over = Adapters(model)
     for number, path in adapters.items():
         over.load(str(number), path)
+    gc.collect()
+    gc.freeze()  # collecting garbage before each question does not go through all of these again
 
     def opened() -> Engine:
         prefixes = Prefixes(
@@ -211,23 +215,22 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
         tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
         return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=logprobs)
 
-    engine, again = opened(), AGAIN // 2 if quick else AGAIN
-    long = 4096 if quick else 16_384
+    engine = opened()
     ratios = {}
-    for length in (4096, long) if long != 4096 else (4096,):
+    for length in LENGTHS:
         cold, first = answer(engine, asked(f"cold{length}", length, 1))
         engine.prefixes.flush()  # type: ignore[attr-defined]
-        warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(again))
+        warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(AGAIN))
         _, repeated = answer(engine, asked(f"again{length}", length, 1))
         if texts(repeated) != texts(first):
             raise SystemExit(f"{name}: the second time, other ids than the first")
         difference = max(abs(a - b) for x, y in zip(first, repeated) for a, b in zip(x.logprobs, y.logprobs))
         result.warm_cold_max_logit_diff = max(result.warm_cold_max_logit_diff, difference)
         ratios[length] = cold / warm
-        if length == long:
+        if length == LENGTHS[-1]:
             result.cold_16k_cpu_s = cold
             restarts = []
-            for _ in range(again // 2):
+            for _ in range(AGAIN // 2):
                 engine = opened()
                 restarted, found = answer(engine, asked("restart", length, 1))
                 restarts.append(restarted)
@@ -236,14 +239,14 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
             result.ttft_ratio_16k_restart = cold / min(restarts)
             answer(engine, asked("adapter0", length, 3, "1"))
             other, events = min(
-                (answer(engine, asked(f"adapter{n}", length, 3, "2")) for n in range(again)), key=lambda found: found[0]
+                (answer(engine, asked(f"adapter{n}", length, 3, "2")) for n in range(AGAIN)), key=lambda found: found[0]
             )
             if events[0].read != length:
                 raise SystemExit(f"{name}: an activated adapter read the document anew")
             result.ttft_ratio_16k_other_adapter = cold / other
-    result.ttft_ratio_4k, result.ttft_ratio_16k = ratios[4096], ratios[long]
-    together = users(engine, asked, long)
-    alone, first_ids = sequential(build(name, quick, DTYPES[dtype]), long)
+    result.ttft_ratio_4k, result.ttft_ratio_16k = ratios.values()
+    together = users(engine, asked, LENGTHS[-1])
+    alone, first_ids = sequential(build(name, quick, DTYPES[dtype]), LENGTHS[-1])
     turns = [(together(), alone()) for _ in range(TURNS)]
     result.ours_ms_per_id, result.sequential_ms_per_id = (min(times) * 1e3 for times in zip(*turns))
     result.users16_ratio = result.sequential_ms_per_id / result.ours_ms_per_id
@@ -289,8 +292,10 @@ def sequential(model: Any, length: int) -> tuple[Callable[[], float], list[int]]
     tail = ids(QUESTION, 101)
     tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
     text = torch.tensor([[*ids(length, length), *tail]], device=DEVICE)
+    torch.set_num_threads(os.cpu_count() or 1)  # this is not timed
     for start in range(0, length, 2048):
         model(input_ids=text[:, start : min(start + 2048, length)], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    torch.set_num_threads(1)
 
     @torch.inference_mode()
     def more(count: int) -> float:
@@ -333,11 +338,11 @@ def save_adapter(name: str, quick: bool, folder: Path, seed: int) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="smaller models and documents of 4,096 ids only; under three minutes"
+        "--quick", action="store_true", help="smaller models, and float32 unless --dtype is given; under three minutes"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=sorted(ARCHITECTURES), help="one architecture")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="one of the two; otherwise both")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="one of the two")
     parser.add_argument(
         "--peers",
         action="store_true",
@@ -351,10 +356,11 @@ def main() -> int:
     DEVICE = torch.device(arguments.device)
     torch.set_num_threads(1)
     results = []
-    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
+    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)[: 1 if arguments.quick else None]
     for name, dtype in product([arguments.only] if arguments.only else ARCHITECTURES, dtypes):
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(name, dtype, arguments.quick, Path(folder)))
+        gc.unfreeze()
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(results[-1]).items()}), flush=True)
     names = [field for field in asdict(results[0]) if field != "architecture"]
     print(table(["", *(r.architecture for r in results)], [[n, *(_shown(getattr(r, n)) for r in results)] for n in names]))
