@@ -2,27 +2,22 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 
 import pytest
 
 from ropewalk.cli import main
+from spent import spent
 
 
 def attempt(path, *arguments):
     """Runs `ropewalk train` in a process of its own; gives exit code, last line, whether torch was imported, processor seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-X", "importtime", "-m", "ropewalk", "train", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    imported = any(
-        line.rsplit("|", 1)[-1].strip() == "torch" for line in done.stderr.splitlines() if line.startswith("import time:")
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, said[-1], imported, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    code, _, told, seconds = spent(sys.executable, "-X", "importtime", "-m", "ropewalk", "train", str(path), *arguments)
+    said = [line for line in told.splitlines() if not line.startswith("import time:")]
+    imported = any(line.rsplit("|", 1)[-1].strip() == "torch" for line in told.splitlines() if line.startswith("import time:"))
+    assert "Traceback" not in told
+    return code, said[-1], imported, seconds
 
 
 def refused(config, *words, **keys):
