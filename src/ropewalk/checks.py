@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ropewalk import patterns, sandbox, schemas
+from ropewalk import patterns, sandbox
 from ropewalk.errors import BadInput, SandboxFailed
 
 Params = Mapping[str, Any]
@@ -235,9 +235,17 @@ def _expected(params: Params, reference: str) -> str:
 
 
 def _schema(params: Params, answer: str, reference: str) -> CheckOutcome:
+    from ropewalk import schemas  # jsonschema takes seconds to import where packages for its formats are installed
+
     fenced = FENCE.search(answer) if params.get("fenced") else None
     breach = schemas.breach(params["schema"], fenced[1] if fenced else answer)
     return CheckOutcome(breach is None, breach or "allowed")
+
+
+def _schema_faults(params: Params) -> Iterator[str]:
+    from ropewalk import schemas
+
+    return schemas.faults(params["schema"])
 
 
 # -- code
@@ -331,7 +339,7 @@ KINDS: Mapping[str, _Kind] = {
         _schema,
         {"schema": ("a JSON Schema", lambda value: isinstance(value, (dict, bool))), "fenced": FLAG},
         ("schema",),
-        faults=lambda params: schemas.faults(params["schema"]),
+        faults=_schema_faults,
     ),
     "code": _Kind(
         _code,
