@@ -10,8 +10,8 @@ For models shaped like Qwen3, Gemma 4 (sliding windows, experts) and Qwen3.5-MoE
                                   the other : ours together, measured in turns, the likeliest id and nothing else
 
 Correctness gates: the greedy ids of the second time are those of the first, and the first ids are those of transformers' own
-generation over its own cache (in bfloat16 a difference is told, not failed). Each model is measured in float32, whose ids are exact, and
-in bfloat16, where a first question is two to three times cheaper and its ratio to the second is smaller for that.
+generation over its own cache (in bfloat16 a difference is told, not failed). Each model is measured in float32, whose ids are exact, and,
+without --quick, in bfloat16, where a first question is two to three times cheaper and its ratio to the second is smaller for that.
 With --device cuda all seconds are those of the clock, once the GPU is done.
 """
 
@@ -201,11 +201,11 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
     gc.collect()
     gc.freeze()  # collecting garbage before each question does not go through all of these again
 
-    def opened() -> Engine:
+    def opened() -> tuple[Engine, Prefixes]:
         prefixes = Prefixes(
             runner.layout, name, memory_bytes=4 << 30, disk_bytes=8 << 30, folder=folder / "segments", device=DEVICE
         )
-        return Engine(runner, prefixes, over, limits=Limits(running=64, chunk=2048))
+        return Engine(runner, prefixes, over, limits=Limits(running=64, chunk=2048)), prefixes
 
     def asked(
         id: str, length: int, question: int, adapter: str | None = None, new: int = NEW, logprobs: bool = True
@@ -215,23 +215,23 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
         tail = (*tail[: -len(INVOCATION) - 1], *INVOCATION, tail[-1])
         return Request(id, (Span(ids(length, length), keep),), tail, new, adapter, GREEDY, logprobs=logprobs)
 
-    engine = opened()
-    ratios = {}
+    engine, prefixes = opened()
+    ratios = []
     for length in LENGTHS:
         cold, first = answer(engine, asked(f"cold{length}", length, 1))
-        engine.prefixes.flush()  # type: ignore[attr-defined]
+        prefixes.flush()
         warm = min(answer(engine, asked(f"warm{length}{n}", length, 2))[0] for n in range(AGAIN))
         _, repeated = answer(engine, asked(f"again{length}", length, 1))
         if texts(repeated) != texts(first):
             raise SystemExit(f"{name}: the second time, other ids than the first")
         difference = max(abs(a - b) for x, y in zip(first, repeated) for a, b in zip(x.logprobs, y.logprobs))
         result.warm_cold_max_logit_diff = max(result.warm_cold_max_logit_diff, difference)
-        ratios[length] = cold / warm
+        ratios.append(cold / warm)
         if length == LENGTHS[-1]:
             result.cold_16k_cpu_s = cold
             restarts = []
             for _ in range(AGAIN // 2):
-                engine = opened()
+                engine, _ = opened()
                 restarted, found = answer(engine, asked("restart", length, 1))
                 restarts.append(restarted)
             if texts(found) != texts(first) or found[0].read != length:
@@ -244,7 +244,7 @@ def measure(name: str, dtype: str, quick: bool, folder: Path) -> Result:
             if events[0].read != length:
                 raise SystemExit(f"{name}: an activated adapter read the document anew")
             result.ttft_ratio_16k_other_adapter = cold / other
-    result.ttft_ratio_4k, result.ttft_ratio_16k = ratios.values()
+    result.ttft_ratio_4k, result.ttft_ratio_16k = ratios
     together = users(engine, asked, LENGTHS[-1])
     alone, first_ids = sequential(build(name, quick, DTYPES[dtype]), LENGTHS[-1])
     turns = [(together(), alone()) for _ in range(TURNS)]
@@ -337,12 +337,10 @@ def save_adapter(name: str, quick: bool, folder: Path, seed: int) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller models, and float32 unless --dtype is given; under three minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="smaller models, in one precision; under three minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=sorted(ARCHITECTURES), help="one architecture")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="one of the two")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="this one only; otherwise both, and with --quick float32")
     parser.add_argument(
         "--peers",
         action="store_true",
